@@ -1,0 +1,55 @@
+"""Coarse-to-fine vision transformers (CF-ViT, AAAI 2023): easy images at a glance, hard ones in detail.
+
+The public names are loaded when first used, so that the command line can print its help
+without loading torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cfvit.checkpoints import bundled_models, load, save
+    from cfvit.data import eval_transform, open_image
+    from cfvit.errors import CfvitError
+    from cfvit.flops import StageMacs, count_macs
+    from cfvit.inference import Prediction, Predictor
+    from cfvit.model import CoarseState, CoarseToFineOutput, CoarseToFineViT, create_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CfvitError",
+    "CoarseState",
+    "CoarseToFineOutput",
+    "CoarseToFineViT",
+    "Prediction",
+    "Predictor",
+    "StageMacs",
+    "bundled_models",
+    "count_macs",
+    "create_model",
+    "eval_transform",
+    "load",
+    "open_image",
+    "save",
+]
+
+_HOMES = {
+    "checkpoints": ("bundled_models", "load", "save"),
+    "data": ("eval_transform", "open_image"),
+    "errors": ("CfvitError",),
+    "flops": ("StageMacs", "count_macs"),
+    "inference": ("Prediction", "Predictor"),
+    "model": ("CoarseState", "CoarseToFineOutput", "CoarseToFineViT", "create_model"),
+}
+_HOME_OF = {name: f"cfvit.{module}" for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'cfvit' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

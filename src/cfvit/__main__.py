@@ -1,0 +1,5 @@
+"""``python -m cfvit``, as torchrun needs it."""
+
+from cfvit.cli import main
+
+main()

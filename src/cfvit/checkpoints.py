@@ -1,0 +1,302 @@
+"""Models on disk: our folders, the authors' files, files of training runs. Nothing read is executed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from cfvit import backbones
+from cfvit.errors import CfvitError, first_line
+from cfvit.labels import readable_class_names
+from cfvit.model import CoarseToFineViT, ModelConfig
+from cfvit.weights import read_weights
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write to, which takes its place once complete.
+
+    Raises:
+        CfvitError: the file cannot be written; ``path`` is then as it was.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise CfvitError(
+            f"cannot write {path} ({reason}): make room or choose another place; nothing was changed"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+    """Writes ``config.json`` and ``model.safetensors``, the Hub's convention.
+
+    Args:
+        folder: made if it is not there. Files are replaced one by one, each as a whole.
+        dtype: store weights in this precision, such as ``torch.bfloat16``; loading gives float32.
+
+    Raises:
+        CfvitError: the folder cannot be written.
+    """
+    folder = Path(folder)
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    config = {
+        "model": {**asdict(model.config), "timm_kwargs": dict(model.config.timm_kwargs)},
+        "data_config": model.data_config,
+        "class_names": model.class_names,
+        "threshold": model.threshold,
+    }
+    with atomic_write(folder / WEIGHTS_FILE) as file:
+        save_file(weights, file, metadata={"format": "pt"})
+    with atomic_write(folder / CONFIG_FILE) as file:
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load(path_or_name: str | Path) -> CoarseToFineViT:
+    """A model ready for use, in evaluation mode on the CPU in float32.
+
+    Args:
+        path_or_name: a folder written by `save`, one of the authors' ``.pth`` files, or one of
+            `bundled_models`.
+
+    Raises:
+        CfvitError: nothing there, or not a model; a missing, unknown or misshapen weight is named.
+    """
+    path = Path(path_or_name)
+    if path.is_dir():
+        return _load_folder(path)
+    if path.is_file():
+        return load_authors_checkpoint(path)
+    if str(path_or_name) in bundled_models():
+        return _load_folder(_bundled_folder() / str(path_or_name))
+    raise CfvitError(
+        f"no model {str(path_or_name)!r}: give a saved folder, an authors' .pth file, "
+        f"or a bundled name ({', '.join(bundled_models()) or 'none here'})"
+    )
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that come with the package."""
+    folder = _bundled_folder()
+    if not folder.is_dir():
+        return []
+    return sorted(p.name for p in folder.iterdir() if (p / CONFIG_FILE).is_file() and (p / WEIGHTS_FILE).is_file())
+
+
+def _bundled_folder() -> Path:
+    return Path(str(resources.files("cfvit"))) / "bundled"
+
+
+def _load_folder(folder: Path) -> CoarseToFineViT:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        weights = load_file(folder / WEIGHTS_FILE)
+        model = CoarseToFineViT(ModelConfig(**config["model"]))
+        model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
+        model.class_names, model.threshold = config["class_names"], config["threshold"]
+    except FileNotFoundError as error:
+        raise CfvitError(
+            f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
+        ) from error
+    except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+        raise CfvitError(f"{folder} is damaged ({first_line(error)}): save or copy the model again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CfvitError(
+            f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
+        ) from error
+    load_strictly(model, weights, str(folder))
+    _check_attributes(model, folder / CONFIG_FILE)
+    return model.eval()
+
+
+def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
+    """Refuses what a saved folder says besides the weights before it can fail in use."""
+    names, eta, side, config = model.class_names, model.threshold, model.image_size, model.data_config
+    unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
+    problem = None
+    if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
+        problem = f"class_names do not name {model.config.num_classes} classes"
+    elif eta is not None and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
+        problem = f"threshold is {eta!r}, not between 0 and 1"
+    elif tuple(config.get("input_size", ())) != (3, side, side):
+        problem = f"input_size is {config.get('input_size')}, not (3, {side}, {side})"
+    elif unknown:
+        problem = f"data_config has unknown {', '.join(sorted(unknown))}"
+    if problem:
+        raise CfvitError(f"{source} cannot be used ({problem}): save it with cfvit.save")
+
+
+def load_strictly(
+    model: CoarseToFineViT,
+    weights: dict[str, Tensor],
+    source: str,
+    spelled: Callable[[str], str] = str,
+) -> None:
+    """Copies weights into a model, every one of them.
+
+    Args:
+        spelled: our name of a weight to the one that the source uses, for the message.
+
+    Raises:
+        CfvitError: names the first missing, unknown or misshapen weights.
+    """
+    own = model.state_dict()
+    backbones.require_fit(own, weights, f"{source} does not fit the model", spelled)
+    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
+
+
+def initialise(model: CoarseToFineViT, source: str) -> None:
+    """Fills a new model with trained weights, its head untrained where the classes differ.
+
+    Args:
+        source: ``"timm"`` for timm's own weights of the backbone; a file of backbone weights or a
+            folder of a plain ViT saved by timm; a model that `load` reads, whose position
+            embeddings are resampled to the new grid.
+
+    Raises:
+        CfvitError: nothing there, or weights of another architecture.
+    """
+    path = Path(source)
+    if source == "timm" or _is_backbone_folder(path) or (path.is_file() and not _is_authors_checkpoint(path)):
+        pretrained = True if source == "timm" else path / WEIGHTS_FILE if path.is_dir() else path
+        weights = CoarseToFineViT(model.config, pretrained).state_dict()
+        keep = {name for name in weights if name.startswith("feature_reuse.")}
+    else:
+        trained = load(source)
+        weights = _resampled(trained, model)
+        keep = set()
+    own = model.state_dict()
+    for name in ("backbone.head.weight", "backbone.head.bias"):
+        if name in weights and weights[name].shape != own[name].shape:
+            keep.add(name)
+    load_strictly(model, {**weights, **{name: own[name] for name in keep}}, source)
+
+
+def _is_backbone_folder(path: Path) -> bool:
+    try:
+        return "architecture" in json.loads((path / CONFIG_FILE).read_text())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _is_authors_checkpoint(path: Path) -> bool:
+    try:
+        return "pos_embed_list.0" in read_weights(path)
+    except CfvitError:
+        return False
+
+
+def _resampled(source: CoarseToFineViT, target: CoarseToFineViT) -> dict[str, Tensor]:
+    weights = source.state_dict()
+    fine = (2 * target.grid[0], 2 * target.grid[1])
+    for name, grid in (("coarse_pos_embed", target.grid), ("backbone.pos_embed", fine)):
+        weights[name] = backbones.resample_positions(source.backbone, weights[name], grid)
+    return weights
+
+
+_AUTHORS_PREFIXES = {
+    "pos_embed_list.0": "coarse_pos_embed",
+    "pos_embed_list.1": "backbone.pos_embed",
+    "reuse_block.0.": "feature_reuse.norm.",
+    "reuse_block.1.": "feature_reuse.mlp.",
+    "": "backbone.",
+}
+"""How the authors' names of weights begin, and ours; the first that fits holds."""
+
+_AUTHORS_EVALUATION = {"crop_pct": 224 / 256, "interpolation": "bicubic"}
+"""The authors resize the shorter side to 256/224 of the input and crop the centre."""
+
+_AUTHORS_DIMS = {"patch_embed.proj.weight": 4, "head.weight": 2}
+_HEAD_DIM = 64
+_AUTHORS_BACKBONES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+
+
+def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
+    """A model from one of the authors' ``.pth`` files, which is only read.
+
+    The file holds ``{"model": state_dict, ...}``: timm's keys for the backbone, besides
+    ``pos_embed_list.0`` (coarse) and ``.1`` (fine), ``reuse_block.0`` (norm) and
+    ``reuse_block.1.fc1``, ``.fc2``. Size and grid follow from the shapes. The file
+    does not say how many heads there are; as in every DeiT, each has 64 channels.
+
+    Raises:
+        CfvitError: not such a file, or a missing, unknown or misshapen weight, which is named.
+    """
+    weights = read_weights(Path(path), wrappers=("model",))
+    model = CoarseToFineViT(_authors_config(weights, path))
+    load_strictly(model, {_our_name(name): tensor for name, tensor in weights.items()}, str(path), _authors_name)
+    model.data_config.update(_AUTHORS_EVALUATION)
+    wnids = ImageNetInfo().label_names()
+    if model.config.num_classes == len(wnids):
+        model.class_names = readable_class_names(wnids)
+    return model.eval()
+
+
+def _our_name(name: str) -> str:
+    theirs, ours = next(pair for pair in _AUTHORS_PREFIXES.items() if name.startswith(pair[0]))
+    return ours + name.removeprefix(theirs)
+
+
+def _authors_name(name: str) -> str:
+    theirs, ours = next(pair for pair in _AUTHORS_PREFIXES.items() if name.startswith(pair[1]))
+    return theirs + name.removeprefix(ours)
+
+
+def _authors_config(weights: dict[str, Tensor], path: str | Path) -> ModelConfig:
+    needed = ("cls_token", "pos_embed_list.0", "pos_embed_list.1", "patch_embed.proj.weight", "head.weight")
+    missing = [name for name in needed if name not in weights]
+    if missing:
+        raise CfvitError(f"{path} does not fit a CF-DeiT: missing {', '.join(missing)}")
+    dim = weights["cls_token"].shape[-1] if weights["cls_token"].ndim else 0
+    if dim not in range(_HEAD_DIM, 4097, _HEAD_DIM):
+        raise CfvitError(f"{path} has {dim} channels: CF-DeiT has a multiple of {_HEAD_DIM}, at most 4096")
+    for key, dims in _AUTHORS_DIMS.items():
+        if weights[key].ndim != dims or 0 in weights[key].shape:
+            raise CfvitError(f"{path} does not fit a CF-DeiT: {key} is {list(weights[key].shape)}")
+    name, usual_depth = _AUTHORS_BACKBONES.get(dim, _AUTHORS_BACKBONES[192]), 12
+    blocks = [int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
+    found = {
+        "embed_dim": dim,
+        "num_heads": dim // _HEAD_DIM,
+        "depth": min(1 + max(blocks), 99) if blocks else usual_depth,
+        "patch_size": weights["patch_embed.proj.weight"].shape[-1],
+    }
+    usual = {"embed_dim": dim if dim in _AUTHORS_BACKBONES else None, "depth": usual_depth, "patch_size": 16}
+    usual["num_heads"] = dim // _HEAD_DIM if dim in _AUTHORS_BACKBONES else None
+    return ModelConfig(
+        backbone=name,
+        num_classes=weights["head.weight"].shape[0],
+        coarse_grid=math.isqrt(max(1, weights["pos_embed_list.0"].numel() // dim - 1)),
+        timm_kwargs={key: value for key, value in found.items() if value != usual[key]},
+    )

@@ -1,0 +1,198 @@
+"""Accuracy of both stages and of every trade-off between them, from one pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cfvit.calibration import confidence_of
+from cfvit.data import DataSource, EvalImages, eval_loader
+from cfvit.errors import CfvitError
+from cfvit.flops import StageMacs, count_macs
+from cfvit.model import CoarseToFineViT
+from cfvit.processes import Process
+
+
+@dataclass(frozen=True, eq=False)
+class Collected:
+    """Logits of every readable image, in the order of the data set, on the CPU.
+
+    Attributes:
+        logits: one ``[n, classes]`` per stage.
+        labels: class indices ``[n]``.
+        indices: where each image stands in the data set, ``[n]``.
+        unreadable: data set indices of images that could not be read.
+    """
+
+    logits: tuple[Tensor, ...]
+    labels: Tensor
+    indices: Tensor
+    unreadable: list[int]
+
+
+@torch.inference_mode()
+def collect(
+    forward: Callable[[Tensor], Sequence[Tensor]],
+    loader: DataLoader,
+    device: torch.device,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> Collected:
+    """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share.
+
+    Args:
+        forward: images ``[B, 3, S, S]`` to logits, one ``[B, classes]`` per stage.
+        on_batch: called with the number of images done, for a progress bar.
+
+    Returns:
+        On every rank, all ranks' images, each once.
+    """
+    rows: list[tuple[Tensor, ...]] = []
+    for images, labels, indices in loader:
+        stages = forward(images.to(device, non_blocking=True))
+        rows.append((labels, indices, *(stage.float().cpu() for stage in stages)))
+        on_batch(len(images))
+    columns = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else None
+    if dist.is_initialized():
+        gathered: list[list[Tensor] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, columns)
+        parts = [part for part in gathered if part is not None]
+        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else None
+    if columns is None:
+        raise ValueError("the loader gave no images")
+    labels, indices, *logits = columns
+    order = indices.argsort()
+    readable = order[labels[order] >= 0]
+    unreadable = indices[order[labels[order] < 0]].tolist()
+    return Collected(tuple(stage[readable] for stage in logits), labels[readable], indices[readable], unreadable)
+
+
+def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Percentage of images whose label is among the ``k`` highest logits (or all, if fewer classes)."""
+    k = min(k, logits.shape[-1])
+    hits = (logits.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)
+    return 100 * hits.double().mean().item()
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One threshold: what it answers and what it costs.
+
+    Attributes:
+        threshold: eta.
+        accuracy: top-1 in percent.
+        exit_share: share of images that exit at the coarse stage, in [0, 1].
+        gmacs: expected cost of an image, in 1e9 multiply-accumulates.
+    """
+
+    threshold: float
+    accuracy: float
+    exit_share: float
+    gmacs: float
+
+
+def sweep(
+    coarse: Tensor, fine: Tensor, labels: Tensor, macs: StageMacs, thresholds: Sequence[float]
+) -> list[SweepPoint]:
+    """Accuracy and expected cost at each threshold, without running the model again.
+
+    Args:
+        coarse, fine: logits ``[n, classes]``.
+        labels: class indices ``[n]``.
+        thresholds: values of eta in [0, 1]; 1 sends every image on, 0 none.
+    """
+    confidence, order = confidence_of(coarse).sort()
+    fine_right = torch.cat([torch.zeros(1), (fine.argmax(-1) == labels)[order].double().cumsum(0)])
+    coarse_right = torch.cat([torch.zeros(1), (coarse.argmax(-1) == labels)[order].double().cumsum(0)])
+    total = len(labels)
+    points = []
+    for eta in thresholds:
+        below = int(torch.searchsorted(confidence, eta, side="left"))
+        hard = total if eta >= 1 else 0 if eta <= 0 else below
+        right = fine_right[hard] + coarse_right[total] - coarse_right[hard]
+        share = hard / total
+        points.append(SweepPoint(eta, 100 * right.item() / total, 1 - share, macs.expected(share) / 1e9))
+    return points
+
+
+@dataclass(frozen=True)
+class StageScore:
+    """Top-1 and top-5 in percent, and the cost of an image that this stage answers."""
+
+    stage: str
+    top1: float
+    top5: float
+    gmacs: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a data set.
+
+    Attributes:
+        images: how many were scored.
+        stages: the coarse stage for all images, and the fine stage for all images.
+        sweep: the trade-off between them, by rising eta.
+        calibrated: the model's own eta, which is among the sweep's, or None.
+        backbone_gmacs: cost of the plain backbone.
+        unreadable: names of images that could not be read and are not counted.
+    """
+
+    images: int
+    stages: tuple[StageScore, StageScore]
+    sweep: list[SweepPoint]
+    calibrated: float | None
+    backbone_gmacs: float
+    unreadable: list[str]
+
+
+def evaluate_model(
+    model: CoarseToFineViT,
+    source: DataSource,
+    thresholds: Sequence[float],
+    batch_size: int,
+    workers: int,
+    process: Process,
+) -> Evaluation:
+    """Scores both stages on every image once, over all processes, with a progress bar on the leading one.
+
+    Raises:
+        CfvitError: not one image could be read.
+    """
+    images = EvalImages(source, model.data_config, rank=process.rank, world=process.world)
+    loader = eval_loader(images, batch_size, workers, process.device)
+    model = model.eval().to(process.device)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (process.leads and console.is_terminal)) as progress:
+        task = progress.add_task("images", total=len(images))
+        collected = collect(model, loader, process.device, lambda done: progress.advance(task, done))
+    unreadable = [source.name(index) for index in collected.unreadable]
+    if len(collected.labels) == 0:
+        raise CfvitError(f"none of the {len(unreadable)} images can be read, {unreadable[0]} first: check the data")
+    macs = count_macs(model)
+    coarse, fine = collected.logits
+    own = () if model.threshold is None else (model.threshold,)
+    etas = sorted({*thresholds, *own})
+    stages = tuple(
+        StageScore(
+            stage=name,
+            top1=top_k_accuracy(logits, collected.labels, 1),
+            top5=top_k_accuracy(logits, collected.labels, 5),
+            gmacs=cost / 1e9,
+        )
+        for name, logits, cost in (("coarse", coarse, macs.coarse), ("fine", fine, macs.both))
+    )
+    return Evaluation(
+        images=len(collected.labels),
+        stages=(stages[0], stages[1]),
+        sweep=sweep(coarse, fine, collected.labels, macs, etas),
+        calibrated=model.threshold,
+        backbone_gmacs=macs.backbone / 1e9,
+        unreadable=unreadable,
+    )

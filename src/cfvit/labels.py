@@ -1,0 +1,32 @@
+"""Words for classes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from timm.data import ImageNetInfo
+
+
+def readable_class_names(names: Sequence[str]) -> list[str]:
+    """ImageNet's identifiers (``n01440764``) as words (``tench``); other names as they are.
+
+    The first synonym is used where that is unambiguous among all of ImageNet, otherwise all of
+    them, and with the identifier where even these are (``crane``, bird and machine). So no two
+    classes share a name, and a subset of ImageNet is named as the whole.
+    """
+    info = ImageNetInfo()
+    wnids = info.label_names()
+    if not names or not set(names) <= set(wnids):
+        return list(names)
+    described = {wnid: info.label_name_to_description(wnid) for wnid in wnids}
+    first = {wnid: description.split(", ")[0] for wnid, description in described.items()}
+    uses_of_first, uses_of_all = Counter(first.values()), Counter(described.values())
+    return [
+        first[name]
+        if uses_of_first[first[name]] == 1
+        else described[name]
+        if uses_of_all[described[name]] == 1
+        else f"{described[name]} ({name})"
+        for name in names
+    ]

@@ -1,0 +1,38 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfvit.model import CoarseToFineOutput
+
+
+def coarse_to_fine_loss(output: CoarseToFineOutput, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """``CE(fine, target) + KL(fine || coarse)`` (Eq. 14): the fine stage learns from the label, the coarse from it.
+
+    Args:
+        output: logits of both stages, ``[B, classes]`` each.
+        target: class indices ``[B]``, or probabilities ``[B, classes]`` from mixup.
+        label_smoothing: applied to class indices only; mixup smooths its own targets.
+
+    Returns:
+        The mean over the batch, a scalar. No gradient reaches the fine stage through the KL term.
+    """
+    return classification_loss(output.fine, target, label_smoothing) + distillation_loss(output.coarse, output.fine)
+
+
+def classification_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy in float32; ``target`` as in `coarse_to_fine_loss`."""
+    smoothing = 0.0 if target.is_floating_point() else label_smoothing
+    return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
+
+
+def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(softmax(teacher) || softmax(student))``, batch mean; the teacher gets no gradient."""
+    return F.kl_div(
+        student.float().log_softmax(dim=-1),
+        teacher.detach().float().log_softmax(dim=-1),
+        reduction="batchmean",
+        log_target=True,
+    )

@@ -1,0 +1,165 @@
+"""The paper's method, slow and literal: an oracle that shares no code with ``cfvit``.
+
+Steps 1 to 7 of the method for one image at a time, with full attention maps, all fine patches
+embedded and all coarse features reused; what is not needed is dropped only then. Weights are read
+from a state dict by name. Equation numbers are those of the paper (AAAI 2023).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPSILON = 1e-6
+"""Of every LayerNorm in timm's ViT."""
+
+
+@dataclass(frozen=True)
+class ReferenceState:
+    """The coarse stage's result for a batch.
+
+    Attributes:
+        logits: ``[B, classes]``.
+        tokens: ``[B, 1 + N, D]``, class token first, after the final norm.
+        embedding: ``[B, N, D]``, with positions, before the first block.
+        class_attention: ``[B, N]``, the global class attention (Eq. 9).
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    embedding: Tensor
+    class_attention: Tensor
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Both stages of a DeiT.
+
+    Attributes:
+        weights: state dict of a ``CoarseToFineViT``.
+        heads: H.
+        grid: g, the side of the coarse grid.
+        patch: P, the side of a patch in pixels.
+        ratio: alpha, as a decimal.
+        momentum: beta.
+    """
+
+    weights: Mapping[str, Tensor]
+    heads: int
+    grid: int
+    patch: int
+    ratio: float
+    momentum: float
+
+    def coarse(self, images: Tensor) -> ReferenceState:
+        """Steps 1 to 3 (Eqs. 5 to 9): images ``[B, 3, S, S]``."""
+        half = self.grid * self.patch
+        small = F.interpolate(images, size=(half, half), mode="bilinear", align_corners=True)
+        positions = self.weights["coarse_pos_embed"][0]
+        results = []
+        for patches in self._embed_patches(small):
+            class_token = self.weights["backbone.cls_token"][0, 0] + positions[0]
+            embedding = torch.stack([patch + positions[1 + i] for i, patch in enumerate(patches)])
+            tokens, maps = self._network(torch.cat([class_token[None], embedding]))
+            results.append((self._head(tokens), tokens, embedding, self._global_class_attention(maps)))
+        return ReferenceState(*(torch.stack(column) for column in zip(*results, strict=True)))
+
+    def fine(self, images: Tensor, state: ReferenceState) -> Tensor:
+        """Steps 4 to 7 (Eqs. 10 to 13): logits ``[B, classes]``."""
+        logits = []
+        for i, patches in enumerate(self._embed_patches(images)):
+            informative = self._informative(state.class_attention[i])
+            tokens = self._fine_tokens(patches, state.embedding[i], informative)
+            tokens = tokens + self._reused_features(state.tokens[i], informative)
+            logits.append(self._head(self._network(tokens)[0]))
+        return torch.stack(logits)
+
+    def _embed_patches(self, images: Tensor) -> Tensor:
+        """All patches of images, row by row: ``[B, 3, h, w] -> [B, patches, D]``."""
+        name = "backbone.patch_embed.proj"
+        maps = F.conv2d(images, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], stride=self.patch)
+        rows, columns = maps.shape[2:]
+        return torch.stack([maps[:, :, y, x] for y in range(rows) for x in range(columns)], dim=1)
+
+    def _network(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Blocks and final norm, ``[T, D] -> [T, D]``, and each block's attention ``[H, T, T]``."""
+        maps = []
+        depth = sum(name.endswith(".attn.qkv.weight") for name in self.weights)
+        for k in range(depth):
+            name = f"backbone.blocks.{k}"
+            update, attention = self._attend(f"{name}.attn", self._norm(f"{name}.norm1", tokens))
+            tokens = tokens + update
+            tokens = tokens + self._mlp(f"{name}.mlp", self._norm(f"{name}.norm2", tokens))
+            maps.append(attention)
+        return self._norm("backbone.norm", tokens), maps
+
+    def _attend(self, name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """``softmax(Q K^T / sqrt(d)) V`` of each head (Eq. 1), and the maps ``[H, T, T]``."""
+        query, key, value = self._linear(f"{name}.qkv", tokens).chunk(3, dim=-1)
+        width = query.shape[-1] // self.heads
+        outputs, maps = [], []
+        for head in range(self.heads):
+            own = slice(head * width, (head + 1) * width)
+            attention = torch.softmax(query[:, own] @ key[:, own].T / math.sqrt(width), dim=-1)
+            outputs.append(attention @ value[:, own])
+            maps.append(attention)
+        return self._linear(f"{name}.proj", torch.cat(outputs, dim=-1)), torch.stack(maps)
+
+    def _global_class_attention(self, maps: list[Tensor]) -> Tensor:
+        """Eq. 9 from the 4th encoder on, heads averaged: ``[N]``."""
+        average = torch.zeros(self.grid**2, dtype=maps[0].dtype)
+        for k, attention in enumerate(maps, start=1):
+            if k >= 4:
+                row = sum(attention[head, 0, 1:] for head in range(self.heads)) / self.heads
+                average = self.momentum * average + (1 - self.momentum) * row
+        return average
+
+    def _informative(self, class_attention: Tensor) -> list[int]:
+        """The ``ceil(alpha * N)`` cells of highest global class attention (Eq. 10)."""
+        scores = class_attention.tolist()
+        count = math.ceil(Fraction(str(self.ratio)) * len(scores))
+        return sorted(range(len(scores)), key=lambda cell: -scores[cell])[:count]
+
+    def _fine_tokens(self, patches: Tensor, embedding: Tensor, informative: list[int]) -> Tensor:
+        """The mixed sequence (Eq. 11), cell by cell: ``[1 + 4k + N - k, D]``."""
+        positions = self.weights["backbone.pos_embed"][0]
+        tokens = [self.weights["backbone.cls_token"][0, 0] + positions[0]]
+        for cell in range(self.grid**2):
+            if cell not in informative:
+                tokens.append(embedding[cell])
+                continue
+            row, column = divmod(cell, self.grid)
+            for down in (0, 1):
+                for right in (0, 1):
+                    child = (2 * row + down) * 2 * self.grid + 2 * column + right
+                    tokens.append(patches[child] + positions[1 + child])
+        return torch.stack(tokens)
+
+    def _reused_features(self, coarse_tokens: Tensor, informative: list[int]) -> Tensor:
+        """Feature reuse (Eq. 12), zero for the class token and what is not split; as `_fine_tokens`."""
+        features = self._mlp("feature_reuse.mlp", self._norm("feature_reuse.norm", coarse_tokens))
+        zero = torch.zeros_like(features[0])
+        reused = [zero]
+        for cell in range(self.grid**2):
+            reused += [features[1 + cell]] * 4 if cell in informative else [zero]
+        return torch.stack(reused)
+
+    def _head(self, tokens: Tensor) -> Tensor:
+        """Logits from the class token: ``[T, D] -> [classes]``."""
+        return self._linear("backbone.head", tokens[0])
+
+    def _mlp(self, name: str, tokens: Tensor) -> Tensor:
+        return self._linear(f"{name}.fc2", F.gelu(self._linear(f"{name}.fc1", tokens)))
+
+    def _linear(self, name: str, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"])
+
+    def _norm(self, name: str, tokens: Tensor) -> Tensor:
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return F.layer_norm(tokens, weight.shape, weight, bias, EPSILON)

@@ -1,0 +1,102 @@
+"""The training losses against sums written out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfvit import CoarseToFineOutput
+from cfvit.training.losses import classification_loss, coarse_to_fine_loss, distillation_loss
+
+BATCH, CLASSES = 4, 5
+
+
+def _logits(seed: int) -> Tensor:
+    return 2 * torch.randn(BATCH, CLASSES, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def output() -> CoarseToFineOutput:
+    return CoarseToFineOutput(_logits(0).requires_grad_(), _logits(1).requires_grad_())
+
+
+@pytest.fixture
+def hard() -> Tensor:
+    return torch.tensor([0, 3, 4, 3])
+
+
+@pytest.fixture
+def soft() -> Tensor:
+    return _logits(2).softmax(dim=-1)
+
+
+def _probabilities(logits: Tensor) -> list[list[float]]:
+    rows = []
+    for row in logits.tolist():
+        total = sum(math.exp(value) for value in row)
+        rows.append([math.exp(value) / total for value in row])
+    return rows
+
+
+def _cross_entropy(logits: Tensor, targets: list[list[float]]) -> float:
+    pairs = zip(_probabilities(logits), targets, strict=True)
+    return sum(-t * math.log(p) for ps, ts in pairs for p, t in zip(ps, ts, strict=True)) / BATCH
+
+
+def _divergence(fine: Tensor, coarse: Tensor) -> float:
+    """``KL(fine || coarse)``, the mean over the batch."""
+    pairs = zip(_probabilities(fine), _probabilities(coarse), strict=True)
+    return sum(f * math.log(f / c) for fs, cs in pairs for f, c in zip(fs, cs, strict=True)) / BATCH
+
+
+def _one_hot(hard: Tensor, smoothing: float = 0.0) -> list[list[float]]:
+    rest = smoothing / CLASSES
+    return [[rest + (1 - smoothing) * (k == label) for k in range(CLASSES)] for label in hard.tolist()]
+
+
+def test_hard_targets(output: CoarseToFineOutput, hard: Tensor) -> None:
+    expected = _cross_entropy(output.fine, _one_hot(hard)) + _divergence(output.fine, output.coarse)
+    assert coarse_to_fine_loss(output, hard).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_label_smoothing_of_hard_targets(output: CoarseToFineOutput, hard: Tensor) -> None:
+    expected = _cross_entropy(output.fine, _one_hot(hard, 0.2)) + _divergence(output.fine, output.coarse)
+    assert coarse_to_fine_loss(output, hard, label_smoothing=0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_soft_targets_are_not_smoothed_again(output: CoarseToFineOutput, soft: Tensor) -> None:
+    expected = _cross_entropy(output.fine, soft.tolist()) + _divergence(output.fine, output.coarse)
+    assert coarse_to_fine_loss(output, soft, label_smoothing=0.2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_divergence_is_zero_only_between_equals(output: CoarseToFineOutput) -> None:
+    assert distillation_loss(output.coarse, output.coarse).item() == pytest.approx(0, abs=1e-6)
+    assert distillation_loss(output.coarse, output.fine).item() > 0.1
+
+
+def test_fine_stage_learns_from_labels_alone(output: CoarseToFineOutput, hard: Tensor) -> None:
+    coarse_to_fine_loss(output, hard).backward()
+    fine = output.fine.detach().clone().requires_grad_()
+    classification_loss(fine, hard).backward()
+    assert output.fine.grad is not None and fine.grad is not None
+    torch.testing.assert_close(output.fine.grad, fine.grad)
+
+
+def test_coarse_stage_learns_from_the_fine_one_alone(output: CoarseToFineOutput, hard: Tensor) -> None:
+    coarse_to_fine_loss(output, hard).backward()
+    expected = (output.coarse.softmax(-1) - output.fine.softmax(-1)).detach() / BATCH
+    assert output.coarse.grad is not None
+    torch.testing.assert_close(output.coarse.grad, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_are_scored_in_float32(
+    output: CoarseToFineOutput, hard: Tensor, dtype: torch.dtype
+) -> None:
+    halves = CoarseToFineOutput(output.coarse.to(dtype), output.fine.to(dtype))
+    loss = coarse_to_fine_loss(halves, hard)
+    assert loss.dtype == torch.float32
+    assert loss.item() == coarse_to_fine_loss(CoarseToFineOutput(*(x.float() for x in halves)), hard).item()

@@ -1,0 +1,124 @@
+"""Everything that README.md and docs/ tell the reader to type really runs, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import COLOURS, Outcome
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+TINY_BACKBONE = ["--backbone", "test_vit"]
+TINY_TRAINING = ["--coarse-grid", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
+TINY_BENCH = ["--rounds", "1", "--batch-sizes", "2"]
+
+
+def _blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def _lines(page: Path) -> list[str]:
+    """What stands in the page's console blocks, a continued line as one."""
+    text = "".join(_blocks(page, "console")).replace("\\\n", " ")
+    return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = list(dict.fromkeys(line for page in PAGES for line in _lines(page)))
+
+
+def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = _blocks(README, "python")
+    assert len(blocks) >= 2
+    namespace: dict[str, Any] = {}
+    torch.manual_seed(0)
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    assert "% of the plain ViT's cost" in capsys.readouterr().out
+    assert namespace["logits"].shape == (int(namespace["hard"].sum()), namespace["model"].config.num_classes)
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, colours: Path, colour_model: Path, authors_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """A folder where every placeholder of the pages is a file or folder of that name, or may become one."""
+    for name in ("DATA", "IMAGENET"):
+        for split in ("train", "val"):
+            for colour in COLOURS:
+                (tmp_path / name / split / colour).mkdir(parents=True)
+                for i in range(4):
+                    shutil.copy(colours / split / colour / f"{i}.png", tmp_path / name / split / colour)
+    shutil.copytree(colour_model, tmp_path / "MODEL")
+    shutil.copy(authors_file, tmp_path / "authors.pth")
+    shutil.copy(colours / "val" / "red" / "0.png", tmp_path / "photo.jpg")
+    (tmp_path / "photos").mkdir()
+    shutil.copy(colours / "val" / "blue" / "1.png", tmp_path / "photos")
+    backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64)
+    save_file(backbone.state_dict(), tmp_path / "my_vit.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _in_small(words: Sequence[str]) -> list[str]:
+    """The arguments of a cfvit command, with what makes it quick."""
+    command, *arguments = words
+    if command == "train":
+        if "--backbone" in arguments:
+            arguments[arguments.index("--backbone") + 1] = "test_vit"
+        else:
+            arguments += TINY_BACKBONE
+        if "finetune" in arguments and "--initial-weights" not in arguments:
+            arguments += ["--initial-weights", "my_vit.safetensors"]
+        arguments += TINY_TRAINING
+    elif command == "bench":
+        arguments += TINY_BENCH
+    elif command == "eval":
+        arguments += ["--workers", "0"]
+    return [command, *arguments]
+
+
+def _cfvit_arguments(line: str) -> list[str] | None:
+    """What follows ``cfvit`` or ``torchrun ... -m cfvit``; None of any other command."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "torchrun" and "-m" in words:
+        words = words[words.index("-m") + 1 :]
+    return words[1:] if words[0] == "cfvit" else None
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Outcome]) -> None:
+    arguments = _cfvit_arguments(line)
+    if arguments is None:
+        made = re.fullmatch(r"make (\w+)", line.split("#")[0].strip())
+        assert made, f"the tests do not know {line!r}: teach them, or take it out"
+        assert re.search(rf"^{made[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    before = {path.name for path in place.iterdir()}
+    outcome = cfvit_main(*_in_small(arguments))
+    assert outcome.status == 0, outcome.err
+    promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures"}
+    assert {path.name for path in place.iterdir()} == before | promised
+
+
+def test_the_readme_shows_the_main_commands() -> None:
+    shown = {(_cfvit_arguments(line) or [""])[0] for line in _lines(README)}
+    assert {"predict", "eval", "train", "convert", "bench", "models"} <= shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text())
+    inside = [link.split("#")[0] for link in links if not re.match(r"https?:|#", link)]
+    missing = [link for link in inside if not (page.parent / link).exists()]
+    assert missing == []

@@ -1,0 +1,133 @@
+"""Recipes: what overrides what, what is refused, and that the written YAML says it all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfvit.errors import UsageError
+from cfvit.training.recipes import RECIPES, Recipe, load_recipe
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_their_own_yaml(name: str, yaml_file: Callable[[str], Path]) -> None:
+    recipe = load_recipe(name)
+    other = "finetune" if name == "deit" else "deit"
+    assert load_recipe(other) != recipe
+    assert load_recipe(other, yaml_file(recipe.to_yaml())) == recipe
+
+
+def test_yaml_holds_awkward_values(yaml_file: Callable[[str], Path]) -> None:
+    recipe = Recipe(
+        data="/a folder: with # signs, 'quotes' and é, " + "and a long name " * 10,
+        val_data="null",
+        timm_kwargs={"patch_size": 4, "init_values": 1e-5, "act_layer": "gelu"},
+        lr_base=1e-10,
+        threshold_max_drop=1.0,
+    )
+    text = recipe.to_yaml()
+    assert len(text.splitlines()) == len(Recipe.__dataclass_fields__)
+    assert load_recipe("deit", yaml_file(text)) == recipe
+
+
+def test_flags_override_yaml_and_yaml_the_recipe(yaml_file: Callable[[str], Path]) -> None:
+    config = yaml_file("epochs: 7\nbatch_size: 8\n")
+    recipe = load_recipe("digits", config, {"epochs": 3})
+    assert (recipe.epochs, recipe.batch_size) == (3, 8)
+    assert recipe.backbone == RECIPES["digits"].backbone == "test_vit"
+
+
+def test_numbers_are_taken_as_yaml_writes_them(yaml_file: Callable[[str], Path]) -> None:
+    recipe = load_recipe("deit", yaml_file("lr_base: 1e-3\nmin_lr: 0\nwarmup_epochs: 2\n"))
+    assert (recipe.lr_base, recipe.min_lr, recipe.warmup_epochs) == (1e-3, 0.0, 2.0)
+    assert isinstance(recipe.min_lr, float)
+
+
+def test_none_is_a_value_where_it_is_allowed(yaml_file: Callable[[str], Path]) -> None:
+    recipe = load_recipe("finetune", yaml_file("initial_weights: null\ntimm_kwargs:\n"))
+    assert RECIPES["finetune"].initial_weights == "timm"
+    assert recipe.initial_weights is None
+    assert recipe.timm_kwargs is None
+
+
+def test_empty_yaml_changes_nothing(yaml_file: Callable[[str], Path]) -> None:
+    assert load_recipe("digits", yaml_file("# nothing yet\n")) == RECIPES["digits"]
+
+
+def test_mistyped_fields_are_recognised(fails: Callable[..., Any]) -> None:
+    with fails("no field 'batchsize': did you mean 'batch_size'", UsageError):
+        load_recipe("deit", None, {"batchsize": 8})
+    with fails("no field 'zzz': choose among data, val_data", UsageError):
+        load_recipe("deit", None, {"zzz": 8})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", "ten", "give int"),
+        ("epochs", 3.5, "give int"),
+        ("epochs", True, "give int"),
+        ("epochs", None, "give int"),
+        ("lr_base", "fast", "give float"),
+        ("lr_base", False, "give float"),
+        ("compile", 1, "give bool"),
+        ("backbone", 5, "give str"),
+        ("precision", "float8", "give .*bfloat16"),
+        ("timm_kwargs", 4, "give dict"),
+    ],
+)
+def test_values_of_another_type_are_refused(name: str, value: Any, allowed: str, fails: Callable[..., Any]) -> None:
+    with fails(f"{name} is {value!r}: {allowed}", UsageError):
+        load_recipe("deit", None, {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("epochs", 0, "at least 1"),
+        ("holdout", 1.0, "between 0 and 0.99"),
+        ("informative_ratio", 1.5, "between 0 and 1"),
+        ("lr_base", float("nan"), "at least 0"),
+        ("warmup_epochs", -1.0, "at least 0"),
+        ("seed", -1, "between 0 and 4294967295"),
+        ("crop_pct", 0.0, "between 0.01 and 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, value: float, allowed: str, fails: Callable[..., Any]) -> None:
+    with fails(f"{name} is {value}: give {allowed}", UsageError):
+        load_recipe("deit", None, {name: value})
+
+
+def test_unknown_recipe(fails: Callable[..., Any]) -> None:
+    with fails("no recipe 'diet': choose among deit, finetune", UsageError):
+        load_recipe("diet")
+
+
+def test_configurations_that_are_no_recipe(
+    yaml_file: Callable[[str], Path], tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    with fails("cannot read .*absent.yaml: No such file", UsageError):
+        load_recipe("deit", tmp_path / "absent.yaml")
+    with fails("is not YAML", UsageError):
+        load_recipe("deit", yaml_file("epochs: [1,\nbatch_size: 2"))
+    with fails("holds a list", UsageError):
+        load_recipe("deit", yaml_file("- epochs\n"))
+    binary = yaml_file("")
+    binary.write_bytes(b"\xff\xfe\x00binary")
+    with fails("is not YAML", UsageError):
+        load_recipe("deit", binary)
+    with fails("no field 1", UsageError):
+        load_recipe("deit", yaml_file("1: 2\n"))

@@ -1,0 +1,390 @@
+"""The training loop: it learns, it can be stopped at any step, and many processes are as one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.data.config import resolve_model_data_config
+from torch import Tensor
+
+from cfvit import CoarseToFineOutput, create_model, load
+from cfvit.data import open_data
+from cfvit.evaluation.metrics import evaluate_model
+from cfvit.processes import Process
+from cfvit.training import loop
+from cfvit.training.loop import train
+from cfvit.training.recipes import Recipe
+
+CPU = Process(rank=0, world=1, device=torch.device("cpu"))
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+PATIENCE = 240
+"""Seconds after which a process that should have ended or spoken counts as hung."""
+
+
+@pytest.fixture(autouse=True)
+def cpu_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As the processes that the tests start, so that figures can be equal to the last bit."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe(colours: Path) -> Recipe:
+    """A network of 16 x 16 pixels, and nothing at random but the order of the images and their crops."""
+    return Recipe(
+        data=str(colours),
+        holdout=0.1,
+        backbone="test_vit",
+        timm_kwargs={"patch_size": 4},
+        coarse_grid=2,
+        epochs=2,
+        batch_size=16,
+        drop_path_rate=0.0,
+        lr_base=2e-3,
+        lr_base_size=16,
+        warmup_epochs=0.0,
+        ema_decay=0.0,
+        crop_scale_min=0.5,
+        auto_augment="none",
+        color_jitter=0.0,
+        random_erasing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        repeated_augmentation=1,
+        log_interval=1,
+        workers=0,
+    )
+
+
+@pytest.fixture
+def restless(recipe: Recipe) -> Recipe:
+    """Every source of randomness, and everything that has to be remembered: 5 steps in each of 4 epochs."""
+    return recipe.replace(
+        {
+            "epochs": 4,
+            "drop_path_rate": 0.2,
+            "warmup_epochs": 1,
+            "ema_decay": 0.9,
+            "auto_augment": "rand-m9-mstd0.5-inc1",
+            "random_erasing": 0.25,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "clip_grad": 1.0,
+            "checkpoint_interval": 3,
+        }
+    )
+
+
+def _log(out: Path, event: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if line["event"] == event]
+
+
+def _command(recipe: Recipe, out: Path, config: Path, *more: str) -> list[str]:
+    config.write_text(recipe.to_yaml())
+    return ["-m", "cfvit", "train", "--config", str(config), "--out", str(out), *more]
+
+
+def _start(recipe: Recipe, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *_command(recipe, out, out.with_suffix(".yaml"), *more)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def _signal_at_step(process: subprocess.Popen[str], out: Path, step: int, number: signal.Signals) -> str:
+    """Sends a signal once the log speaks of a step, and gives what the process has left to say."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
+            if _log(out, "train")[-1]["step"] >= step:
+                break
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.communicate(timeout=PATIENCE)[1]
+
+
+def test_learns_what_is_easy(recipe: Recipe, tmp_path: Path) -> None:
+    figures = train(recipe.replace({"epochs": 4}), tmp_path / "run")
+    losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
+    assert len(losses) == 20
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert figures["validation_coarse_top1"] > 60
+    assert figures["validation_fine_top1"] > 60
+    assert _log(tmp_path / "run", "eval")[-1] == {"event": "eval", "epoch": 3, "step": 20, **figures}
+    model = load(tmp_path / "run")
+    assert model.class_names == ["blue", "green", "red"]
+    assert model.threshold == figures["threshold"]
+
+
+def test_all_cells_are_split_at_first(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios: list[float] = []
+
+    def record(recipe: Recipe, network: Any, images: Tensor, targets: Tensor, ratio: float) -> Tensor:
+        ratios.append(ratio)
+        return network(images).fine.sum()
+
+    monkeypatch.setattr(loop, "_loss", record)
+    train(recipe.replace({"epochs": 3, "informative_ratio": 0.25}), tmp_path / "run")
+    assert ratios == [1.0] * 10 + [0.25] * 5
+
+
+def test_killed_run_resumes_as_if_nothing_had_happened(restless: Recipe, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = _start(restless.replace({"workers": 1}), killed)
+    _signal_at_step(process, killed, 8, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert 6 <= step < 20
+
+    train(restless, whole)
+    train(restless, killed, resume=True)
+
+    for event in ("train", "eval"):
+        assert _log(killed, event) == _log(whole, event)
+    assert [line["step"] for line in _log(killed, "train")] == list(range(1, 21))
+    expected = load_file(whole / "model.safetensors")
+    for name, tensor in load_file(killed / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("step", [5, 7])
+def test_resumes_anywhere_in_an_epoch(
+    step: int, restless: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any]
+) -> None:
+    muon = restless.replace({"optimizer": "muon", "repeated_augmentation": 3, "accumulate": 2, "batch_size": 8})
+    train(muon, tmp_path / "whole")
+    with monkeypatch.context() as patched, fails(f"stopped at step {step}: add --resume"):
+        patched.setattr(loop, "_stop_signal", _stop_at(step))
+        train(muon, tmp_path / "stopped")
+    train(muon, tmp_path / "stopped", resume=True)
+    for event in ("train", "eval"):
+        assert _log(tmp_path / "stopped", event) == _log(tmp_path / "whole", event)
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def _stop_at(step: int) -> Callable[[Process], AbstractContextManager[Callable[[], bool]]]:
+    """In place of ``_stop_signal``: a signal that comes in the given step."""
+    left = iter(range(step - 1, -1, -1))
+
+    @contextmanager
+    def stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
+        yield lambda: next(left) == 0
+
+    return stop_signal
+
+
+def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    long = restless.replace({"epochs": 1000, "eval_interval": 1000, "checkpoint_interval": 100_000})
+    said = _signal_at_step(process := _start(long, out), out, 2, signal.SIGTERM)
+    assert process.returncode == 1
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
+    assert step >= 2
+    assert said.splitlines()[-1] == f"cfvit: stopped at step {step}: add --resume to continue"
+    assert "Traceback" not in said
+
+
+def test_nothing_is_resumed_or_overwritten_unasked(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    with fails("holds no run to resume"):
+        train(recipe, tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+    (tmp_path / "model.safetensors").write_bytes(b"somebody's model")
+    with fails("already holds a model"):
+        train(recipe, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's model"
+
+
+def test_unreadable_images_end_a_run_with_workers(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(12):
+            (tmp_path / "data" / name / f"{number}.png").write_text("no image")
+    with fails("training images in a row cannot be read"):
+        train(recipe.replace({"data": str(tmp_path / "data"), "workers": 1}), tmp_path / "run")
+
+
+def test_runs_are_not_mixed_up(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    out = tmp_path / "run"
+    train(recipe.replace({"epochs": 1}), out)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with fails("already holds a run: add --resume"):
+        train(recipe.replace({"epochs": 1}), out)
+    with fails("has epochs 1, not 2: resume with the same recipe"):
+        train(recipe, out, resume=True)
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    figures = train(recipe.replace({"epochs": 1, "eval_batch_size": 5, "checkpoint_interval": 7}), out, resume=True)
+    assert {"event": "eval", "epoch": 0, "step": 5, **figures} == _log(out, "eval")[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_damaged_checkpoint(content: bytes | None, recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    if content is None:
+        torch.save({"another": "program's"}, tmp_path / "checkpoint.pt")
+    else:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    with fails("checkpoint.pt is damaged"):
+        train(recipe, tmp_path, resume=True)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:
+    once = recipe.replace({"epochs": 1, "optimizer": "sgd", "lr_base": 0.1})
+    train(once, tmp_path / "once")
+    train(once.replace({"batch_size": 8, "accumulate": 2}), tmp_path / "twice")
+    for one, two in zip(_log(tmp_path / "once", "train"), _log(tmp_path / "twice", "train"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["lr"] == one["lr"]
+    expected = load_file(tmp_path / "once" / "model.safetensors")
+    start = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4).state_dict()
+    assert not torch.allclose(expected["backbone.head.bias"], start["backbone.head.bias"], atol=1e-3)
+    for name, tensor in load_file(tmp_path / "twice" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("backbone_only", [False, True])
+def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, backbone_only: bool) -> None:
+    model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
+    changed = recipe.replace({"optimizer": optimizer, "backbone_only": backbone_only, "weight_decay": 0.05})
+    trained = loop._assemble(changed, model, 80, CPU)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = trained.optimizer.param_groups
+    decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    expected = {
+        name: 0.0 if parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token")) else 0.05
+        for name, parameter in model.named_parameters()
+        if name.startswith("backbone.") or not backbone_only
+    }
+    assert decay == expected
+
+
+def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> None:
+    plain = recipe.replace({"backbone_only": True, "epochs": 1, "crop_pct": 1.0, "holdout": 0.0})
+    figures = train(plain, tmp_path / "plain")
+    assert set(figures) == {"validation_backbone_top1", "validation_backbone_top5"}
+    checkpoint = torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)["model"]
+    reference = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4).eval()
+    reference.load_state_dict(checkpoint)
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(backbone(images), reference.backbone(images))
+    prepared = resolve_model_data_config(backbone)
+    assert (prepared["input_size"], prepared["crop_pct"]) == ((3, 16, 16), 1.0)
+
+    fine_tuned = recipe.replace(
+        {"initial_weights": str(tmp_path / "plain"), "epochs": 1, "lr_base": 0.0, "min_lr": 0.0}
+    )
+    train(fine_tuned, tmp_path / "fine_tuned")
+    weights = load(tmp_path / "fine_tuned").backbone.state_dict()
+    for name, tensor in backbone.state_dict().items():
+        torch.testing.assert_close(weights[name], tensor, msg=name)
+
+
+def test_two_processes_count_every_image_once(recipe: Recipe, colours: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    brief = recipe.replace({"epochs": 1, "lr_base": 1e-6, "min_lr": 0.0, "batch_size": 8})
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, *_command(brief, out, tmp_path / "recipe.yaml")]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
+    assert ended.returncode == 0, ended.stderr
+    assert [line["step"] for line in _log(out, "train")] == [1, 2, 3, 4, 5]
+    (figures,) = _log(out, "eval")
+    evaluation = evaluate_model(load(out), open_data(str(colours), "validation"), [], 16, 0, CPU)
+    assert evaluation.images == 33
+    for score in evaluation.stages:
+        assert figures[f"validation_{score.stage}_top1"] == pytest.approx(score.top1, abs=1e-3)
+        assert 10 < score.top1 < 100, "figures that could tell a wrong count"
+
+
+def test_full_disk_leaves_the_last_checkpoint(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any]
+) -> None:
+    out = tmp_path / "run"
+    written = torch.save
+
+    def fill_up(content: dict[str, Any], file: Path) -> None:
+        if content["step"] == 4:
+            file.write_bytes(b"the first half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written(content, file)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with fails("cannot write .*checkpoint.pt .No space left on device"):
+        train(recipe.replace({"checkpoint_interval": 2}), out)
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
+        "checkpoint.pt",
+        "log.jsonl",
+        "recipe.yaml",
+    ]
+
+
+@pytest.mark.parametrize("interval", [500, 3])
+def test_loss_that_is_no_number_ends_the_run(
+    interval: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any]
+) -> None:
+    steps = iter(range(1, 100))
+
+    def diverge(output: CoarseToFineOutput, *_: Any) -> Tensor:
+        return output.fine.sum() * (1.0 if next(steps) < 7 else math.nan)
+
+    monkeypatch.setattr(loop, "coarse_to_fine_loss", diverge)
+    with fails("the loss is nan at step .*: lower --lr-base"):
+        train(recipe.replace({"epochs": 3, "checkpoint_interval": interval}), tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] in (5, 6)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"batch_size": 100}, "81 training images do not fill one step of 100 x 1 images on 1 process"),
+        ({"holdout": 0.99}, "training images do not fill one step"),
+        ({"data": ""}, "no data: name what to train on"),
+        ({"optimizer": "adamm"}, "optimizer 'adamm'"),
+        ({"auto_augment": "rnd-m9"}, "timm cannot augment so"),
+        ({"backbone": "resnet18", "timm_kwargs": None}, "resnet18"),
+        ({"initial_weights": "nowhere"}, "no model 'nowhere'"),
+    ],
+)
+def test_runs_that_cannot_start(
+    changes: dict[str, Any], reason: str, recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    with fails(reason):
+        train(recipe.replace(changes), tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_bfloat16_autocast(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[torch.dtype] = set()
+    exact = loop.coarse_to_fine_loss
+
+    def look(output: CoarseToFineOutput, target: Tensor, label_smoothing: float) -> Tensor:
+        seen.update(logits.dtype for logits in output)
+        return exact(output, target, label_smoothing)
+
+    monkeypatch.setattr(loop, "coarse_to_fine_loss", look)
+    train(recipe.replace({"epochs": 1, "precision": "bfloat16"}), tmp_path / "run")
+    assert seen == {torch.bfloat16}
+    assert all(math.isfinite(line["loss"]) for line in _log(tmp_path / "run", "train"))
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in load(tmp_path / "run").parameters())
