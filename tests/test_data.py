@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import warnings
 import zlib
@@ -448,3 +450,14 @@ def test_unreadable_evaluation_image_is_marked(make_colours: Callable[..., Path]
     image, target, index = EvalImages(source, DATA_CONFIG)[1]
     assert (target, index) == (-1, 1)
     assert torch.equal(image, torch.zeros(3, 16, 16))
+
+
+def test_a_loader_left_open_does_not_hold_up_the_exit() -> None:
+    program = """
+import sys
+from torch.utils.data import DataLoader
+from cfvit.data import leave_signals_to_the_run
+sys.kept = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_signals_to_the_run))
+next(sys.kept)
+"""
+    assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0

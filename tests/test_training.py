@@ -105,18 +105,18 @@ def _command(recipe: Recipe, out: Path, config: Path, *more: str) -> list[str]:
 
 def _start(recipe: Recipe, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [sys.executable, *_command(recipe, out, out.with_suffix(".yaml"), *more)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def _signal_at_step(process: subprocess.Popen[str], out: Path, step: int, number: signal.Signals) -> str:
-    """Sends a signal once the log speaks of a step, and gives what the process has left to say."""
+    """Sends a signal to the whole group, as a terminal does, once the log speaks of a step; gives the last words."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         with suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
             if _log(out, "train")[-1]["step"] >= step:
                 break
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     return process.communicate(timeout=PATIENCE)[1]
 
 
@@ -194,7 +194,8 @@ def _stop_at(step: int) -> Callable[[Process], AbstractContextManager[Callable[[
 
 def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    long = restless.replace({"epochs": 1000, "eval_interval": 1000, "checkpoint_interval": 100_000})
+    settings = {"epochs": 1000, "eval_interval": 1000, "checkpoint_interval": 100_000}
+    long = restless.replace({**settings, "workers": 1})
     said = _signal_at_step(process := _start(long, out), out, 2, signal.SIGTERM)
     assert process.returncode == 1
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]

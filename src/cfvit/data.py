@@ -6,9 +6,11 @@ Every image, in training, evaluation and prediction alike, is read by `open_imag
 from __future__ import annotations
 
 import io
+import os
 import random
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -334,9 +336,20 @@ class TrainSampler(Sampler):
 
 
 def leave_signals_to_the_run(worker: int) -> None:
-    """For loading processes: Ctrl-C and SIGTERM reach the whole group, but the run alone decides what to do."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """For loading processes: Ctrl-C and SIGTERM reach the whole group, but the run alone decides what to do.
+
+    A SIGTERM that the run itself sends does end the process: multiprocessing sends one at exit, and waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it and keeps torch's handler, which ends on any SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_run, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_run(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
 
 
 def combine_seeds(*parts: int) -> int:
