@@ -78,7 +78,7 @@ def make_images() -> Callable[..., Tensor]:
 
     def make(model: CoarseToFineViT, count: int, seed: int = 0) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(count, 3, model.image_size, model.image_size, generator=generator)
+        return torch.randn(count, 3, *model.image_size, generator=generator)
 
     return make
 

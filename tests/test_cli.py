@@ -410,7 +410,7 @@ def test_models_lists_what_is_bundled(cfvit_main: Cli) -> None:
     for name in cfvit.bundled_models():
         (line,) = [line for line in outcome.out if name in line]
         model = load(name)
-        for value in (model.image_size, model.config.num_classes, f"{count_macs(model).coarse / 1e9:.2f}"):
+        for value in ("x".join(map(str, model.image_size)), model.config.num_classes, f"{count_macs(model).coarse / 1e9:.2f}"):
             assert str(value) in line.split()
 
 
@@ -485,7 +485,7 @@ def test_train_leaves_a_model_of_the_data_and_refuses_to_start_over(
     assert str(run) in outcome.err[-1]
     model = load(run)
     assert model.class_names == list(COLOURS)
-    assert model.image_size == 16
+    assert model.image_size == (16, 16)
     assert model.threshold is not None
     before = (run / "model.safetensors").read_bytes()
     message = _error(cfvit_main(*arguments), 1)

@@ -68,7 +68,7 @@ def test_split_cells_are_those_of_highest_class_attention(model: CoarseToFineViT
 
 
 def test_the_image_comes_back_without_its_normalisation(model: CoarseToFineViT) -> None:
-    side = model.image_size
+    side = model.image_size[0]
     pixels = np.random.default_rng(0).random((side, side, 3), dtype=np.float32)
     mean, std = np.array(model.data_config["mean"]), np.array(model.data_config["std"])
     images = torch.from_numpy((pixels - mean) / std).float().permute(2, 0, 1)[None]

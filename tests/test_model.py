@@ -42,7 +42,7 @@ class TestReference:
             model.state_dict(),
             heads=3,
             grid=config.coarse_grid,
-            patch=model.image_size // (2 * config.coarse_grid),
+            patch=model.image_size[0] // (2 * config.coarse_grid),
             ratio=config.informative_ratio,
             momentum=config.attention_momentum,
         )
@@ -306,7 +306,6 @@ class TestErrors:
             "vit_base_patch16_siglip_224",
             "vit_medium_patch16_gap_240",
             "swin_tiny_patch4_window7_224",
-            "deit_tiny_distilled_patch16_224",
             "deit_tiny_patch16_224.no_such_tag",
         ],
     )

@@ -131,3 +131,26 @@ def test_configurations_that_are_no_recipe(
         load_recipe("deit", binary)
     with fails("no field 1", UsageError):
         load_recipe("deit", yaml_file("1: 2\n"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"coarse_grid": 0}, "coarse_grid is 0: give at least 1, or ROWSxCOLUMNS such as 5x8"),
+        ({"coarse_grid": "5x"}, "coarse_grid is '5x': give at least 1"),
+        ({"coarse_grid": "5x8x2"}, "coarse_grid is '5x8x2'"),
+        ({"mix_token": True}, "mix_token is on without token labels"),
+        ({"token_labels": "maps", "teacher": "resnet18", "mixup": 0, "cutmix": 0}, "both given"),
+        ({"token_labels": "maps"}, "mixup and cutmix move pixels"),
+        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "backbone_only": True}, "leave out token_labels and teacher"),
+    ],
+)
+def test_what_does_not_go_together(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UsageError, match=complaint):
+        Recipe().replace(changes)
+
+
+def test_grids() -> None:
+    assert Recipe().grid == 7
+    assert Recipe().replace({"coarse_grid": "5x8"}).grid == (5, 8)
+    assert Recipe().replace({"coarse_grid": "9"}).grid == 9

@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from cfvit import CoarseToFineOutput, create_model, load
 from cfvit.data import open_data
+from cfvit.errors import CfvitError, UsageError
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.processes import Process
 from cfvit.training import loop
@@ -221,6 +222,80 @@ def test_unreadable_images_end_a_run_with_workers(recipe: Recipe, tmp_path: Path
             (tmp_path / "data" / name / f"{number}.png").write_text("no image")
     with fails("training images in a row cannot be read"):
         train(recipe.replace({"data": str(tmp_path / "data"), "workers": 1}), tmp_path / "run")
+
+
+@pytest.fixture
+def label_maps(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Maps in which a quarter of each image is of the next class."""
+    root = tmp_path_factory.mktemp("maps")
+    folder = colours / "train"
+    for label, name in enumerate(sorted(child.name for child in folder.iterdir())):
+        (root / name).mkdir()
+        for path in (folder / name).iterdir():
+            classes = torch.full((1, 18, 18), float(label))
+            classes[:, :9, :9] = (label + 1) % 3
+            torch.save(torch.stack([torch.full((1, 18, 18), 8.0), classes]).half(), root / name / f"{path.stem}.pt")
+    return root
+
+
+@pytest.fixture
+def token_recipe(recipe: Recipe, label_maps: Path) -> Recipe:
+    tiny = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+    changes = {"backbone": "lvvit_tiny_patch16_224", "timm_kwargs": tiny, "coarse_grid": "2x3", "hflip": 0.5}
+    return recipe.replace({**changes, "token_labels": str(label_maps), "mix_token": True, "ema_decay": 0.9})
+
+
+def test_learns_from_token_labels(token_recipe: Recipe, tmp_path: Path) -> None:
+    figures = train(token_recipe.replace({"epochs": 6}), tmp_path / "run")
+    losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert figures["validation_coarse_top1"] > 60
+    assert figures["validation_fine_top1"] > 60
+    model = load(tmp_path / "run")
+    assert model.grid == (2, 3)
+    assert model.image_size == (64, 96)
+
+
+def test_token_labels_resume_as_if_nothing_had_happened(
+    token_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(token_recipe, tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(CfvitError, match="stopped at step 7"):
+        patched.setattr(loop, "_stop_signal", _stop_at(7))
+        train(token_recipe, tmp_path / "stopped")
+    train(token_recipe, tmp_path / "stopped", resume=True)
+    whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_a_teacher_gives_the_labels_as_training_goes(token_recipe: Recipe, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = timm.create_model("resnet10t", num_classes=3)
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    asked = {"token_labels": None, "teacher": "resnet10t", "teacher_weights": str(tmp_path / "teacher.safetensors")}
+    train(token_recipe.replace({**asked, "epochs": 1, "mix_token": False}), tmp_path / "run")
+    losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
+    assert all(math.isfinite(loss) for loss in losses)
+    train(token_recipe.replace({**asked, "epochs": 1, "mix_token": False, "token_label_weight": 0}), tmp_path / "other")
+    assert [line["loss"] for line in _log(tmp_path / "other", "train")] != losses
+
+
+def test_label_maps_that_are_missing_or_damaged(
+    token_recipe: Recipe, label_maps: Path, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    first, second = sorted(label_maps.rglob("*.pt"))[:2]
+    first.write_bytes(b"no tensor")
+    with fails(f"label map {first} is damaged"):
+        train(token_recipe.replace({"workers": 1, "holdout": 0.0}), tmp_path / "damaged")
+    second.unlink()
+    with fails(rf"1 of \d+ training images have no label map, the first is {second}"):
+        train(token_recipe.replace({"holdout": 0.0}), tmp_path / "missing")
+
+
+def test_token_labels_need_an_auxiliary_head(token_recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    plain = {"backbone": "test_vit", "timm_kwargs": {"patch_size": 4}, "coarse_grid": 2}
+    with fails("test_vit has no auxiliary head", UsageError):
+        train(token_recipe.replace(plain), tmp_path / "run")
 
 
 def test_runs_are_not_mixed_up(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:

@@ -12,14 +12,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from cfvit import backbones
+from cfvit import anatomy, backbones
 from cfvit.errors import CfvitError, first_line
 from cfvit.labels import readable_class_names
 from cfvit.model import CoarseToFineViT, ModelConfig
@@ -142,15 +144,15 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
 
 def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
     """Refuses what a saved folder says besides the weights before it can fail in use."""
-    names, eta, side, config = model.class_names, model.threshold, model.image_size, model.data_config
+    names, eta, size, config = model.class_names, model.threshold, model.image_size, model.data_config
     unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
     problem = None
     if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
         problem = f"class_names do not name {model.config.num_classes} classes"
     elif eta is not None and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
         problem = f"threshold is {eta!r}, not between 0 and 1"
-    elif tuple(config.get("input_size", ())) != (3, side, side):
-        problem = f"input_size is {config.get('input_size')}, not (3, {side}, {side})"
+    elif tuple(config.get("input_size", ())) != (3, *size):
+        problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
     elif unknown:
         problem = f"data_config has unknown {', '.join(sorted(unknown))}"
     if problem:
@@ -197,9 +199,9 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
         weights = _resampled(trained, model)
         keep = set()
     own = model.state_dict()
-    for name in ("backbone.head.weight", "backbone.head.bias"):
-        if name in weights and weights[name].shape != own[name].shape:
-            keep.add(name)
+    heads = {name for name in own if name.removeprefix("backbone.").split(".")[0] in backbones.HEADS}
+    if any(name in weights and weights[name].shape != own[name].shape for name in heads):
+        keep |= heads
     load_strictly(model, {**weights, **{name: own[name] for name in keep}}, source)
 
 
@@ -219,9 +221,10 @@ def _is_authors_checkpoint(path: Path) -> bool:
 
 def _resampled(source: CoarseToFineViT, target: CoarseToFineViT) -> dict[str, Tensor]:
     weights = source.state_dict()
-    fine = (2 * target.grid[0], 2 * target.grid[1])
-    for name, grid in (("coarse_pos_embed", target.grid), ("backbone.pos_embed", fine)):
-        weights[name] = backbones.resample_positions(source.backbone, weights[name], grid)
+    for name, scale in (("coarse_pos_embed", 1), ("backbone.pos_embed", 2)):
+        if name in weights:
+            old, new = ((scale * grid[0], scale * grid[1]) for grid in (source.grid, target.grid))
+            weights[name] = anatomy.resample_positions(source.backbone, weights[name], old, new)
     return weights
 
 
@@ -239,7 +242,8 @@ _AUTHORS_EVALUATION = {"crop_pct": 224 / 256, "interpolation": "bicubic"}
 
 _AUTHORS_DIMS = {"patch_embed.proj.weight": 4, "head.weight": 2}
 _HEAD_DIM = 64
-_AUTHORS_BACKBONES = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+_AUTHORS_DEITS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
+_AUTHORS_LVVITS = {240: "lvvit_tiny_patch16_224", 384: "lvvit_small_patch16_224", 512: "lvvit_medium_patch16_224"}
 
 
 def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
@@ -247,8 +251,9 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
 
     The file holds ``{"model": state_dict, ...}``: timm's keys for the backbone, besides
     ``pos_embed_list.0`` (coarse) and ``.1`` (fine), ``reuse_block.0`` (norm) and
-    ``reuse_block.1.fc1``, ``.fc2``. Size and grid follow from the shapes. The file
-    does not say how many heads there are; as in every DeiT, each has 64 channels.
+    ``reuse_block.1.fc1``, ``.fc2``; an LV-ViT is known by the convolutions of its stem. Size and grid follow
+    from the shapes. The file does not say how many heads there are: a width that has no DeiT or
+    LV-ViT of its own is taken to have 64 channels in each.
 
     Raises:
         CfvitError: not such a file, or a missing, unknown or misshapen weight, which is named.
@@ -275,28 +280,33 @@ def _authors_name(name: str) -> str:
 
 def _authors_config(weights: dict[str, Tensor], path: str | Path) -> ModelConfig:
     needed = ("cls_token", "pos_embed_list.0", "pos_embed_list.1", "patch_embed.proj.weight", "head.weight")
+    is_lvvit = any(name.startswith("patch_embed.conv") for name in weights)
+    kind, backbones_by_width = ("CF-LV-ViT", _AUTHORS_LVVITS) if is_lvvit else ("CF-DeiT", _AUTHORS_DEITS)
     missing = [name for name in needed if name not in weights]
     if missing:
-        raise CfvitError(f"{path} does not fit a CF-DeiT: missing {', '.join(missing)}")
+        raise CfvitError(f"{path} does not fit a {kind}: missing {', '.join(missing)}")
     dim = weights["cls_token"].shape[-1] if weights["cls_token"].ndim else 0
-    if dim not in range(_HEAD_DIM, 4097, _HEAD_DIM):
-        raise CfvitError(f"{path} has {dim} channels: CF-DeiT has a multiple of {_HEAD_DIM}, at most 4096")
+    if dim not in backbones_by_width and dim not in range(_HEAD_DIM, 4097, _HEAD_DIM):
+        raise CfvitError(f"{path} has {dim} channels: {kind} has a multiple of {_HEAD_DIM}, at most 4096")
     for key, dims in _AUTHORS_DIMS.items():
         if weights[key].ndim != dims or 0 in weights[key].shape:
-            raise CfvitError(f"{path} does not fit a CF-DeiT: {key} is {list(weights[key].shape)}")
-    name, usual_depth = _AUTHORS_BACKBONES.get(dim, _AUTHORS_BACKBONES[192]), 12
-    blocks = [int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
-    found = {
-        "embed_dim": dim,
-        "num_heads": dim // _HEAD_DIM,
-        "depth": min(1 + max(blocks), 99) if blocks else usual_depth,
-        "patch_size": weights["patch_embed.proj.weight"].shape[-1],
-    }
-    usual = {"embed_dim": dim if dim in _AUTHORS_BACKBONES else None, "depth": usual_depth, "patch_size": 16}
-    usual["num_heads"] = dim // _HEAD_DIM if dim in _AUTHORS_BACKBONES else None
+            raise CfvitError(f"{path} does not fit a {kind}: {key} is {list(weights[key].shape)}")
+    name = backbones_by_width.get(dim, backbones_by_width[384])
     return ModelConfig(
         backbone=name,
         num_classes=weights["head.weight"].shape[0],
         coarse_grid=math.isqrt(max(1, weights["pos_embed_list.0"].numel() // dim - 1)),
-        timm_kwargs={key: value for key, value in found.items() if value != usual[key]},
+        timm_kwargs=_unlike(name, weights, dim, stem_stride=2 if is_lvvit else 1),
     )
+
+
+def _unlike(name: str, weights: dict[str, Tensor], dim: int, stem_stride: int) -> dict[str, int]:
+    """What a file's model has otherwise than timm's model ``name``, as timm's keyword arguments."""
+    with torch.device("meta"):
+        usual: Any = timm.create_model(name)
+    blocks = [int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
+    depth = min(1 + max(blocks), 99) if blocks else len(usual.blocks)
+    patch = stem_stride * weights["patch_embed.proj.weight"].shape[-1]
+    differs = {"embed_dim": dim, "num_heads": dim // _HEAD_DIM} if dim != usual.embed_dim else {}
+    differs |= {"depth": depth} if depth != len(usual.blocks) else {}
+    return differs | ({"patch_size": patch} if patch != usual.patch_embed.patch_size[0] else {})

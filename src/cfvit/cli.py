@@ -287,6 +287,44 @@ def train(
 
 
 @app.command
+def token_labels(
+    *,
+    data: Annotated[str, Parameter(help="training images: image folder or tar")],
+    teacher: Annotated[str, Parameter(help="timm model trained on the same classes, or local-dir:FOLDER")],
+    out: Annotated[Path, Parameter(help="folder for the label maps, one sub-folder per class")],
+    weights: Annotated[Path | None, Parameter(help="the teacher's weights, a file; by default timm's own")] = None,
+    size: Annotated[int, Parameter(validator=Number(gte=1), help="places on a side of a label map")] = 18,
+    batch_size: BatchSize = 32,
+    workers: Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")] = 2,
+    json: Json = False,
+) -> int:
+    """Make label maps for token labelling: what a trained teacher sees at each place of each training image.
+
+    Maps that are there are kept, so that a run that was stopped can be called again. A file that
+    cannot be read is reported; the others still get their maps, and the exit status is 1 at the end.
+    """
+    from cfvit.data import open_data
+    from cfvit.processes import best_device
+    from cfvit.training.labelling import make_token_labels
+    from cfvit.training.teacher import load_teacher
+
+    source = open_data(data, "train")
+    trained = load_teacher(teacher, len(source.class_names), weights, best_device())
+    counts = make_token_labels(source, trained, out, size=size, batch_size=batch_size, workers=workers)
+    for name, reason in counts.unreadable:
+        _say(f"cfvit: {name} has no label map: {reason}")
+        if json:
+            _print_json(path=name, error=reason)
+    if json:
+        _print_json(made=counts.made, there=counts.there, unreadable=len(counts.unreadable), out=str(out))
+    _say(
+        f"{counts.made} label map{'s' * (counts.made != 1)} made, {counts.there} were there: "
+        f"cfvit train --recipe lvvit --token-labels {out} ... learns from them"
+    )
+    return int(bool(counts.unreadable))
+
+
+@app.command
 def convert(
     source: Annotated[Path, Parameter(help="one of the authors' .pth files; it is only read")],
     folder: Annotated[Path, Parameter(help="where to write config.json and model.safetensors")],
@@ -320,7 +358,7 @@ def models() -> None:
         macs = count_macs(model)
         eta = "-" if model.threshold is None else f"{model.threshold:.2f}"
         costs = (f"{cost / 1e9:.2f}" for cost in (macs.coarse, macs.both, macs.backbone))
-        size = str(model.image_size)
+        size = "x".join(map(str, model.image_size))
         table.add_row(name, model.config.backbone, str(model.config.num_classes), size, eta, *costs)
     _show(table)
 
@@ -349,7 +387,7 @@ def bench(
     with join_processes() as process:
         network.to(process.device)
         for size in batch_sizes:
-            images = torch.randn(size, 3, network.image_size, network.image_size, device=process.device)
+            images = torch.randn(size, 3, *network.image_size, device=process.device)
             for row in run(network, images, fine_share, rounds):
                 if json:
                     _print_json(**dataclasses.asdict(row))

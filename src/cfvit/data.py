@@ -289,22 +289,26 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int, ...]:
         position, seed = key
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-        image, target = self._read(position)
+        return self.augment(*self._read(position))
+
+    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Tensor | int, ...]:
+        """The item of an image, given also its number in the source: ``(tensor, target)``."""
         return self.transform(image), target
 
-    def _read(self, position: int) -> tuple[Image.Image, int]:
+    def _read(self, position: int) -> tuple[Image.Image, int, int]:
+        index = self.indices[position]
         for offset in range(min(len(self), FAILURES_IN_A_ROW)):
             index = self.indices[(position + offset) % len(self)]
             try:
-                return self.source.read(index)
+                return *self.source.read(index), index
             except ImageError as error:
                 warnings.warn(f"skipped {self.source.name(index)}: {error}", stacklevel=2)
-        return Image.new("RGB", (8, 8)), UNREADABLE
+        return Image.new("RGB", (8, 8)), UNREADABLE, index
 
 
 class TrainSampler(Sampler):
@@ -333,6 +337,18 @@ class TrainSampler(Sampler):
 
     def __len__(self) -> int:
         return len(self.order) - self.start
+
+
+def next_batch(batches: Iterator[Any]) -> Any:
+    """The next batch of a loader; an error of ours in a loading process says what it said there, in one line.
+
+    Raises:
+        CfvitError: as raised by the data set.
+    """
+    try:
+        return next(batches)
+    except CfvitError as error:  # torch has put the loading process's traceback in front
+        raise CfvitError(str(error).strip().splitlines()[-1].split("CfvitError: ")[-1]) from error
 
 
 def leave_signals_to_the_run(worker: int) -> None:

@@ -122,7 +122,7 @@ def _score(model: CoarseToFineViT, digits: Path) -> Evaluation:
 
 def _compare(model: CoarseToFineViT, evaluation: Evaluation, plain_accuracy: float) -> Comparison:
     point = next(point for point in evaluation.sweep if point.threshold == evaluation.calibrated)
-    images = torch.randn(BENCH_BATCH, 3, model.image_size, model.image_size)
+    images = torch.randn(BENCH_BATCH, 3, *model.image_size)
     return Comparison(
         accuracy=point.accuracy,
         plain_accuracy=plain_accuracy,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfvit.backbones import embed_children
+from cfvit.anatomy import embed_children
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseToFineViT
 from cfvit.tokens import gather_tokens, num_informative
@@ -64,20 +64,21 @@ def count_macs(model: CoarseToFineViT) -> StageMacs:
     """
     model = copy.deepcopy(model).to("meta").eval()
     cells = model.grid[0] * model.grid[1]
-    others = cells - num_informative(model.config.informative_ratio, cells)
-    images = torch.empty(1, 3, model.image_size, model.image_size, device="meta", dtype=model.coarse_pos_embed.dtype)
+    informative = num_informative(model.config.informative_ratio, cells)
+    dtype = next(model.parameters()).dtype
+    images = torch.empty(1, 3, *model.image_size, device="meta", dtype=dtype)
     state = model.coarse(images)
-    unsplit = torch.empty(1, others, dtype=torch.long, device="meta")
 
-    def embed_and_reuse_unsplit() -> None:
-        embed_children(model.backbone, images, unsplit)
-        model.feature_reuse(gather_tokens(state.tokens, unsplit))
+    def embed_and_reuse(count: int) -> None:
+        chosen = torch.empty(1, count, dtype=torch.long, device="meta")
+        embed_children(model.backbone, images, chosen)
+        model.feature_reuse(gather_tokens(state.tokens, chosen))
 
     return StageMacs(
         coarse=_macs(lambda: model.coarse(images)),
         fine=_macs(lambda: model.fine(images, state)),
         backbone=_macs(lambda: model.backbone(images)),
-        spared=_macs(embed_and_reuse_unsplit),
+        spared=_macs(lambda: embed_and_reuse(cells)) - _macs(lambda: embed_and_reuse(informative)),
     )
 
 

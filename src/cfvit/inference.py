@@ -68,7 +68,7 @@ class Predictor:
         Raises:
             CfvitError: images of another shape.
         """
-        parameter = self.model.coarse_pos_embed
+        parameter = next(self.model.parameters())
         images = images.to(parameter.device, parameter.dtype)
         state = self.model.coarse(images)
         logits, confidence = state.logits, state.confidence

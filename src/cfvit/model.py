@@ -20,12 +20,13 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from cfvit import backbones
+from cfvit import anatomy, backbones
 from cfvit.errors import CfvitError
 from cfvit.tokens import (
     accumulate_attention,
     child_positions,
     gather_tokens,
+    mirrored_sources,
     num_informative,
     rank_cells,
     repeat_for_children,
@@ -40,9 +41,10 @@ class ModelConfig:
     """What defines a model besides its weights. Saved as part of ``config.json``.
 
     Attributes:
-        backbone: name of a timm ViT with a class token.
+        backbone: timm's name of a ViT with a class token, or ``lvvit_small_patch16_224`` and its kin.
         num_classes: size of the head.
-        coarse_grid: side ``g`` of the coarse grid in cells; images have ``2 * g * patch`` pixels a side.
+        coarse_grid: side ``g`` of the coarse grid in cells, or ``(rows, columns)``; a side of the image
+            is ``2 * g * patch`` pixels.
         informative_ratio: alpha, the share of cells that the fine stage splits, in [0, 1].
         attention_momentum: beta of Eq. 9, in [0, 1).
         timm_kwargs: further keyword arguments of ``timm.create_model``.
@@ -50,15 +52,18 @@ class ModelConfig:
 
     backbone: str
     num_classes: int = 1000
-    coarse_grid: int = 7
+    coarse_grid: int | tuple[int, int] = 7
     informative_ratio: float = 0.5
     attention_momentum: float = 0.99
     timm_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(self.num_classes >= 1, f"num_classes is {self.num_classes}: give at least 1")
-        whole = isinstance(self.coarse_grid, int) and self.coarse_grid >= 1
-        _require(whole, f"coarse_grid is {self.coarse_grid!r}: give a whole number of at least 1")
+        if isinstance(self.coarse_grid, list):  # JSON and YAML have no tuples
+            object.__setattr__(self, "coarse_grid", tuple(self.coarse_grid))
+        sides = self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid,) * 2
+        whole = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
+        _require(whole, f"coarse_grid is {self.coarse_grid!r}: give a whole number of at least 1, or (rows, columns)")
         reserved = {"img_size", "num_classes", "pretrained", "in_chans"} & set(self.timm_kwargs)
         _require(not reserved, f"{', '.join(reserved)} cannot be given to timm: it follows from cfvit's own arguments")
         _require(
@@ -69,6 +74,11 @@ class ModelConfig:
             0 <= self.attention_momentum < 1,
             f"attention_momentum is {self.attention_momentum}: give at least 0 and less than 1",
         )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the coarse grid."""
+        return self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid, self.coarse_grid)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -110,12 +120,30 @@ class CoarseToFineOutput(NamedTuple):
     fine: Tensor
 
 
+class TokenOutput(NamedTuple):
+    """What training with token labels needs of a batch: answers of the class token and of each patch token.
+
+    Attributes:
+        coarse: the coarse class token's logits, ``[B, classes]``.
+        fine: the fine class token's logits, ``[B, classes]``.
+        tokens: the auxiliary head's logits for the fine sequence, ``[B, 4k + N - k, classes]``.
+        informative: the cells of the first ``4k`` tokens, ``[B, k]``.
+        others: the cells of the rest, ``[B, N - k]``.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    tokens: Tensor
+    informative: Tensor
+    others: Tensor
+
+
 class FeatureReuse(nn.Module):
     """LayerNorm and an MLP on the coarse stage's output tokens (Fig. 4): ``[B, n, D] -> [B, n, D]``."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, eps: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = nn.LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, hidden)
         for layer in (self.mlp.fc1, self.mlp.fc2):
             trunc_normal_(layer.weight, std=0.02)
@@ -145,8 +173,8 @@ class CoarseToFineViT(nn.Module):
         super().__init__()
         patch = backbones.patch_size(config.backbone, **config.timm_kwargs)
         self.config = config
-        self.grid = (config.coarse_grid, config.coarse_grid)
-        self.image_size = 2 * config.coarse_grid * patch
+        self.grid = config.grid
+        self.image_size = (2 * self.grid[0] * patch[0], 2 * self.grid[1] * patch[1])
         self.backbone = backbones.create_backbone(
             config.backbone,
             img_size=self.image_size,
@@ -154,17 +182,18 @@ class CoarseToFineViT(nn.Module):
             pretrained=pretrained_backbone,
             **config.timm_kwargs,
         )
-        fine_positions = self.backbone.pos_embed
-        assert fine_positions is not None
-        coarse = backbones.resample_positions(self.backbone, fine_positions.detach(), self.grid)
-        self.coarse_pos_embed = nn.Parameter(coarse.clone())
-        if pretrained_backbone is False:
-            trunc_normal_(self.coarse_pos_embed, std=0.02)
-        dim, hidden = self.backbone.embed_dim, backbones.mlp_width(self.backbone)
-        self.feature_reuse = FeatureReuse(dim, hidden)
+        self.coarse_pos_embed: nn.Parameter | None = None
+        if self.backbone.pos_embed is not None:
+            positions, fine_grid = self.backbone.pos_embed.detach(), (2 * self.grid[0], 2 * self.grid[1])
+            coarse = anatomy.resample_positions(self.backbone, positions, fine_grid, self.grid)
+            self.coarse_pos_embed = nn.Parameter(coarse.clone())
+            if pretrained_backbone is False:
+                trunc_normal_(self.coarse_pos_embed, std=0.02)
+        eps = getattr(self.backbone.norm, "eps", 1e-6)
+        self.feature_reuse = FeatureReuse(self.backbone.embed_dim, anatomy.mlp_width(self.backbone), eps)
 
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
-        self.data_config["input_size"] = (3, self.image_size, self.image_size)
+        self.data_config["input_size"] = (3, *self.image_size)
         self.class_names: list[str] | None = None
         self.threshold: float | None = None
 
@@ -180,36 +209,46 @@ class CoarseToFineViT(nn.Module):
         """The first stage: every image at half its side (Eqs. 5 to 9).
 
         Args:
-            images: normalised, ``[B, 3, S, S]`` with ``S = image_size``.
+            images: normalised, ``[B, 3, H, W]`` with ``(H, W) = image_size``.
 
         Raises:
             CfvitError: images of another shape.
         """
+        tokens, embedding, attention = self._coarse_tokens(images)
+        logits = self.backbone.forward_head(tokens)
+        divisor = getattr(self.backbone, "coarse_logit_divisor", None)
+        if divisor is not None:
+            logits = logits / divisor
+        return CoarseState(logits, tokens[:, self.backbone.num_prefix_tokens :], embedding, attention)
+
+    def _coarse_tokens(self, images: Tensor, sources: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The sequence after the final norm ``[B, p + N, D]``, the embedding and the class attention."""
         self._check(images)
-        backbone = self.backbone
-        positions = self.coarse_pos_embed
-        embedding = backbones.embed_coarse(backbone, images) + backbones.patch_positions(backbone, positions)
-        prefix = backbones.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
-        tokens = backbones.enter(backbone, torch.cat([prefix, embedding], dim=1))
+        backbone, positions = self.backbone, self.coarse_pos_embed
+        embedding = anatomy.embed_coarse(backbone, images)
+        if sources is not None:
+            embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
+        if positions is not None:
+            embedding = embedding + anatomy.patch_positions(backbone, positions)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        tokens = anatomy.enter(backbone, torch.cat([prefix, embedding], dim=1))
 
         depth = len(backbone.blocks)
         first = min(FIRST_ATTENTION_BLOCK, depth - 1)
-        tokens = backbone.blocks[:first](tokens)
+        rotation = self._cell_rotation(anatomy.fine_rotation(backbone), images.device)
+        tokens = anatomy.run_blocks(backbone, tokens, rotation, first)
         attention = None
         for index in range(first, depth):
-            tokens, row = backbones.block_with_class_attention(backbone, index, tokens)
+            tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
             attention = accumulate_attention(attention, row, self.config.attention_momentum)
         assert attention is not None
-
-        tokens = backbone.norm(tokens)
-        logits = backbone.forward_head(tokens)
-        return CoarseState(logits, tokens[:, backbone.num_prefix_tokens :], embedding, attention)
+        return backbone.norm(tokens), embedding, attention
 
     def fine(self, images: Tensor, state: CoarseState, *, informative_ratio: float | None = None) -> Tensor:
         """The second stage: informative cells split, the others as the coarse stage saw them (Eqs. 10 to 13).
 
         Args:
-            images: ``[B, 3, S, S]``, those that ``state`` describes, in its order.
+            images: ``[B, 3, H, W]``, those that ``state`` describes, in its order.
             state: from `coarse`, indexed to these images.
             informative_ratio: instead of the configured share, in [0, 1]; 1 splits all cells.
 
@@ -222,39 +261,87 @@ class CoarseToFineViT(nn.Module):
         self._check(images)
         if len(images) != len(state.logits):
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
-        ratio = self.config.informative_ratio if informative_ratio is None else informative_ratio
-        _require(0 <= ratio <= 1, f"informative_ratio is {ratio}: give a share between 0 and 1")
-        informative, others = rank_cells(state.class_attention, num_informative(ratio, state.tokens.shape[1]))
+        informative, others = self._choose_cells(state.class_attention, informative_ratio)
+        return self.backbone.forward_head(self._fine_tokens(images, state.tokens, state.embedding, informative, others))
 
-        backbone = self.backbone
-        positions = backbone.pos_embed
-        assert positions is not None
-        reused = self.feature_reuse(gather_tokens(state.tokens, informative))
-        children = (
-            backbones.embed_children(backbone, images, informative)
-            + gather_tokens(backbones.patch_positions(backbone, positions), child_positions(informative, self.grid[1]))
-            + repeat_for_children(reused)
+    def _choose_cells(self, class_attention: Tensor, ratio: float | None) -> tuple[Tensor, Tensor]:
+        """Informative cells ``[B, k]`` and the others ``[B, N - k]`` (Eq. 10)."""
+        ratio = self.config.informative_ratio if ratio is None else ratio
+        _require(0 <= ratio <= 1, f"informative_ratio is {ratio}: give a share between 0 and 1")
+        return rank_cells(class_attention, num_informative(ratio, class_attention.shape[1]))
+
+    def _fine_tokens(
+        self,
+        images: Tensor,
+        coarse_tokens: Tensor,
+        embedding: Tensor,
+        informative: Tensor,
+        others: Tensor,
+        sources: Tensor | None = None,
+    ) -> Tensor:
+        """The mixed sequence after the final norm, ``[B, p + 4k + N - k, D]`` (Eqs. 11 to 13)."""
+        backbone, positions = self.backbone, self.backbone.pos_embed
+        places = child_positions(informative, self.grid[1])
+        sources = None if sources is None else sources.gather(1, informative)
+        children = anatomy.embed_children(backbone, images, informative, sources)
+        children = children + repeat_for_children(self.feature_reuse(gather_tokens(coarse_tokens, informative)))
+        if positions is not None:
+            children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        tokens = torch.cat([prefix, children, gather_tokens(embedding, others)], dim=1)
+
+        fine = anatomy.fine_rotation(backbone)
+        rotation = anatomy.join_rotations(
+            anatomy.gather_rotation(fine, places),
+            anatomy.gather_rotation(self._cell_rotation(fine, images.device), others),
         )
-        prefix = backbones.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
-        tokens = torch.cat([prefix, children, gather_tokens(state.embedding, others)], dim=1)
-        return backbone.forward_head(backbone.norm(backbone.blocks(backbones.enter(backbone, tokens))))
+        return backbone.norm(anatomy.run_blocks(backbone, anatomy.enter(backbone, tokens), rotation))
+
+    def _cell_rotation(self, fine: Tensor | None, device: torch.device) -> Tensor | None:
+        cells = torch.arange(self.grid[0] * self.grid[1], device=device)[None]
+        return anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
 
     def forward(self, images: Tensor, *, informative_ratio: float | None = None) -> CoarseToFineOutput:
         """Both stages for every image, as in training and in the sweep over thresholds."""
         state = self.coarse(images)
         return CoarseToFineOutput(state.logits, self.fine(images, state, informative_ratio=informative_ratio))
 
+    def forward_tokens(
+        self, images: Tensor, *, informative_ratio: float | None = None, mixed: Tensor | None = None
+    ) -> TokenOutput:
+        """Both stages for every image, with an answer of each token of the fine sequence, for token labels.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+            informative_ratio: as in `fine`.
+            mixed: ``[N]``, True for the cells of image ``b`` that MixToken replaces, right after the patch
+                embedding, by those of image ``B - 1 - b``; see `cfvit.tokens.cells_in_box`.
+
+        Raises:
+            CfvitError: a backbone without an auxiliary head, besides what `coarse` and `fine` raise.
+        """
+        backbone: Any = self.backbone
+        if not hasattr(backbone, "aux_head"):
+            raise CfvitError(f"{self.config.backbone} has no auxiliary head for its tokens: choose an lvvit backbone")
+        sources = None if mixed is None else mirrored_sources(mixed, len(images))
+        coarse, embedding, attention = self._coarse_tokens(images, sources)
+        informative, others = self._choose_cells(attention, informative_ratio)
+        patches = coarse[:, backbone.num_prefix_tokens :]
+        fine = self._fine_tokens(images, patches, embedding, informative, others, sources)
+        tokens = backbone.aux_head(fine[:, backbone.num_prefix_tokens :])
+        return TokenOutput(backbone.head(coarse[:, 0]), backbone.head(fine[:, 0]), tokens, informative, others)
+
     def _check(self, images: Tensor) -> None:
-        side = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise CfvitError(f"images of shape {list(images.shape)}: give normalised [B, 3, {side}, {side}]")
+        height, width = self.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, height, width):
+            raise CfvitError(f"images of shape {list(images.shape)}: give normalised [B, 3, {height}, {width}]")
 
 
 def create_model(
     backbone: str,
     *,
     num_classes: int = 1000,
-    coarse_grid: int = 7,
+    coarse_grid: int | tuple[int, int] = 7,
     informative_ratio: float = 0.5,
     attention_momentum: float = 0.99,
     pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False,
@@ -263,9 +350,11 @@ def create_model(
     """A coarse-to-fine model on a timm ViT.
 
     Args:
-        backbone: a timm ViT with a class token, such as ``"deit_small_patch16_224"``.
+        backbone: a timm ViT with a class token, such as ``"deit_small_patch16_224"``, or
+            ``"lvvit_small_patch16_224"`` and its kin.
         num_classes: size of the head.
-        coarse_grid: side of the coarse grid in cells; the image side follows, ``2 * coarse_grid * patch``.
+        coarse_grid: side of the coarse grid in cells, or ``(rows, columns)``; the image's sides follow,
+            ``2 * coarse_grid * patch`` pixels.
         informative_ratio: alpha, the share of cells that the fine stage splits.
         attention_momentum: beta of the global class attention.
         pretrained_backbone: True for timm's own weights, or a local file or state dict of them.

@@ -95,13 +95,14 @@ def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
     return tokens.expand(positions.shape[0], -1, -1).gather(1, index)
 
 
-def cut_children(images: Tensor, cells: Tensor, patch: tuple[int, int]) -> Tensor:
+def cut_children(images: Tensor, cells: Tensor, patch: tuple[int, int], sources: Tensor | None = None) -> Tensor:
     """The pixels of the children of the given cells, and of no others, in one gather.
 
     Args:
         images: ``[B, C, rows * 2 * P, columns * 2 * P]``.
         cells: cell numbers ``[B, k]``.
         patch: height and width ``P`` of a fine patch.
+        sources: ``[B, k]``, the image of the batch that each cell is cut from; by default its own.
 
     Returns:
         ``[B, 4k, C, P, P]``, ordered as in `child_positions`.
@@ -110,8 +111,31 @@ def cut_children(images: Tensor, cells: Tensor, patch: tuple[int, int]) -> Tenso
     rows, columns = height // (2 * patch[0]), width // (2 * patch[1])
     grid = images.reshape(batch, channels, rows, 2, patch[0], columns, 2, patch[1])
     grid = grid.permute(0, 2, 5, 3, 6, 1, 4, 7)  # a view: B, row, column, 2, 2, C, P, P
-    image = torch.arange(batch, device=images.device)[:, None]
-    return grid[image, cells // columns, cells % columns].flatten(1, 3)
+    if sources is None:
+        sources = torch.arange(batch, device=images.device)[:, None]
+    return grid[sources, cells // columns, cells % columns].flatten(1, 3)
+
+
+def cells_in_box(box: tuple[int, int, int, int], grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Which cells lie in ``box``, ``(top, left, bottom, right)`` in cells: ``[N]``, boolean."""
+    top, left, bottom, right = box
+    inside = torch.zeros(grid, dtype=torch.bool, device=device)
+    inside[top:bottom, left:right] = True
+    return inside.flatten()
+
+
+def mirrored_sources(mixed: Tensor, batch: int) -> Tensor:
+    """Which image each cell shows once MixToken has put image ``B - 1 - b`` into the mixed cells of image ``b``.
+
+    Args:
+        mixed: ``[N]``, True for mixed cells.
+        batch: ``B``.
+
+    Returns:
+        Image numbers ``[B, N]``.
+    """
+    own = torch.arange(batch, device=mixed.device)[:, None]
+    return torch.where(mixed, batch - 1 - own, own)
 
 
 def repeat_for_children(tokens: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Explanation:
 @torch.inference_mode()
 def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Explanation]:
     """Runs both stages on normalised images ``[B, 3, S, S]``, on any device, and keeps what a picture needs."""
-    images = images.to(model.coarse_pos_embed.device, model.coarse_pos_embed.dtype)
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype)
     state = model.coarse(images)
     fine = model.fine(images, state)
     rows, columns = model.grid
@@ -116,18 +117,17 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     figure = require_matplotlib()(figsize=(9.6, 3.7), dpi=110, layout="constrained")
     coarse, attention, fine = figure.subplots(1, 3)
     rows, columns = explanation.split.shape
-    side = explanation.image.shape[0]
+    height, width = explanation.image.shape[:2]
+    extent = (0, width, height, 0)
 
-    coarse.imshow(_shrink(explanation.image), extent=(0, side, side, 0), interpolation="nearest")
-    _grid(coarse, side, rows, columns)
-    attention.imshow(explanation.image, extent=(0, side, side, 0))
-    heat = attention.imshow(
-        explanation.attention, extent=(0, side, side, 0), cmap="inferno", alpha=0.65, interpolation="nearest"
-    )
+    coarse.imshow(_shrink(explanation.image), extent=extent, interpolation="nearest")
+    _grid(coarse, height, width, rows, columns)
+    attention.imshow(explanation.image, extent=extent)
+    heat = attention.imshow(explanation.attention, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
     bar = figure.colorbar(heat, ax=attention, shrink=0.8)
     bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
-    fine.imshow(_veil(explanation.image, explanation.split), extent=(0, side, side, 0))
-    _split_grid(fine, explanation.split, side)
+    fine.imshow(_veil(explanation.image, explanation.split), extent=extent)
+    _split_grid(fine, height, width, explanation.split)
 
     answered = explanation.stage == FINE
     _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)
@@ -155,29 +155,29 @@ def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) ->
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:
-    """The image at half its side, which is all that the coarse stage sees."""
-    side = image.shape[0] // 2
-    return image.reshape(side, 2, side, 2, 3).mean(axis=(1, 3))
+    """The image at half its sides, which is all that the coarse stage sees."""
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    return image.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
 
 
 def _veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
     """Cells that are not split, greyed out."""
-    cell = image.shape[0] // split.shape[0]
-    mask = split.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
+    height, width = image.shape[0] // split.shape[0], image.shape[1] // split.shape[1]
+    mask = split.repeat(height, axis=0).repeat(width, axis=1)[..., None]
     grey = 0.35 * image.mean(axis=-1, keepdims=True) + 0.55
     return np.where(mask, image, np.broadcast_to(grey, image.shape))
 
 
-def _grid(axis: Axes, side: int, rows: int, columns: int) -> None:
-    axis.hlines(np.arange(1, rows) * side / rows, 0, side, color="white", linewidth=0.6)
-    axis.vlines(np.arange(1, columns) * side / columns, 0, side, color="white", linewidth=0.6)
+def _grid(axis: Axes, height: int, width: int, rows: int, columns: int) -> None:
+    axis.hlines(np.arange(1, rows) * height / rows, 0, width, color="white", linewidth=0.6)
+    axis.vlines(np.arange(1, columns) * width / columns, 0, height, color="white", linewidth=0.6)
 
 
-def _split_grid(axis: Axes, split: np.ndarray, side: int) -> None:
+def _split_grid(axis: Axes, height: int, width: int, split: np.ndarray) -> None:
     """Lines between cells, and a cross in each one that is split."""
-    _grid(axis, side, *split.shape)
-    cell = side / split.shape[0]
+    _grid(axis, height, width, *split.shape)
+    tall, wide = height / split.shape[0], width / split.shape[1]
     for row, column in np.argwhere(split):
-        x, y = column * cell, row * cell
-        axis.plot([x + cell / 2] * 2, [y, y + cell], color="white", linewidth=0.4)
-        axis.plot([x, x + cell], [y + cell / 2] * 2, color="white", linewidth=0.4)
+        x, y = column * wide, row * tall
+        axis.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
+        axis.plot([x, x + wide], [y + tall / 2] * 2, color="white", linewidth=0.4)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from timm.data import Mixup, create_transform
+from timm.data import create_transform
 from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -32,11 +32,14 @@ from cfvit.calibration import choose_threshold
 from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, atomic_write, initialise, save
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
-from cfvit.model import CoarseToFineViT, create_model
+from cfvit.model import CoarseToFineViT, TokenOutput, create_model
 from cfvit.processes import Process, join_processes, mean_over_processes
-from cfvit.training.losses import classification_loss, coarse_to_fine_loss
+from cfvit.training.losses import classification_loss, coarse_to_fine_loss, token_label_loss
+from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
 from cfvit.training.recipes import Recipe
 from cfvit.training.reporting import Reporter
+from cfvit.training.teacher import Teacher, load_teacher
+from cfvit.training.token_labels import LabelledImages, LabelledTransform, pool_labels, pool_scores
 
 CHECKPOINT_FILE = "checkpoint.pt"
 RECIPE_FILE = "recipe.yaml"
@@ -55,8 +58,8 @@ class Data:
 class Trained:
     """All that changes during training.
 
-    ``model`` holds the weights; ``network`` is what runs (the model or its backbone, perhaps
-    compiled and distributed); ``step`` counts optimiser steps.
+    ``model`` holds the weights; ``network`` is what runs (the model, its backbone or a `TokenNetwork`,
+    perhaps compiled and distributed); ``step`` counts optimiser steps.
     """
 
     model: CoarseToFineViT
@@ -65,6 +68,7 @@ class Trained:
     scheduler: Any
     scaler: torch.amp.GradScaler
     average: ModelEmaV3 | None
+    teacher: Teacher | None = None
     step: int = 0
 
     def best_weights(self) -> CoarseToFineViT:
@@ -87,6 +91,17 @@ class Trained:
             self.average.module.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+class TokenNetwork(nn.Module):
+    """The model as it runs where each token has a label: ``forward`` is its ``forward_tokens``."""
+
+    def __init__(self, model: CoarseToFineViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, informative_ratio: float, mixed: Tensor | None) -> TokenOutput:
+        return self.model.forward_tokens(images, informative_ratio=informative_ratio, mixed=mixed)
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float]:
@@ -158,12 +173,14 @@ def _prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
     model = create_model(
         recipe.backbone,
         num_classes=len(source.class_names),
-        coarse_grid=recipe.coarse_grid,
+        coarse_grid=recipe.grid,
         informative_ratio=recipe.informative_ratio,
         attention_momentum=recipe.attention_momentum,
         drop_path_rate=recipe.drop_path_rate,
         **cast(dict[str, Any], recipe.timm_kwargs or {}),
     )
+    if recipe.learns_from_tokens and not hasattr(model.backbone, "aux_head"):
+        raise UsageError(f"{recipe.backbone} has no auxiliary head to learn token labels: give --backbone lvvit_...")
     if recipe.initial_weights is not None:
         initialise(model, recipe.initial_weights)
     model.class_names = source.class_names
@@ -176,15 +193,23 @@ def _prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
         chosen = datasets.open_data(recipe.val_data or recipe.data, "validation").aligned(source.class_names)
         validation = datasets.EvalImages(chosen, model.data_config, rank=rank, world=world)
     holdout = datasets.EvalImages(source, model.data_config, held, rank, world) if held else None
-    train_images = datasets.TrainImages(source, kept, _train_transform(recipe, model.data_config))
-    return Data(train_images, holdout, validation), model.to(process.device)
+    return Data(_train_images(recipe, source, kept, model), holdout, validation), model.to(process.device)
 
 
-def _train_transform(recipe: Recipe, data_config: dict[str, Any]) -> Any:
+def _train_images(
+    recipe: Recipe, source: datasets.DataSource, kept: Sequence[int], model: CoarseToFineViT
+) -> datasets.TrainImages:
+    if recipe.token_labels is None:
+        create = partial(create_transform, is_training=True)
+        return datasets.TrainImages(source, kept, _train_transform(recipe, model.data_config, create))
+    transform = _train_transform(recipe, model.data_config, LabelledTransform)
+    return LabelledImages(source, kept, transform, Path(recipe.token_labels))
+
+
+def _train_transform(recipe: Recipe, data_config: dict[str, Any], create: Callable[..., Any]) -> Any:
     try:
-        return create_transform(
+        return create(
             data_config["input_size"],
-            is_training=True,
             mean=data_config["mean"],
             std=data_config["std"],
             scale=(recipe.crop_scale_min, 1.0),
@@ -218,14 +243,23 @@ def _assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: 
     average = None
     if recipe.ema_decay > 0:
         average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
-    network: Any = trainable
+    network: Any = TokenNetwork(model) if recipe.learns_from_tokens else trainable
     if process.world > 1:
         cuda = process.device.type == "cuda"
-        network = DistributedDataParallel(trainable, device_ids=[process.device] if cuda else None)
+        network = DistributedDataParallel(network, device_ids=[process.device] if cuda else None)
     if recipe.compile:
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=_dtype(recipe, process.device) is torch.float16)
-    return Trained(model, network, optimizer, scheduler, scaler, average)
+    return Trained(model, network, optimizer, scheduler, scaler, average, _teacher(recipe, model, process.device))
+
+
+def _teacher(recipe: Recipe, model: CoarseToFineViT, device: torch.device) -> Teacher | None:
+    if recipe.teacher is None:
+        return None
+    weights = None if recipe.teacher_weights is None else Path(recipe.teacher_weights)
+    teacher = load_teacher(recipe.teacher, model.config.num_classes, weights, device, student=model.data_config)
+    teacher.require_classes(model.class_names or [])
+    return teacher
 
 
 def _optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -351,26 +385,24 @@ def _stopped(trained: Trained) -> CfvitError:
 
 
 def _step(
-    recipe: Recipe, trained: Trained, batches: Iterator[tuple[Tensor, Tensor]], ratio: float, process: Process
+    recipe: Recipe, trained: Trained, batches: Iterator[Sequence[Tensor]], ratio: float, process: Process
 ) -> Tensor:
     """One optimiser step on ``accumulate`` batches; returns their mean loss."""
     trained.network.train()
     trained.scheduler.step_update(trained.step)
     total = torch.zeros((), device=process.device)
     for micro in range(recipe.accumulate):
-        images, targets = next(batches)
-        if (targets == datasets.UNREADABLE).any():
+        batch = datasets.next_batch(batches)
+        if (batch[1] == datasets.UNREADABLE).any():
             raise CfvitError(
                 f"{datasets.FAILURES_IN_A_ROW} or all training images in a row cannot be read: check the data"
             )
         seed = datasets.combine_seeds(recipe.seed, trained.step, micro, process.rank)
         torch.manual_seed(seed)
-        images, mixed = _mix(recipe, images, targets, seed, len(trained.model.class_names or []))
-        images, mixed = images.to(process.device, non_blocking=True), mixed.to(process.device, non_blocking=True)
         last = micro + 1 == recipe.accumulate
         with nullcontext() if last or process.world == 1 else trained.network.no_sync():
             with _autocast(recipe, process.device):
-                loss = _loss(recipe, trained.network, images, mixed, ratio) / recipe.accumulate
+                loss = _batch_loss(recipe, trained, batch, ratio, seed, process.device) / recipe.accumulate
             trained.scaler.scale(loss).backward()
         total += loss.detach()
     if recipe.clip_grad > 0:
@@ -385,19 +417,38 @@ def _step(
     return total
 
 
+def _batch_loss(
+    recipe: Recipe, trained: Trained, batch: Sequence[Tensor], ratio: float, seed: int, device: torch.device
+) -> Tensor:
+    """The loss of one batch of the loader: images, classes and, if they are on disk, label maps and windows."""
+    if recipe.learns_from_tokens:
+        return _token_loss(recipe, trained, [part.to(device, non_blocking=True) for part in batch], ratio, seed)
+    images, targets = mix_images(recipe, batch[0], batch[1], seed, trained.model.config.num_classes)
+    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return _loss(recipe, trained.network, images, targets, ratio)
+
+
+def _token_loss(recipe: Recipe, trained: Trained, batch: Sequence[Tensor], ratio: float, seed: int) -> Tensor:
+    images, targets, *stored = batch
+    model, classes = trained.model, trained.model.config.num_classes
+    mixed = draw_mixed_cells(model.grid, seed, images.device) if recipe.mix_token else None
+    if trained.teacher is None:
+        pool = partial(pool_labels, *stored, num_classes=classes)
+    else:
+        pool = partial(pool_scores, trained.teacher(images))
+    rows, columns = model.grid
+    fine, coarse = pool(grid=(2 * rows, 2 * columns)), pool(grid=model.grid)
+    output = trained.network(images, informative_ratio=ratio, mixed=mixed)
+    target = class_target(targets, mixed, recipe.label_smoothing, classes)
+    return token_label_loss(
+        output, target, token_target(fine, coarse, output, mixed, columns), recipe.token_label_weight
+    )
+
+
 def _loss(recipe: Recipe, network: Any, images: Tensor, targets: Tensor, ratio: float) -> Tensor:
     if recipe.backbone_only:
         return classification_loss(network(images), targets, recipe.label_smoothing)
     return coarse_to_fine_loss(network(images, informative_ratio=ratio), targets, recipe.label_smoothing)
-
-
-def _mix(recipe: Recipe, images: Tensor, targets: Tensor, seed: int, classes: int) -> tuple[Tensor, Tensor]:
-    """Mixup or cutmix by timm, its choices fixed by the seed; the targets as they are where both are off."""
-    if recipe.mixup == 0 and recipe.cutmix == 0:
-        return images, targets
-    np.random.seed(seed)
-    mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.label_smoothing, num_classes=classes)
-    return mix(images, targets)
 
 
 def _require_finite(loss: Tensor, step: int, out: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvit.model import CoarseToFineOutput
+from cfvit.model import CoarseToFineOutput, TokenOutput
 
 
 def coarse_to_fine_loss(output: CoarseToFineOutput, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -20,6 +20,19 @@ def coarse_to_fine_loss(output: CoarseToFineOutput, target: Tensor, label_smooth
         The mean over the batch, a scalar. No gradient reaches the fine stage through the KL term.
     """
     return classification_loss(output.fine, target, label_smoothing) + distillation_loss(output.coarse, output.fine)
+
+
+def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, weight: float) -> Tensor:
+    """``CE(fine, target) + weight * CE(tokens, token_target) + KL(fine || coarse)`` (LV-ViT's Eq. 5 on the fine stage).
+
+    Args:
+        output: from ``CoarseToFineViT.forward_tokens``.
+        target: class probabilities ``[B, classes]``.
+        token_target: class probabilities of the area that each token covers, ``[B, T, classes]``.
+        weight: of the tokens' mean cross-entropy; 0.5 in the LV-ViT paper, 1 in the CF-ViT authors' runs.
+    """
+    tokens = classification_loss(output.tokens.flatten(0, 1), token_target.flatten(0, 1))
+    return classification_loss(output.fine, target) + weight * tokens + distillation_loss(output.coarse, output.fine)
 
 
 def classification_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
