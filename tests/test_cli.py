@@ -410,7 +410,8 @@ def test_models_lists_what_is_bundled(cfvit_main: Cli) -> None:
     for name in cfvit.bundled_models():
         (line,) = [line for line in outcome.out if name in line]
         model = load(name)
-        for value in ("x".join(map(str, model.image_size)), model.config.num_classes, f"{count_macs(model).coarse / 1e9:.2f}"):
+        size = "x".join(map(str, model.image_size))
+        for value in (size, model.config.num_classes, f"{count_macs(model).coarse / 1e9:.2f}"):
             assert str(value) in line.split()
 
 
@@ -533,3 +534,25 @@ def test_python_m_cfvit_is_the_command_line() -> None:
     done = subprocess.run([*command, "nonsense"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r'cfvit: .*"nonsense".*\n', done.stderr)
+
+
+def test_cost_is_the_table_of_the_docs(cfvit_main: Callable[..., Outcome]) -> None:
+    names = ("deit_tiny_patch16_224", "lvvit_tiny_patch16_224", "eva02_tiny_patch14_224")
+    outcome = cfvit_main("cost", *names)
+    head, rule, *rows = outcome.out
+    page = (Path(__file__).parents[1] / "docs" / "backbones.md").read_text().splitlines()
+    assert outcome.status == 0
+    assert head.count("|") == rule.count("|") == 9
+    assert [row.split(" ")[1] for row in rows] == list(names)
+    assert {head, *rows} <= set(page)
+
+
+def test_cost_of_other_grids_and_shares(cfvit_main: Callable[..., Outcome]) -> None:
+    wide = ("cost", "test_vit", "--coarse-grid", "2x3", "--fine-share", "1", "--json")
+    [line] = map(json.loads, cfvit_main(*wide).out)
+    assert line["pixels"] == [64, 96]
+    assert line["macs"]["100% hard"] == line["macs"]["both"]
+    assert cfvit_main("cost", "test_vit", "--coarse-grid", "2y3").status == 2
+    refused = cfvit_main("cost", "resnet18")
+    assert refused.status == 1
+    assert "hierarchy" in refused.err[0]

@@ -20,6 +20,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY_BACKBONE = ["--backbone", "test_vit"]
+TINY_LVVIT = shlex.split("--timm-kwargs.embed-dim 32 --timm-kwargs.depth 4 --timm-kwargs.num-heads 2")
 TINY_TRAINING = ["--coarse-grid", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
 TINY_BENCH = ["--rounds", "1", "--batch-sizes", "2"]
 
@@ -66,6 +67,11 @@ def place(
     shutil.copy(colours / "val" / "blue" / "1.png", tmp_path / "photos")
     backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64)
     save_file(backbone.state_dict(), tmp_path / "my_vit.safetensors")
+    teacher = timm.create_model("resnet10t", num_classes=len(COLOURS))
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    for image in sorted((tmp_path / "DATA" / "train").rglob("*.png")):
+        (tmp_path / "maps" / image.parent.name).mkdir(parents=True, exist_ok=True)
+        torch.save(torch.zeros(2, 1, 18, 18).half(), tmp_path / "maps" / image.parent.name / f"{image.stem}.pt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -74,13 +80,19 @@ def _in_small(words: Sequence[str]) -> list[str]:
     """The arguments of a cfvit command, with what makes it quick."""
     command, *arguments = words
     if command == "train":
-        if "--backbone" in arguments:
+        if "--token-labels" in arguments:
+            arguments[arguments.index("--token-labels") + 1] = "maps"
+            arguments += TINY_LVVIT
+        elif "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
         else:
             arguments += TINY_BACKBONE
         if "finetune" in arguments and "--initial-weights" not in arguments:
             arguments += ["--initial-weights", "my_vit.safetensors"]
         arguments += TINY_TRAINING
+    elif command == "token-labels":
+        arguments[arguments.index("--teacher") + 1] = "resnet10t"
+        arguments += ["--weights", "teacher.safetensors", "--workers", "0"]
     elif command == "bench":
         arguments += TINY_BENCH
     elif command == "eval":
@@ -108,12 +120,13 @@ def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Out
     outcome = cfvit_main(*_in_small(arguments))
     assert outcome.status == 0, outcome.err
     promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures"}
+    promised |= {"MAPS"} if arguments[0] == "token-labels" else set()
     assert {path.name for path in place.iterdir()} == before | promised
 
 
 def test_the_readme_shows_the_main_commands() -> None:
     shown = {(_cfvit_arguments(line) or [""])[0] for line in _lines(README)}
-    assert {"predict", "eval", "train", "convert", "bench", "models"} <= shown
+    assert {"predict", "eval", "train", "convert", "bench", "cost", "models"} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -159,15 +159,14 @@ def cell_rotation(backbone: Backbone, fine: Tensor | None, children: Tensor, gri
     return (corners / torch.hypot(sine, cosine).tile(2)).to(fine)
 
 
-def _centre_rotation(rope: RotaryEmbeddingCat, grid: tuple[int, int]) -> Tensor:
+def _centre_rotation(rope: Any, grid: tuple[int, int]) -> Tensor:
     """Cell ``r`` has its centre at fine patch ``2r + 1/2``: the coarse grid, shifted, and doubled unless scaled."""
-    reference: Any = rope.ref_feat_shape
     return torch.cat(
         build_rotary_pos_embed(
             list(grid),
-            bands=2 * rope.bands if reference is None else rope.bands,
+            bands=2 * rope.bands if rope.ref_feat_shape is None else rope.bands,
             in_pixels=False,
-            ref_feat_shape=reference,
+            ref_feat_shape=rope.ref_feat_shape,
             grid_offset=(rope.grid_offset + 0.5) / 2,
             grid_indexing=rope.grid_indexing,
             rotate_half=rope.rotate_half,

@@ -179,7 +179,7 @@ def _computes_plainly(model: nn.Module) -> bool:
     kind: Any = type(model)
     base: Any = Eva if isinstance(model, Eva) else VisionTransformer
     embeds = kind._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
-    return embeds and kind.forward_features is base.forward_features
+    return embeds and kind.forward_features is base.forward_features and kind.forward is base.forward
 
 
 def _unsuitable(model: Backbone) -> str | None:
@@ -192,8 +192,10 @@ def _unsuitable(model: Backbone) -> str | None:
     unknown |= {type(a).__name__ for a in _attentions(model) if type(a) not in ATTENTIONS}
     if unknown:
         return f"is built of {', '.join(sorted(unknown))}, whose class attention is not read here"
-    if not isinstance(model.patch_embed, PatchEmbed | HybridEmbed):
-        return f"embeds its patches by a {type(model.patch_embed).__name__}, which is not read here"
+    embed: Any = model.patch_embed
+    read = type(embed).forward in (PatchEmbed.forward, HybridEmbed.forward) or hasattr(embed, "features")
+    if not isinstance(embed, PatchEmbed | HybridEmbed) or not read:
+        return f"embeds its patches by a {type(embed).__name__} without features(images), so it is not read here"
     if getattr(model, "patch_drop", None) is not None and not isinstance(model.patch_drop, nn.Identity):
         return "drops patches at random in training, which the choice of informative cells cannot"
     return None

@@ -46,6 +46,26 @@ BatchSize = Annotated[int, Parameter(validator=Number(gte=1), help="images per b
 Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 
 DEFAULT_MODEL = "deit_tiny_imagenette"
+COSTED_BACKBONES = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "lvvit_tiny_patch16_224",
+    "lvvit_small_patch16_224",
+    "lvvit_medium_patch16_224",
+    "vit_small_patch32_224",
+    "vit_base_patch8_224",
+    "vit_large_patch16_224",
+    "vit_base_patch16_clip_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "eva02_small_patch14_224",
+    "vit_base_patch16_rope_224",
+)
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
@@ -361,6 +381,47 @@ def models() -> None:
         size = "x".join(map(str, model.image_size))
         table.add_row(name, model.config.backbone, str(model.config.num_classes), size, eta, *costs)
     _show(table)
+
+
+@app.command
+def cost(
+    backbones: Annotated[
+        tuple[str, ...], Parameter(help="timm's names, or lvvit_...; by default a selection", show_default=False)
+    ] = COSTED_BACKBONES,
+    /,
+    *,
+    coarse_grid: Annotated[str, Parameter(help="side of the coarse grid in cells, or ROWSxCOLUMNS")] = "7",
+    fine_share: Annotated[
+        tuple[Share, ...],
+        Parameter(help="shares of images that go on, to give the mean cost for", consume_multiple=True),
+    ] = (0.24, 0.5),
+    json: Json = False,
+) -> None:
+    """Tell what backbones would cost in two stages, before any training: parameters and GMACs of an image.
+
+    The output is a Markdown table; nothing is downloaded or computed, only counted.
+    """
+    import torch
+
+    from cfvit.flops import count_macs
+    from cfvit.model import create_model
+
+    shares = [f"{share:.0%} hard" for share in fine_share]
+    columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]
+    rows = []
+    for name in backbones:
+        with torch.device("meta"):
+            model = create_model(name, coarse_grid=Recipe(coarse_grid=coarse_grid).grid)
+        macs, size = count_macs(model), "x".join(map(str, model.image_size))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        costs = [macs.backbone, macs.coarse, macs.both, *(macs.expected(share) for share in fine_share)]
+        if json:
+            figures = dict(zip(columns[3:], costs, strict=True))
+            _print_json(backbone=name, pixels=model.image_size, parameters=parameters, macs=figures)
+        rows.append([name, size, f"{parameters / 1e6:.1f}", *(f"{cost / 1e9:.2f}" for cost in costs)])
+    if not json:
+        for row in (columns, ["---"] * len(columns), *rows):
+            sys.stdout.write(f"| {' | '.join(row)} |\n")
 
 
 @app.command

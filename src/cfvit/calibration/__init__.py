@@ -1,0 +1,46 @@
+"""From logits of both stages to eta, and what it promises: pure functions, no model and no data needed.
+
+``calibrate`` turns logits, labels and a wish into a `Calibration`, ``check_drift`` compares it with
+images in use. The confidence that eta is compared with is that of `confidence_of`, with the
+calibration's measure and temperature; a `cfvit.Predictor` uses the paper's, the maximum probability.
+"""
+
+from cfvit.calibration.binomial import Estimate
+from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, calibrate
+from cfvit.calibration.choice import choose_threshold
+from cfvit.calibration.confidence import Measure, confidence_of, fit_temperature
+from cfvit.calibration.drift import Drift, check_drift
+from cfvit.calibration.targets import (
+    Accuracy,
+    Drop,
+    GmacsBudget,
+    LatencyBudget,
+    Risk,
+    Saving,
+    StageLatency,
+    Target,
+)
+from cfvit.calibration.tradeoff import TradeOff, rank_images
+
+__all__ = [
+    "Accuracy",
+    "Calibration",
+    "ConfidenceProfile",
+    "Drift",
+    "Drop",
+    "Estimate",
+    "GmacsBudget",
+    "LatencyBudget",
+    "Measure",
+    "Risk",
+    "Saving",
+    "StageLatency",
+    "Target",
+    "TradeOff",
+    "calibrate",
+    "check_drift",
+    "choose_threshold",
+    "confidence_of",
+    "fit_temperature",
+    "rank_images",
+]

@@ -1,0 +1,302 @@
+"""A threshold with what it promises: `calibrate` makes a `Calibration` from logits, labels and a wish."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
+from cfvit.calibration.choice import choose_eta
+from cfvit.calibration.confidence import Measure
+from cfvit.calibration.records import from_json, to_json
+from cfvit.calibration.targets import Drop, Risk, StageLatency, Target
+from cfvit.calibration.tradeoff import TradeOff, rank_images
+from cfvit.errors import CfvitError
+from cfvit.flops import StageMacs
+
+_NAMED_CLASSES = 5
+_QUANTILES = 101
+
+
+@dataclass(frozen=True)
+class ConfidenceProfile:
+    """How the coarse stage's confidence was distributed, for `check_drift`.
+
+    Attributes:
+        values: its quantiles from 0 to 100%, each once, rising.
+        shares: of the images with at most that confidence, in (0, 1].
+    """
+
+    values: tuple[float, ...]
+    shares: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rising = all(sorted(set(column)) == list(column) for column in (self.values, self.shares))
+        if not self.values or len(self.values) != len(self.shares) or not rising or self.shares[-1] != 1:
+            raise CfvitError(
+                "a confidence profile needs as many rising values as rising shares up to 1: calibrate again"
+            )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold, what it is expected to do, and what is promised.
+
+    An `Estimate` is a figure of the calibration images and its interval. The intervals hold at the
+    given level for a threshold that did not depend on the images; one that was chosen on them looks
+    a little better than it is. `Risk` alone gives a promise that accounts for the choice.
+
+    Attributes:
+        target: what was asked for.
+        threshold: eta in [0, 1].
+        measure, coarse_temperature: of the confidence that eta is compared with.
+        fine_temperature: for the confidence of fine answers; it changes no decision.
+        promise: a sentence on what holds for images yet unseen.
+        warnings: sentences on what a user should know before relying on it.
+        images, classes: of the calibration set.
+        level: probability with which each interval holds.
+        accuracy: top-1 in percent.
+        drop: points below always going on; negative where it is above.
+        worse: share of all answers that are wrong where the fine stage is right, in [0, 1].
+        fine_share: share of images that go on, in [0, 1].
+        gmacs: mean cost of an image, in 1e9 multiply-accumulates.
+        saving: of the plain backbone's MACs, in percent.
+        latency: mean time of an image in milliseconds, or None if none was measured.
+        coarse_accuracy, fine_accuracy: top-1 in percent of each stage for all images.
+        profile: the distribution of the coarse confidence.
+    """
+
+    target: Target
+    threshold: float
+    measure: Measure
+    coarse_temperature: float
+    fine_temperature: float
+    promise: str
+    warnings: tuple[str, ...]
+    images: int
+    classes: int
+    level: float
+    accuracy: Estimate
+    drop: Estimate
+    worse: Estimate
+    fine_share: Estimate
+    gmacs: Estimate
+    saving: Estimate
+    latency: Estimate | None
+    coarse_accuracy: Estimate
+    fine_accuracy: Estimate
+    profile: ConfidenceProfile
+
+    def __post_init__(self) -> None:
+        _check_settings(self.coarse_temperature, self.fine_temperature, self.level)
+        if not 0 <= self.threshold <= 1:
+            raise CfvitError(f"threshold is {self.threshold}: give a confidence between 0 and 1")
+        if self.images < 1 or self.classes < 1:
+            raise CfvitError(f"calibrated on {self.images} images of {self.classes} classes: give at least 1 of each")
+
+    @property
+    def exit_share(self) -> float:
+        """Share of images that exit at the coarse stage, in [0, 1]."""
+        return 1 - self.fine_share.value
+
+    def to_dict(self) -> dict[str, Any]:
+        """Numbers, strings, lists and dictionaries, for JSON."""
+        return to_json(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> Calibration:
+        """What `to_dict` gave, equal to the original.
+
+        Raises:
+            CfvitError: a missing or unknown key, a value of another type or out of range.
+        """
+        return from_json(cls, data, "calibration")
+
+
+def calibrate(
+    coarse: Tensor,
+    fine: Tensor,
+    labels: Tensor,
+    macs: StageMacs,
+    target: Target,
+    *,
+    measure: Measure = "max_probability",
+    coarse_temperature: float = 1.0,
+    fine_temperature: float = 1.0,
+    latency: StageLatency | None = None,
+    level: float = 0.95,
+    allow_missing_classes: bool = False,
+) -> Calibration:
+    """Chooses eta for a wish, on images on which the model was not trained and will not be scored.
+
+    Args:
+        coarse, fine: logits ``[n, classes]``.
+        labels: class indices ``[n]``.
+        macs: cost of each stage.
+        target: one of `GmacsBudget`, `Saving`, `LatencyBudget`, `Accuracy`, `Drop` and `Risk`.
+        measure: how confidence is measured; the paper's is the maximum probability.
+        coarse_temperature, fine_temperature: logits are divided by these, see `fit_temperature`.
+        latency: measured times, which `LatencyBudget` needs.
+        level: of the intervals.
+        allow_missing_classes: calibrate although some class has no image, with a warning.
+
+    Raises:
+        CfvitError: input that cannot be used, or a wish out of reach, with the nearest value that is not.
+    """
+    check_logits(coarse, "coarse")
+    check_logits(fine, "fine")
+    missing = _missing_classes(coarse, fine, labels)
+    if missing and not allow_missing_classes:
+        raise CfvitError(f"{_missing(missing, len(labels))}: add some, or pass allow_missing_classes=True")
+    _check_settings(coarse_temperature, fine_temperature, level)
+    trade = rank_images(coarse, fine, labels, measure, coarse_temperature)
+    eta = choose_eta(target, trade, macs, latency)
+    figures = _figures(trade, eta, macs, level)
+    return Calibration(
+        target=target,
+        threshold=eta,
+        measure=measure,
+        coarse_temperature=float(coarse_temperature),
+        fine_temperature=float(fine_temperature),
+        promise=_promise(target, trade.images),
+        warnings=tuple(_warnings(target, trade, eta, macs, missing)),
+        images=trade.images,
+        classes=coarse.shape[1],
+        level=float(level),
+        latency=None if latency is None else _mapped(figures["fine_share"], latency.expected),
+        profile=_profile(trade),
+        **figures,
+    )
+
+
+def check_logits(logits: Tensor, stage: str) -> None:
+    """Refuses logits that are not ``[n, classes]``, are of no image, or are not finite.
+
+    Raises:
+        CfvitError: says which image is the first that is not finite.
+    """
+    if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
+        kind = str(logits.dtype).removeprefix("torch.")
+        raise CfvitError(f"{stage} logits are {kind} of shape {list(logits.shape)}: give floats [images, classes]")
+    if len(logits) == 0:
+        raise CfvitError(f"{stage} logits are of no image: give at least one")
+    if not logits.isfinite().all():
+        bad = (~logits.isfinite()).any(dim=1).nonzero().flatten()
+        raise CfvitError(
+            f"{stage} logits of {len(bad)} of {len(logits)} images are not finite, image {int(bad[0])} first: "
+            "leave these out, or run the model in float32"
+        )
+
+
+def _missing_classes(coarse: Tensor, fine: Tensor, labels: Tensor) -> list[int]:
+    """Classes without an image, of labels that fit the logits."""
+    if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
+        shapes = f"{list(coarse.shape)}, {list(fine.shape)} and {list(labels.shape)}"
+        raise CfvitError(f"coarse logits, fine logits and labels are {shapes}: give [n, classes] twice and [n]")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise CfvitError(f"labels are {kind}: give class indices as whole numbers")
+    classes = coarse.shape[1]
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
+    counts = torch.bincount(labels.long(), minlength=classes)
+    return (counts == 0).nonzero().flatten().tolist()
+
+
+def _missing(missing: list[int], images: int) -> str:
+    if len(missing) == 1:
+        return f"class {missing[0]} has none of the {_images(images)}"
+    named = ", ".join(str(index) for index in missing[:_NAMED_CLASSES])
+    others = len(missing) - _NAMED_CLASSES
+    return f"classes {named}{f' and {others} more' if others > 0 else ''} have none of the {_images(images)}"
+
+
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
+def _check_settings(coarse_temperature: float, fine_temperature: float, level: float) -> None:
+    for stage, temperature in (("coarse", coarse_temperature), ("fine", fine_temperature)):
+        if not 0 < temperature < math.inf:
+            raise CfvitError(f"{stage}_temperature is {temperature}: give a positive number, 1 to leave logits alone")
+    if not 0 < level < 1:
+        raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
+
+
+def _figures(trade: TradeOff, eta: float, macs: StageMacs, level: float) -> dict[str, Estimate]:
+    """The estimates of a `Calibration` by name, but for its latency."""
+    count = trade.images
+    go_on = int(trade.gone_on(np.array([eta]))[0])
+    right, worse, better = (int(column[go_on]) for column in (trade.right, trade.worse, trade.better))
+    share = share_estimate(go_on, count, level)
+
+    def percent(hits: int) -> Estimate:
+        return _mapped(share_estimate(hits, count, level), lambda value: 100 * value)
+
+    return {
+        "accuracy": percent(right),
+        "drop": _mapped(paired_difference(worse, better, count, level), lambda value: 100 * value),
+        "worse": share_estimate(worse, count, level),
+        "fine_share": share,
+        "gmacs": _mapped(share, lambda value: macs.expected(value) / 1e9),
+        "saving": _mapped(share, lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
+        "coarse_accuracy": percent(int(trade.right[0])),
+        "fine_accuracy": percent(int(trade.right[-1])),
+    }
+
+
+def _mapped(estimate: Estimate, change: Callable[[float], float]) -> Estimate:
+    """The estimate of a quantity that rises or falls with the given one."""
+    ends = sorted((change(estimate.low), change(estimate.high)))
+    return Estimate(change(estimate.value), ends[0], ends[1])
+
+
+def _promise(target: Target, images: int) -> str:
+    if not isinstance(target, Risk):
+        return "none for other images: eta was chosen on the very images that the figures are of"
+    means = {
+        "upper_bound": "Clopper-Pearson upper bound",
+        "fixed_sequence": "fixed-sequence testing, exact binomial p-values",
+    }[target.method]
+    return (
+        f"with a probability of at least {100 * target.confidence:g}% over the choice of the {_images(images)}, "
+        f"at most {100 * target.share:g}% of all answers are wrong where the fine stage is right ({means})"
+    )
+
+
+def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: list[int]) -> list[str]:
+    said = []
+    if isinstance(target, Risk) and trade.images < (needed := images_needed(target.share, target.confidence)):
+        said.append(
+            f"{_images(trade.images)} are too few to promise this of a threshold below 1: at least {needed} are needed"
+        )
+    if isinstance(target, Drop) and 0 < target.points < 100 / trade.images:
+        said.append(
+            f"one of {_images(trade.images)} is {100 / trade.images:.2g} points, "
+            f"so a drop of {target.points:g} cannot be told from 0: use more images"
+        )
+    if trade.ranked[0] == trade.ranked[-1] and trade.images > 1:
+        said.append("all images have the same confidence: only all or none of them can exit")
+    cost = macs.expected(float(trade.gone_on(np.array([eta]))[0]) / trade.images)
+    if cost > macs.backbone:
+        said.append(
+            f"{cost / 1e9:.3g} GMACs an image are more than the plain backbone's {macs.backbone / 1e9:.3g}: "
+            "nothing is saved at this eta"
+        )
+    if missing:
+        said.append(f"{_missing(missing, trade.images)}, so nothing is known of them")
+    return said
+
+
+def _profile(trade: TradeOff) -> ConfidenceProfile:
+    places = np.linspace(0, trade.images - 1, _QUANTILES).round().astype(int)
+    values = np.unique(trade.ranked[places])
+    shares = np.searchsorted(trade.ranked, values, side="right") / trade.images
+    return ConfidenceProfile(tuple(values.tolist()), tuple(shares.tolist()))

@@ -1,0 +1,141 @@
+"""From a wish to the threshold that grants it.
+
+Risk control: the loss of an image is 1 where the answer is wrong and the fine stage's is right. It
+can only fall as eta rises, since an image that goes on gets the fine stage's answer, and its number
+among n images is binomial. Both methods come to "at most so many of the n": the upper bound on every
+threshold there is (Bates et al., "Distribution-Free, Risk-Controlling Prediction Sets", 2021), the
+fixed sequence on a grid that does not depend on the images, with exact binomial p-values (Angelopoulos
+et al., "Learn then Test", 2021). For early exits: Jazbec et al., "Fast yet Safe: Early-Exiting with
+Risk Control", NeurIPS 2024.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from torch import Tensor
+
+from cfvit.calibration.binomial import binomial_cdf
+from cfvit.calibration.targets import Accuracy, Drop, GmacsBudget, LatencyBudget, Risk, Saving, StageLatency, Target
+from cfvit.calibration.tradeoff import TradeOff, rank_images
+from cfvit.errors import CfvitError
+from cfvit.flops import StageMacs
+
+_SLACK = 1e-9
+
+TESTED = np.unique(np.concatenate([np.linspace(0, 1, 1001), *(1 - np.arange(1, 10) / 10**j for j in range(4, 8))]))
+"""The fixed sequence's thresholds: steps of 0.001, and finer ones close to 1."""
+
+
+def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: float) -> float:
+    """The lowest eta that loses at most ``max_drop`` points of accuracy against the fine stage.
+
+    From that eta upwards no higher one loses more either. Use images on which the model was not
+    trained, and not those on which it will be scored.
+
+    Args:
+        coarse, fine: logits ``[n, classes]``.
+        labels: class indices ``[n]``.
+        max_drop: percentage points of top-1 accuracy below always going on.
+
+    Returns:
+        eta in [0, 1]; 1 where every image has to go on.
+    """
+    trade = rank_images(coarse, fine, labels)
+    return trade.threshold(_fewest_without_drop(trade, max_drop))
+
+
+def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageLatency | None = None) -> float:
+    """The eta that grants a wish on these images.
+
+    Raises:
+        CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
+    """
+    match target:
+        case GmacsBudget(gmacs):
+            least = f"the coarse stage alone takes {_up(macs.coarse / 1e9)} GMACs at eta 0"
+            return _within(trade, _costs(trade, macs) / 1e9, gmacs, f"{gmacs:g} GMACs", least)
+        case Saving(percent):
+            saved = 100 * (1 - macs.coarse / macs.backbone)
+            most = f"the most is {_down(saved)}% at eta 0"
+            spent = 100 * _costs(trade, macs) / macs.backbone
+            return _within(trade, spent, 100 - percent, f"a saving of {percent:g}%", most)
+        case LatencyBudget(milliseconds):
+            if latency is None:
+                raise CfvitError(
+                    "a latency is asked for and none was measured: pass latency=StageLatency(coarse, both)"
+                )
+            least = f"the coarse stage alone takes {_up(latency.coarse)} ms at eta 0"
+            times = latency.expected(1) * _shares(trade) + latency.coarse * (1 - _shares(trade))
+            return _within(trade, times, milliseconds, f"{milliseconds:g} ms", least)
+        case Accuracy(percent):
+            return _cheapest_with_accuracy(trade, percent)
+        case Drop(points):
+            return trade.threshold(_fewest_without_drop(trade, points))
+        case Risk(method="upper_bound"):
+            return trade.threshold(_fewest_by_upper_bound(trade, target))
+        case Risk():
+            return _last_of_fixed_sequence(trade, target)
+
+
+def _shares(trade: TradeOff) -> np.ndarray:
+    return trade.reachable / trade.images
+
+
+def _costs(trade: TradeOff, macs: StageMacs) -> np.ndarray:
+    """Mean MACs of an image at each reachable split."""
+    return macs.coarse + _shares(trade) * macs.fine
+
+
+def _within(trade: TradeOff, costs: np.ndarray, budget: float, asked: str, nearest: str) -> float:
+    """The most accurate split within a budget, and the cheapest of equally accurate ones."""
+    affordable = trade.reachable[costs <= budget + _SLACK * abs(budget)]
+    if len(affordable) == 0:
+        raise CfvitError(f"{asked} is out of reach: {nearest}; ask for no more than that")
+    return trade.threshold(int(affordable[trade.right[affordable].argmax()]))
+
+
+def _cheapest_with_accuracy(trade: TradeOff, percent: float) -> float:
+    accuracy = 100 * trade.right[trade.reachable] / trade.images
+    enough = trade.reachable[accuracy >= percent - _SLACK]
+    if len(enough) == 0:
+        best = int(accuracy.argmax())
+        eta = str(trade.threshold(int(trade.reachable[best]))).removesuffix(".0")
+        raise CfvitError(
+            f"an accuracy of {percent:g}% is out of reach: the best is {_down(accuracy[best])}% at eta {eta}; "
+            "ask for at most that"
+        )
+    return trade.threshold(int(enough[0]))
+
+
+def _fewest_without_drop(trade: TradeOff, points: float) -> int:
+    """The fewest images to go on so that neither they nor any more lose that many points."""
+    enough = trade.right[trade.reachable] >= trade.right[-1] - points / 100 * trade.images - _SLACK
+    failing = np.flatnonzero(~enough)
+    return int(trade.reachable[failing[-1] + 1 if len(failing) else 0])
+
+
+def _fewest_by_upper_bound(trade: TradeOff, risk: Risk) -> int:
+    # the upper bound of k of n is at most the share where k or fewer of n are improbable at that share
+    improbable = binomial_cdf(trade.images, risk.share) <= 1 - risk.confidence
+    granted = improbable[trade.worse[trade.reachable]]
+    granted[-1] = True  # if all go on, no answer is worse
+    return int(trade.reachable[granted.argmax()])
+
+
+def _last_of_fixed_sequence(trade: TradeOff, risk: Risk) -> float:
+    """Tests "too many get worse" from eta = 1 downwards, until it cannot be rejected."""
+    thresholds = TESTED[::-1]
+    p_values = binomial_cdf(trade.images, risk.share)[trade.worse[trade.gone_on(thresholds)]]
+    kept = np.flatnonzero(p_values[1:] > 1 - risk.confidence)  # at eta = 1 nothing is to be shown
+    return float(thresholds[kept[0] if len(kept) else -1])
+
+
+def _down(value: float) -> str:
+    """Two decimals, never above the value, so that what is named can be asked for."""
+    return f"{math.floor(100 * value + _SLACK) / 100:.2f}"
+
+
+def _up(value: float) -> str:
+    return f"{math.ceil(1000 * value - _SLACK) / 1000:g}"

@@ -1,0 +1,133 @@
+"""What a user asks of the trade-off: one of six wishes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cfvit.errors import CfvitError
+
+RiskMethod = Literal["upper_bound", "fixed_sequence"]
+
+
+def _require(name: str, value: object, holds: bool, allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds:
+        raise CfvitError(f"{name} is {value!r}: give {allowed}")
+
+
+@dataclass(frozen=True)
+class StageLatency:
+    """Measured time of one image in milliseconds.
+
+    Attributes:
+        coarse: of an image that exits.
+        both: of an image that goes on.
+
+    Raises:
+        CfvitError: a time that is not positive, or both stages faster than one.
+    """
+
+    coarse: float
+    both: float
+
+    def __post_init__(self) -> None:
+        _require("coarse latency", self.coarse, _positive(self.coarse), "milliseconds above 0")
+        _require("both latency", self.both, _positive(self.both), "milliseconds above 0")
+        if self.both < self.coarse:
+            raise CfvitError(f"both stages take {self.both} ms and the coarse one {self.coarse} ms: measure them again")
+
+    def expected(self, fine_share: float) -> float:
+        """Mean time of an image in milliseconds if this share goes on."""
+        return self.coarse + fine_share * (self.both - self.coarse)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0
+
+
+def _between(low: float, value: object, high: float) -> bool:
+    return isinstance(value, (int, float)) and low <= value <= high
+
+
+@dataclass(frozen=True)
+class GmacsBudget:
+    """The most accurate threshold whose mean cost is at most ``gmacs``, in 1e9 multiply-accumulates an image."""
+
+    gmacs: float
+
+    def __post_init__(self) -> None:
+        _require("gmacs", self.gmacs, _positive(self.gmacs), "a number of GMACs above 0")
+
+
+@dataclass(frozen=True)
+class Saving:
+    """The most accurate threshold that saves at least ``percent`` of the plain backbone's MACs."""
+
+    percent: float
+
+    def __post_init__(self) -> None:
+        holds = _between(0, self.percent, 100) and self.percent != 100
+        _require("saving", self.percent, holds, "a percentage from 0 to below 100")
+
+
+@dataclass(frozen=True)
+class LatencyBudget:
+    """The most accurate threshold whose mean latency is at most ``milliseconds`` an image."""
+
+    milliseconds: float
+
+    def __post_init__(self) -> None:
+        _require("latency", self.milliseconds, _positive(self.milliseconds), "milliseconds above 0")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The cheapest threshold with a top-1 accuracy of at least ``percent`` on the calibration images."""
+
+    percent: float
+
+    def __post_init__(self) -> None:
+        _require("accuracy", self.percent, _between(0, self.percent, 100), "a percentage from 0 to 100")
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The lowest threshold from which upwards none loses more than ``points`` of accuracy against the fine stage."""
+
+    points: float
+
+    def __post_init__(self) -> None:
+        _require("drop", self.points, _between(0, self.points, 100), "percentage points from 0 to 100")
+
+
+@dataclass(frozen=True)
+class Risk:
+    """The lowest threshold with a promise: few answers get worse, also on images yet unseen.
+
+    With probability of at least ``confidence`` over the choice of the calibration images, at most
+    ``share`` of all answers are wrong where the fine stage is right. It holds for any model and any
+    data, if the images in use are drawn as the calibration images were, independently, and neither
+    measure nor temperature nor target was chosen by looking at them.
+
+    Attributes:
+        share: of all answers, in (0, 1).
+        confidence: in (0, 1).
+        method: ``upper_bound`` takes any threshold for which Clopper and Pearson's bound of the share
+            is low enough, as the share can only fall as eta rises; ``fixed_sequence`` tests a fixed
+            grid of thresholds from 1 downwards and stops at the first that fails. See `cfvit.calibration.choice`.
+    """
+
+    share: float
+    confidence: float = 0.95
+    method: RiskMethod = "upper_bound"
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("confidence", self.confidence)):
+            holds = _positive(value) and _between(0, value, 1) and value != 1
+            _require(f"{name} of the risk", value, holds, "a share between 0 and 1, both excluded")
+        if self.method not in get_args(RiskMethod):
+            raise CfvitError(f"method of the risk is {self.method!r}: give one of {', '.join(get_args(RiskMethod))}")
+
+
+Target = GmacsBudget | Saving | LatencyBudget | Accuracy | Drop | Risk
