@@ -2,22 +2,21 @@
 
 Steps 1 to 7 of the method for one image at a time, with full attention maps, all fine patches
 embedded and all coarse features reused; what is not needed is dropped only then. Weights are read
-from a state dict by name. Equation numbers are those of the paper (AAAI 2023).
+from a state dict by name. Equation numbers are those of the paper (AAAI 2023). `LVViTReference` is the
+same for LV-ViT (Jiang et al., NeurIPS 2021).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-EPSILON = 1e-6
-"""Of every LayerNorm in timm's ViT."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,16 @@ class Reference:
     ratio: float
     momentum: float
 
+    epsilon: ClassVar[float] = 1e-6
+    """Of every LayerNorm in timm's ViT."""
+
+    def plain(self, images: Tensor) -> Tensor:
+        """The backbone alone, on all fine patches: logits ``[B, classes]``."""
+        positions = self.weights["backbone.pos_embed"][0]
+        class_token = self.weights["backbone.cls_token"][0, 0] + positions[0]
+        sequences = [torch.cat([class_token[None], p + positions[1:]]) for p in self._embed_patches(images)]
+        return torch.stack([self._head(self._network(tokens)[0]) for tokens in sequences])
+
     def coarse(self, images: Tensor) -> ReferenceState:
         """Steps 1 to 3 (Eqs. 5 to 9): images ``[B, 3, S, S]``."""
         half = self.grid * self.patch
@@ -72,20 +81,27 @@ class Reference:
 
     def fine(self, images: Tensor, state: ReferenceState) -> Tensor:
         """Steps 4 to 7 (Eqs. 10 to 13): logits ``[B, classes]``."""
-        logits = []
+        return torch.stack([self._head(tokens) for tokens in self.fine_sequences(images, state)])
+
+    def fine_sequences(self, images: Tensor, state: ReferenceState) -> list[Tensor]:
+        """Each image's mixed sequence after the final norm, cell by cell: ``[1 + 4k + N - k, D]``."""
+        sequences = []
         for i, patches in enumerate(self._embed_patches(images)):
-            informative = self._informative(state.class_attention[i])
+            informative = self.informative(state.class_attention[i])
             tokens = self._fine_tokens(patches, state.embedding[i], informative)
             tokens = tokens + self._reused_features(state.tokens[i], informative)
-            logits.append(self._head(self._network(tokens)[0]))
-        return torch.stack(logits)
+            sequences.append(self._network(tokens)[0])
+        return sequences
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """All patches of images, row by row: ``[B, 3, h, w] -> [B, patches, D]``."""
-        name = "backbone.patch_embed.proj"
-        maps = F.conv2d(images, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], stride=self.patch)
+        maps = self._project(images, self.patch)
         rows, columns = maps.shape[2:]
         return torch.stack([maps[:, :, y, x] for y in range(rows) for x in range(columns)], dim=1)
+
+    def _project(self, images: Tensor, stride: int) -> Tensor:
+        name = "backbone.patch_embed.proj"
+        return F.conv2d(images, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], stride=stride)
 
     def _network(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Blocks and final norm, ``[T, D] -> [T, D]``, and each block's attention ``[H, T, T]``."""
@@ -94,14 +110,17 @@ class Reference:
         for k in range(depth):
             name = f"backbone.blocks.{k}"
             update, attention = self._attend(f"{name}.attn", self._norm(f"{name}.norm1", tokens))
-            tokens = tokens + update
-            tokens = tokens + self._mlp(f"{name}.mlp", self._norm(f"{name}.norm2", tokens))
+            tokens = self._residual(tokens, update)
+            tokens = self._residual(tokens, self._mlp(f"{name}.mlp", self._norm(f"{name}.norm2", tokens)))
             maps.append(attention)
         return self._norm("backbone.norm", tokens), maps
 
+    def _residual(self, tokens: Tensor, update: Tensor) -> Tensor:
+        return tokens + update
+
     def _attend(self, name: str, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """``softmax(Q K^T / sqrt(d)) V`` of each head (Eq. 1), and the maps ``[H, T, T]``."""
-        query, key, value = self._linear(f"{name}.qkv", tokens).chunk(3, dim=-1)
+        query, key, value = self._queries_keys_values(f"{name}.qkv", tokens).chunk(3, dim=-1)
         width = query.shape[-1] // self.heads
         outputs, maps = [], []
         for head in range(self.heads):
@@ -110,6 +129,9 @@ class Reference:
             outputs.append(attention @ value[:, own])
             maps.append(attention)
         return self._linear(f"{name}.proj", torch.cat(outputs, dim=-1)), torch.stack(maps)
+
+    def _queries_keys_values(self, name: str, tokens: Tensor) -> Tensor:
+        return self._linear(name, tokens)
 
     def _global_class_attention(self, maps: list[Tensor]) -> Tensor:
         """Eq. 9 from the 4th encoder on, heads averaged: ``[N]``."""
@@ -120,7 +142,7 @@ class Reference:
                 average = self.momentum * average + (1 - self.momentum) * row
         return average
 
-    def _informative(self, class_attention: Tensor) -> list[int]:
+    def informative(self, class_attention: Tensor) -> list[int]:
         """The ``ceil(alpha * N)`` cells of highest global class attention (Eq. 10)."""
         scores = class_attention.tolist()
         count = math.ceil(Fraction(str(self.ratio)) * len(scores))
@@ -162,4 +184,54 @@ class Reference:
 
     def _norm(self, name: str, tokens: Tensor) -> Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
-        return F.layer_norm(tokens, weight.shape, weight, bias, EPSILON)
+        return F.layer_norm(tokens, weight.shape, weight, bias, self.epsilon)
+
+
+@dataclass(frozen=True)
+class LVViTReference(Reference):
+    """Both stages of an LV-ViT, as its authors and those of CF-ViT compute them, in evaluation mode.
+
+    Attributes:
+        skip_lam: what each residual branch is divided by.
+    """
+
+    skip_lam: float
+
+    epsilon: ClassVar[float] = 1e-5
+    """Of every LayerNorm, and of the stem's batch norms: PyTorch's default."""
+
+    def coarse(self, images: Tensor) -> ReferenceState:
+        """As DeiT's, but for logits divided by 1 + 0.25; the authors leave the fine ones as they are."""
+        state = super().coarse(images)
+        return replace(state, logits=state.logits / 1.25)
+
+    def class_answer(self, tokens: Tensor) -> Tensor:
+        """Logits of the class token alone: ``[1 + T, D] -> [classes]``."""
+        return super()._head(tokens)
+
+    def token_answers(self, tokens: Tensor) -> Tensor:
+        """Logits of each patch token: ``[1 + T, D] -> [T, classes]``."""
+        return self._linear("backbone.aux_head", tokens[1:])
+
+    def _head(self, tokens: Tensor) -> Tensor:
+        return self.class_answer(tokens) + 0.25 * self.token_answers(tokens).max(dim=0).values
+
+    def _project(self, images: Tensor, stride: int) -> Tensor:
+        """Convolutions of 7 pixels at stride 2, of 3, of 3; then a patch is half as many places of their result."""
+        for i, (side, step) in enumerate(((7, 2), (3, 1), (3, 1)), start=1):
+            name = "backbone.patch_embed"
+            images = F.conv2d(images, self.weights[f"{name}.conv{i}.weight"], stride=step, padding=side // 2)
+            images = torch.relu(self._batch_norm(f"{name}.bn{i}", images))
+        return super()._project(images, stride // 2)
+
+    def _batch_norm(self, name: str, maps: Tensor) -> Tensor:
+        """With the statistics of training: ``[B, C, h, w]``."""
+        parts = ("running_mean", "running_var", "weight", "bias")
+        mean, variance, weight, bias = (self.weights[f"{name}.{part}"][:, None, None] for part in parts)
+        return (maps - mean) / torch.sqrt(variance + self.epsilon) * weight + bias
+
+    def _residual(self, tokens: Tensor, update: Tensor) -> Tensor:
+        return tokens + update / self.skip_lam
+
+    def _queries_keys_values(self, name: str, tokens: Tensor) -> Tensor:
+        return F.linear(tokens, self.weights[f"{name}.weight"])

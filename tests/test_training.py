@@ -27,7 +27,7 @@ from cfvit.data import open_data
 from cfvit.errors import CfvitError, UsageError
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.processes import Process
-from cfvit.training import loop
+from cfvit.training import loop, preparation, step
 from cfvit.training.loop import train
 from cfvit.training.recipes import Recipe
 
@@ -141,7 +141,7 @@ def test_all_cells_are_split_at_first(recipe: Recipe, tmp_path: Path, monkeypatc
         ratios.append(ratio)
         return network(images).fine.sum()
 
-    monkeypatch.setattr(loop, "_loss", record)
+    monkeypatch.setattr(step, "_loss", record)
     train(recipe.replace({"epochs": 3, "informative_ratio": 0.25}), tmp_path / "run")
     assert ratios == [1.0] * 10 + [0.25] * 5
 
@@ -340,7 +340,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_
 def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, backbone_only: bool) -> None:
     model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
     changed = recipe.replace({"optimizer": optimizer, "backbone_only": backbone_only, "weight_decay": 0.05})
-    trained = loop._assemble(changed, model, 80, CPU)
+    trained = preparation.assemble(changed, model, 80, CPU)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = trained.optimizer.param_groups
     decay = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
@@ -423,7 +423,7 @@ def test_loss_that_is_no_number_ends_the_run(
     def diverge(output: CoarseToFineOutput, *_: Any) -> Tensor:
         return output.fine.sum() * (1.0 if next(steps) < 7 else math.nan)
 
-    monkeypatch.setattr(loop, "coarse_to_fine_loss", diverge)
+    monkeypatch.setattr(step, "coarse_to_fine_loss", diverge)
     with fails("the loss is nan at step .*: lower --lr-base"):
         train(recipe.replace({"epochs": 3, "checkpoint_interval": interval}), tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -453,13 +453,13 @@ def test_runs_that_cannot_start(
 
 def test_bfloat16_autocast(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
-    exact = loop.coarse_to_fine_loss
+    exact = step.coarse_to_fine_loss
 
     def look(output: CoarseToFineOutput, target: Tensor, label_smoothing: float) -> Tensor:
         seen.update(logits.dtype for logits in output)
         return exact(output, target, label_smoothing)
 
-    monkeypatch.setattr(loop, "coarse_to_fine_loss", look)
+    monkeypatch.setattr(step, "coarse_to_fine_loss", look)
     train(recipe.replace({"epochs": 1, "precision": "bfloat16"}), tmp_path / "run")
     assert seen == {torch.bfloat16}
     assert all(math.isfinite(line["loss"]) for line in _log(tmp_path / "run", "train"))
