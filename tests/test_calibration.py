@@ -24,20 +24,18 @@ from cfvit.calibration import (
     Drop,
     GmacsBudget,
     LatencyBudget,
-    Measure,
     Risk,
     Saving,
     StageLatency,
     Target,
     calibrate,
     check_drift,
-    confidence_of,
-    fit_temperature,
     rank_images,
 )
 from cfvit.calibration.binomial import binomial_cdf, images_needed, paired_difference, share_estimate, upper_bound
 from cfvit.calibration.choice import TESTED, choose_eta
 from cfvit.calibration.drift import _distance_p, _same_share_p
+from cfvit.confidence import Measure, confidence_of, fit_temperature
 from cfvit.inference import goes_on
 
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)

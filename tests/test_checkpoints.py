@@ -80,7 +80,7 @@ def test_weights_can_be_stored_in_half(
         assert torch.equal(weights[name], tensor.bfloat16().float())
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, tmp_path / "half")]
     assert 1.9 < sizes[0] / sizes[1] < 2.1
-    assert model.coarse_pos_embed.dtype == torch.float32
+    assert model.get_parameter("coarse_pos_embed").dtype == torch.float32
 
 
 AUTHORS_NAMES = {
@@ -162,7 +162,7 @@ def test_authors_checkpoint_gives_their_logits(
 def test_authors_weights_of_a_distributed_run(authors_weights: dict[str, Tensor], tmp_path: Path) -> None:
     wrapped = {f"module.{name}": tensor for name, tensor in authors_weights.items()}
     loaded = load_authors_checkpoint(_write_authors(tmp_path / "a.pth", wrapped))
-    assert torch.equal(loaded.coarse_pos_embed, authors_weights["pos_embed_list.0"])
+    assert torch.equal(loaded.get_parameter("coarse_pos_embed"), authors_weights["pos_embed_list.0"])
 
 
 @pytest.mark.parametrize(
@@ -408,8 +408,8 @@ def test_initialise_from_a_plain_vit(
         assert torch.equal(tensor, weights[name]) != name.startswith("head."), name
     assert torch.equal(_weights(new)[REUSE], reuse)
     assert new.backbone.head.out_features == 7
-    assert new.coarse_pos_embed.shape == (1, 17, 48)
-    assert torch.equal(new.coarse_pos_embed[:, 0], weights["pos_embed"][:, 0])
+    assert new.get_parameter("coarse_pos_embed").shape == (1, 17, 48)
+    assert torch.equal(new.get_parameter("coarse_pos_embed")[:, 0], weights["pos_embed"][:, 0])
 
 
 def test_initialise_from_another_architecture(folder: Path, make_model: Make, fails: Callable[..., Any]) -> None:
@@ -449,3 +449,13 @@ def test_authors_files_of_impossible_width(shape: tuple[int, ...], tmp_path: Pat
     torch.save({"model": {**weights, **{name: torch.zeros(()) for name in names}}}, tmp_path / "a.pth")
     with fails("channels: CF-DeiT has a multiple of 64"):
         load(tmp_path / "a.pth")
+
+
+def test_plain_vits_are_refused_with_what_they_are_for(tmp_path: Path, fails: Callable[..., Any]) -> None:
+    backbone = timm.create_model("deit_tiny_patch16_224", depth=1, num_classes=3)
+    torch.save({"model": backbone.state_dict()}, tmp_path / "deit.pth")
+    with fails("missing pos_embed_list.0, pos_embed_list.1; weights of a plain ViT are for pretrained_backbone"):
+        load(tmp_path / "deit.pth")
+    (tmp_path / "config.json").write_text('{"architecture": "deit_tiny_patch16_224"}')
+    with fails("holds a plain ViT of timm's, not a coarse-to-fine model: train one from it with --initial-weights"):
+        load(tmp_path)

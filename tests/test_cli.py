@@ -556,3 +556,16 @@ def test_cost_of_other_grids_and_shares(cfvit_main: Callable[..., Outcome]) -> N
     refused = cfvit_main("cost", "resnet18")
     assert refused.status == 1
     assert "hierarchy" in refused.err[0]
+
+
+def test_eval_writes_a_report(
+    colours: Path, colour_model: Path, tmp_path: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    arguments = ("eval", "--data", colours, "--model", colour_model, "--workers", 0)
+    outcome = cfvit_main(*arguments, "--report", tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert outcome.status == 0
+    assert outcome.err[-1] == f"the report is {tmp_path / 'report' / 'report.html'}"
+    assert outcome.out == cfvit_main(*arguments).out
+    assert str(colour_model) in page
+    assert "33 images" in page

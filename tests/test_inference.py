@@ -137,7 +137,7 @@ def test_an_image_that_is_not_a_number_goes_on_and_spoils_no_other(
     prediction = Predictor(model, between)(images)
     assert straight.stage[spoilt] == COARSE
     assert prediction.stage[spoilt] == FINE
-    assert prediction.confidence[spoilt].isnan()
+    assert prediction.confidence[spoilt] == -1
     others = torch.arange(COUNT) != spoilt
     _check(
         Prediction(prediction.logits[others], prediction.confidence[others], prediction.stage[others]),

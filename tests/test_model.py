@@ -41,8 +41,8 @@ class TestReference:
         reference = Reference(
             model.state_dict(),
             heads=3,
-            grid=config.coarse_grid,
-            patch=model.image_size[0] // (2 * config.coarse_grid),
+            grid=model.grid[0],
+            patch=model.image_size[0] // (2 * model.grid[0]),
             ratio=config.informative_ratio,
             momentum=config.attention_momentum,
         )
@@ -239,7 +239,7 @@ class TestBackbone:
         fine = resample_abs_pos_embed(weights["pos_embed"], [18, 18])
         assert model.backbone.pos_embed is not None
         torch.testing.assert_close(model.backbone.pos_embed.data, fine)
-        torch.testing.assert_close(model.coarse_pos_embed.data, resample_abs_pos_embed(fine, [9, 9]))
+        torch.testing.assert_close(model.get_parameter("coarse_pos_embed").data, resample_abs_pos_embed(fine, [9, 9]))
 
     def test_a_head_for_other_classes_is_dropped(
         self, make_timm_model: Callable[..., nn.Module], make_model: MakeModel
@@ -281,7 +281,7 @@ class TestBackbone:
         """The blocks that give the class attention row compute what timm's compute."""
         model = make_model(**variant)
         small = make_model(coarse_grid=2, **variant).backbone
-        weights = {**model.backbone.state_dict(), "pos_embed": model.coarse_pos_embed.data}
+        weights = {**model.backbone.state_dict(), "pos_embed": model.get_parameter("coarse_pos_embed").data}
         small.load_state_dict(weights)
         images = make_images(model, 2)
         half = nn.functional.interpolate(images, scale_factor=0.5, mode="bilinear", align_corners=True)

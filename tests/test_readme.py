@@ -15,6 +15,10 @@ import torch
 from conftest import COLOURS, Outcome
 from safetensors.torch import save_file
 
+from cfvit import StageMacs, calibrate
+from cfvit.calibration import Saving
+from cfvit.checkpoints import write_calibration
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,6 +65,9 @@ def place(
                 for i in range(4):
                     shutil.copy(colours / split / colour / f"{i}.png", tmp_path / name / split / colour)
     shutil.copytree(colour_model, tmp_path / "MODEL")
+    chosen = calibrate(torch.eye(3), torch.eye(3), torch.arange(3), StageMacs(1, 1, 2), Saving(10))
+    write_calibration(chosen, tmp_path / "MODEL" / "calibration.json")
+    write_calibration(chosen, tmp_path / "mine.json")
     shutil.copy(authors_file, tmp_path / "authors.pth")
     shutil.copy(colours / "val" / "red" / "0.png", tmp_path / "photo.jpg")
     (tmp_path / "photos").mkdir()
@@ -95,7 +102,7 @@ def _in_small(words: Sequence[str]) -> list[str]:
         arguments += ["--weights", "teacher.safetensors", "--workers", "0"]
     elif command == "bench":
         arguments += TINY_BENCH
-    elif command == "eval":
+    elif command in ("eval", "calibrate"):
         arguments += ["--workers", "0"]
     return [command, *arguments]
 
@@ -119,14 +126,14 @@ def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Out
     before = {path.name for path in place.iterdir()}
     outcome = cfvit_main(*_in_small(arguments))
     assert outcome.status == 0, outcome.err
-    promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures"}
+    promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures", "report"}
     promised |= {"MAPS"} if arguments[0] == "token-labels" else set()
     assert {path.name for path in place.iterdir()} == before | promised
 
 
 def test_the_readme_shows_the_main_commands() -> None:
     shown = {(_cfvit_arguments(line) or [""])[0] for line in _lines(README)}
-    assert {"predict", "eval", "train", "convert", "bench", "cost", "models"} <= shown
+    assert {"predict", "eval", "calibrate", "train", "convert", "bench", "cost", "models"} <= shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

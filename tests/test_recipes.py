@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cfvit.errors import UsageError
-from cfvit.training.recipes import RECIPES, Recipe, load_recipe
+from cfvit.training.recipes import RECIPES, Recipe, load_recipe, read_value
 
 
 @pytest.fixture
@@ -139,6 +139,7 @@ def test_configurations_that_are_no_recipe(
         ({"coarse_grid": 0}, "coarse_grid is 0: give at least 1, or ROWSxCOLUMNS such as 5x8"),
         ({"coarse_grid": "5x"}, "coarse_grid is '5x': give at least 1"),
         ({"coarse_grid": "5x8x2"}, "coarse_grid is '5x8x2'"),
+        ({"teacher_weights": "file"}, "teacher_weights are given without a teacher: add --teacher NAME"),
         ({"mix_token": True}, "mix_token is on without token labels"),
         ({"token_labels": "maps", "teacher": "resnet18", "mixup": 0, "cutmix": 0}, "both given"),
         ({"token_labels": "maps"}, "mixup and cutmix move pixels"),
@@ -154,3 +155,12 @@ def test_grids() -> None:
     assert Recipe().grid == 7
     assert Recipe().replace({"coarse_grid": "5x8"}).grid == (5, 8)
     assert Recipe().replace({"coarse_grid": "9"}).grid == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("False", False), ("true", True), ("8", 8), ("1e-5", 1e-5), ("0.1", 0.1), ("null", None), ("none", "none")],
+)
+def test_words_of_the_command_line(text: str, value: Any) -> None:
+    assert read_value(text) == value
+    assert type(read_value(text)) is type(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
 import random
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision.ops import roi_align
 
-from cfvit.data import TrainImages, open_data
-from cfvit.training.labelling import make_token_labels
+import cfvit
+from cfvit.data import TrainImages, next_batch, open_data
+from cfvit.errors import CfvitError
+from cfvit.training.labelling import make_token_labels, to_label_maps
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.token_labels import (
+    LabelledImages,
     LabelledTransform,
     label_path,
     label_path_of,
@@ -449,7 +453,7 @@ def test_a_vits_patches_get_its_classifier(make_teacher: Callable[..., Teacher],
 
 
 def _teacher_of(model: nn.Module, config: dict[str, Any] = PLAIN, student: dict[str, Any] = PLAIN) -> Teacher:
-    return Teacher(model.eval(), {"input_size": (3, 64, 64), "interpolation": "bilinear", **config}, student)
+    return Teacher("tiny", model.eval(), {"input_size": (3, 64, 64), "interpolation": "bilinear", **config}, student)
 
 
 @torch.no_grad()
@@ -526,8 +530,56 @@ def test_a_local_folder_is_a_teacher(tmp_path: Path, fails: Fails) -> None:
     teacher = load_teacher(f"local-dir:{tmp_path}", 3)
     assert teacher.class_names == list(COLOURS)
     assert torch.equal(teacher.model.classifier.weight, model.classifier.weight)
-    with fails("has 3 classes, the data 4: give a teacher trained on"):
-        load_teacher(f"local-dir:{tmp_path}", 4)
+    with fails(f"teacher local-dir:{tmp_path} has 3 classes, the data 4: give a teacher trained on"):
+        load_teacher(f"local-dir:{tmp_path}", 4).require_classes([*COLOURS, "yellow"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit", "eva02_tiny_patch14_224"])  # timm's VisionTransformer and Eva
+def test_a_vits_positions_are_resampled_to_its_usual_size(name: str, tmp_path: Path, fails: Fails) -> None:
+    torch.manual_seed(0)
+    small: Any = timm.create_model(name, img_size=112, num_classes=7)
+    weights = _save_weights(small, tmp_path / "small.safetensors")
+    teacher = load_teacher(name, 7, weights)
+    source = {"file": str(weights), "num_classes": 7}
+    expected: Any = timm.create_model(name, num_classes=7, pretrained=True, pretrained_cfg_overlay=source)
+    assert teacher.data_config["input_size"][-1] > 112
+    assert teacher.model.pos_embed.shape != small.pos_embed.shape
+    assert teacher.weights_sha256() == dataclasses.replace(teacher, model=expected).weights_sha256()
+    with fails(r"small.safetensors does not fit the teacher .*: head.bias is \[7\] where \[6\]"):
+        load_teacher(name, 6, weights)
+
+
+def test_folders_that_are_no_teachers_are_refused(
+    colour_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    with fails(f"teacher local-dir:{colour_model} is no plain timm model, its config.json names no architecture: give"):
+        load_teacher(f"local-dir:{colour_model}", 3)
+    with fails(f"teacher {colour_model} is a folder: give it as local-dir:{colour_model}$"):
+        load_teacher(str(colour_model), 3)
+    monkeypatch.chdir(colour_model.parent)
+    with fails("teacher model is a folder: give it as local-dir:model$"):
+        load_teacher("model", 3)
+    (tmp_path / "config.json").write_text("{")
+    with fails(f"teacher local-dir:{tmp_path} cannot be had"):
+        load_teacher(f"local-dir:{tmp_path}", 3)
+
+
+def test_positions_of_no_grid_are_refused(tmp_path: Path, fails: Fails) -> None:
+    model: Any = timm.create_model("test_vit", num_classes=7)
+    weights = {**model.state_dict(), "pos_embed": torch.zeros(1, 8, 64)}
+    save_file(weights, tmp_path / "odd.safetensors")
+    with fails("odd.safetensors does not fit the teacher test_vit"):
+        load_teacher("test_vit", 7, tmp_path / "odd.safetensors")
+
+
+def test_the_digest_is_of_weights_and_their_names(make_teacher: Callable[..., Teacher]) -> None:
+    teacher = make_teacher("test_efficientnet")
+    digest = teacher.weights_sha256()
+    assert make_teacher("test_efficientnet").weights_sha256() == digest
+    assert make_teacher("test_resnet").weights_sha256() != digest
+    teacher.model.classifier.bias[3] += 1e-6
+    assert teacher.weights_sha256() != digest
 
 
 def test_teachers_that_cannot_be_had_are_refused(tmp_path: Path, fails: Fails) -> None:
@@ -603,20 +655,58 @@ def test_maps_show_where_the_teacher_sees_what(tmp_path: Path, colours_teacher: 
         (tmp_path / "data" / name).mkdir(parents=True)
         photo.save(tmp_path / "data" / name / "a.png")
     counts = make_token_labels(open_data(str(tmp_path / "data")), colours_teacher, tmp_path / "maps", workers=0)
-    assert (counts.made, counts.there, counts.unreadable) == (3, 0, [])
+    assert (counts.made, counts.kept, counts.unreadable) == (3, 0, [])
     label_map = read_label_map(tmp_path / "maps" / "green" / "a.pt", 3)
     assert label_map.shape == (2, 3, 18, 18)
     assert (label_map[1, 0, :, :8] == 2).all()
     assert (label_map[1, 0, :, 10:] == 0).all()
     assert (label_map[0, :-1] >= label_map[0, 1:]).all()
-    assert label_map[0, 0, 0, 0] == 10
-    assert label_map[0, -1, 0, 0] == 0
+    assert label_map[0, 0, 0, 0] == 0
+    assert label_map[0, -1, 0, 0] == -10
     labels = pool_labels(label_map[None], torch.tensor([[0.2, 0.0, 0.5, 0.4, 0.0]]), (2, 2), 3)
     assert (labels.argmax(-1) == 2).all()
 
 
+KINDS = {"around zero": (2, 0), "sigmoids": (2, -8), "far": (2, 1000), "flat": (0, 5), "peaked": (20, -8)}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5, 6, 1000])
+@pytest.mark.parametrize(("scale", "shift"), KINDS.values(), ids=KINDS)
+def test_a_map_gives_back_what_the_teacher_said(classes: int, scale: float, shift: float) -> None:
+    """At each place the stored classes have the teacher's probabilities, the others share the rest."""
+    logits = shift + scale * torch.randn(2, classes, 4, 4, generator=torch.Generator().manual_seed(classes))
+    maps = to_label_maps(logits, 4)
+    assert (maps.shape, maps.dtype) == ((2, 2, min(5, classes), 4, 4), torch.float16)
+    labels = pool_labels(maps, torch.tensor([WHOLE] * 2), (4, 4), classes)
+    labels = labels.transpose(1, 2).view(2, classes, 4, 4)
+    expected, stored = logits.softmax(1), maps[:, 1].long()
+    assert torch.allclose(labels.gather(1, stored), expected.gather(1, stored), atol=0.01)
+    others = torch.ones_like(labels, dtype=torch.bool).scatter(1, stored, False)
+    assert torch.allclose((labels * others).sum(1), (expected * others).sum(1), atol=0.01)
+
+
+def test_a_teacher_of_sigmoids_is_as_sure_in_its_map() -> None:
+    """Trained with binary cross-entropy, it gives every wrong class a logit far below zero."""
+    logits = torch.full((1, 1000, 2, 2), -8.0)
+    logits[:, 7] = 1.5
+    label = pool_labels(to_label_maps(logits, 2), torch.tensor([WHOLE]), (1, 1), 1000)[0, 0]
+    assert label.argmax() == 7
+    assert float(label[7]) == pytest.approx(0.93, abs=0.01)
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_scores_beyond_half_precision_keep_their_order(classes: int) -> None:
+    logits = torch.zeros(1, classes, 1, 1)
+    logits[:, :3, 0, 0] = torch.tensor([1e9, 1e9 - 6400, -1e9])
+    maps = to_label_maps(logits, 1)
+    assert maps.isfinite().all()
+    assert maps[0, 1, :2, 0, 0].tolist() == [0, 1]
+    assert float(maps[0, 0, 0] - maps[0, 0, 1]) == pytest.approx(6400, rel=0.01)
+    assert pool_labels(maps, torch.tensor([WHOLE]), (1, 1), classes)[0, 0].tolist() == [1] + [0] * (classes - 1)
+
+
 def test_maps_are_the_teachers_highest_scores(make_teacher: Callable[..., Teacher], tmp_path: Path) -> None:
-    """Seven classes, of which five are kept; the same for any batch size."""
+    """Seven classes, of which five are kept, over the mean of the others; the same for any batch size."""
     for i in range(7):
         (tmp_path / "data" / f"class {i}").mkdir(parents=True)
         _photo(40 + i, 30).save(tmp_path / "data" / f"class {i}" / "a.png")
@@ -626,7 +716,8 @@ def test_maps_are_the_teachers_highest_scores(make_teacher: Callable[..., Teache
     transform: Any = create_transform(**squash, is_training=False)
     for index in range(7):
         logits = teacher.dense(transform(source.read(index)[0])[None])
-        scores, classes = F.interpolate(logits, (6, 6), mode="bilinear")[0].topk(5, dim=0)
+        scores, classes = F.interpolate(logits, (6, 6), mode="bilinear")[0].sort(dim=0, descending=True)
+        scores, classes = scores[:5] - scores[5:].exp().mean(0).log(), classes[:5]
         label_map = read_label_map(label_path_of(tmp_path / "maps", source, index), 7)
         assert label_map.shape == (2, 5, 6, 6)
         assert torch.allclose(label_map[0].float(), scores, atol=2e-3, rtol=2e-3)
@@ -658,11 +749,11 @@ def test_maps_that_are_there_are_kept(
     kept = torch.zeros(2, 3, 18, 18).half()
     torch.save(kept, out / "green" / "0.pt")
     counts = make_token_labels(source, colours_teacher, out, workers=0)
-    assert (counts.made, counts.there, counts.unreadable) == (2, 4, [])
+    assert (counts.made, counts.kept, counts.unreadable) == (2, 4, [])
     after = _read_all(out)
     assert torch.equal(after.pop("green/0.pt"), kept)
     assert all(torch.equal(after[name], before[name]) for name in after)
-    assert make_token_labels(source, colours_teacher, out, workers=0).there == 6
+    assert make_token_labels(source, colours_teacher, out, workers=0).kept == 6
     assert [path.name for path in out.rglob(".*")] == []
 
 
@@ -671,8 +762,61 @@ def test_maps_of_another_size_are_not_mixed(
 ) -> None:
     source = open_data(str(make_colours(per_class=1)))
     make_token_labels(source, colours_teacher, tmp_path / "maps", workers=0)
-    with fails("is of 18 x 18 places, not 9: choose another folder or size"):
+    with fails("maps are of 18 x 18 places, not 9: give another --out, or remove the folder"):
         make_token_labels(source, colours_teacher, tmp_path / "maps", size=9, workers=0)
+
+
+def test_the_folder_says_what_its_maps_are_of(
+    make_colours: Callable[..., Path], colours_teacher: Teacher, tmp_path: Path
+) -> None:
+    make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", size=4, workers=0)
+    assert json.loads((tmp_path / "maps" / "labels.json").read_text()) == {
+        "teacher": "tiny",
+        "weights_sha256": colours_teacher.weights_sha256(),
+        "class_names": list(COLOURS),
+        "size": 4,
+        "cfvit": cfvit.__version__,
+    }
+
+
+def test_maps_of_another_origin_are_not_mixed(
+    make_colours: Callable[..., Path], colours_teacher: Teacher, tmp_path: Path, fails: Fails
+) -> None:
+    folder, out = make_colours(per_class=1), tmp_path / "maps"
+    source = open_data(str(folder))
+    make_token_labels(source, colours_teacher, out, workers=0)
+    before = _read_all(out)
+
+    def make(source: Any = source, teacher: Teacher = colours_teacher) -> int:
+        return make_token_labels(source, teacher, out, workers=0).kept
+
+    assert make(teacher=dataclasses.replace(colours_teacher, name="moved")) == 3  # the weights are what counts
+    (folder / "red").rename(folder / "rosy")
+    with fails("maps have class 'red' where the data has 'rosy': give another --out, or remove the folder"):
+        make(open_data(str(folder)))
+    colours_teacher.model.scale.data.fill_(9)
+    with fails("maps are by teacher tiny, with other weights: give another --out, or remove the folder"):
+        make()
+    with fails("maps are by teacher tiny, not other: give another --out, or remove the folder"):
+        make(teacher=dataclasses.replace(colours_teacher, name="other"))
+    (out / "labels.json").write_text('{"teacher": "tiny"}')
+    with fails(r"labels.json is damaged \(no weights_sha256\): remove .*maps and make the maps again"):
+        make()
+    (out / "labels.json").unlink()
+    with fails("maps holds label maps of unknown origin, without labels.json: give another --out"):
+        make()
+    assert all(torch.equal(label_map, before[name]) for name, label_map in _read_all(out).items())
+
+
+def test_a_map_of_another_shape_is_made_again(
+    make_colours: Callable[..., Path], colours_teacher: Teacher, tmp_path: Path
+) -> None:
+    source, out = open_data(str(make_colours(per_class=1))), tmp_path / "maps"
+    make_token_labels(source, colours_teacher, out, workers=0)
+    before = _read_all(out)
+    torch.save(before["red/0.pt"][:, :, :9, :9].clone(), out / "red" / "0.pt")
+    assert make_token_labels(source, colours_teacher, out, workers=0).made == 1
+    assert torch.equal(_read_all(out)["red/0.pt"], before["red/0.pt"])
 
 
 def test_unreadable_images_are_named_and_the_others_made(
@@ -683,7 +827,7 @@ def test_unreadable_images_are_named_and_the_others_made(
     source = open_data(str(folder))
     for there in (0, 5):
         counts = make_token_labels(source, colours_teacher, tmp_path / "maps", batch_size=2, workers=0)
-        assert (counts.made, counts.there) == (5 - there, there)
+        assert (counts.made, counts.kept) == (5 - there, there)
         ((name, reason),) = counts.unreadable
         assert name == "green/1.png"
         assert reason.startswith("not an image")
@@ -714,11 +858,11 @@ def test_a_teacher_of_other_classes_is_refused(
 ) -> None:
     folder = make_colours(per_class=1)
     source = open_data(str(folder))
-    named = Teacher(colours_teacher.model, colours_teacher.data_config, PLAIN, ["blue", "red", "green"])
-    with fails("class 'green' of the data is 'red' for the teacher"):
+    named = dataclasses.replace(colours_teacher, class_names=["blue", "red", "green"])
+    with fails("class 'green' of the data is 'red' for teacher tiny"):
         make_token_labels(source, named, tmp_path / "maps", workers=0)
     shutil.copytree(folder / "red", folder / "yellow")
-    with fails("the teacher has 3 classes, the data 4"):
+    with fails("teacher tiny has 3 classes, the data 4"):
         make_token_labels(open_data(str(folder)), colours_teacher, tmp_path / "maps", workers=0)
 
 
@@ -732,11 +876,16 @@ def test_more_classes_than_half_precision_counts_are_refused(
         make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", workers=0)
 
 
-def test_scores_beyond_half_precision_are_refused(
-    make_colours: Callable[..., Path], colours_teacher: Teacher, tmp_path: Path, fails: Fails
+@pytest.mark.parametrize("scale", [math.nan, math.inf])
+def test_scores_that_are_not_finite_are_refused(
+    scale: float,
+    make_colours: Callable[..., Path],
+    colours_teacher: Teacher,
+    tmp_path: Path,
+    fails: Fails,
 ) -> None:
-    colours_teacher.model.scale.data.fill_(1e9)
-    with fails("beyond half precision"):
+    colours_teacher.model.scale.data.fill_(scale)
+    with fails("scores that are not finite"):
         make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", workers=0)
 
 
@@ -749,7 +898,120 @@ def test_a_full_disk_is_said_in_one_line(
     monkeypatch.setattr(Path, "write_bytes", full)
     with fails(r"cannot write .*maps/blue/0.pt \(No space left on device\): make room"):
         make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", workers=0)
-    assert [path for path in (tmp_path / "maps").rglob("*") if path.is_file()] == []
+    assert [path.name for path in (tmp_path / "maps").rglob("*") if path.is_file()] == ["labels.json"]
+
+
+# training with maps
+
+
+def _labelled(data: Path, maps: Path, indices: Sequence[int] | None = None) -> LabelledImages:
+    source = open_data(str(data))
+    return LabelledImages(source, range(len(source)) if indices is None else indices, TRANSFORM, maps)
+
+
+TRANSFORM = LabelledTransform((3, 8, 8))
+
+
+@pytest.fixture
+def labelled_colours(
+    make_colours: Callable[..., Path], colours_teacher: Teacher, tmp_path: Path
+) -> Callable[..., tuple[Path, Path]]:
+    """Two images of each colour, of which one is damaged if so wished, and their maps."""
+
+    def make(damaged: str | None = None) -> tuple[Path, Path]:
+        folder = make_colours(per_class=2)
+        if damaged:
+            (folder / damaged).write_bytes(b"damaged")
+        make_token_labels(open_data(str(folder)), colours_teacher, tmp_path / "maps", workers=0)
+        return folder, tmp_path / "maps"
+
+    return make
+
+
+def test_an_image_comes_with_its_map(labelled_colours: Callable[..., tuple[Path, Path]]) -> None:
+    folder, maps = labelled_colours()
+    images = _labelled(folder, maps, [4, 1])
+    tensor, target, label_map, window = images[1, 7]
+    assert (tensor.shape, target, window.shape) == ((3, 8, 8), 0, (5,))
+    assert torch.equal(label_map, read_label_map(maps / "blue" / "1.pt", 3))
+
+
+def test_an_unreadable_image_needs_no_map(labelled_colours: Callable[..., tuple[Path, Path]], fails: Fails) -> None:
+    folder, maps = labelled_colours("green/1.png")
+    with pytest.warns(UserWarning, match=r"skipped green/1\.png: not an image"):
+        images = _labelled(folder, maps)
+    assert [images.source.name(index) for index in images.indices] == [
+        f"{name}.png" for name in ("blue/0", "blue/1", "green/0", "red/0", "red/1")
+    ]
+    assert [images[position, 0][1] for position in range(5)] == [0, 0, 1, 2, 2]
+    (maps / "red" / "0.pt").unlink()
+    with (
+        pytest.warns(UserWarning, match="skipped green"),
+        fails(
+            "2 of 6 training images have no label map, the first is .*maps/red/0.pt: make them with cfvit token-labels"
+        ),
+    ):
+        _labelled(folder, maps)
+
+
+def test_without_a_readable_image_nothing_is_left(make_colours: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_colours(per_class=1)
+    for name in COLOURS:
+        (folder / name / "0.png").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="skipped"):
+        assert len(_labelled(folder, tmp_path / "maps")) == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_maps_of_two_shapes_are_refused_in_one_line(
+    labelled_colours: Callable[..., tuple[Path, Path]], workers: int, fails: Fails
+) -> None:
+    folder, maps = labelled_colours()
+    torch.save(torch.zeros(2, 3, 9, 9).half(), maps / "green" / "0.pt")
+    keys: Any = [(position, 0) for position in range(6)]
+    batches = iter(DataLoader(_labelled(folder, maps), 2, sampler=keys, num_workers=workers))
+    assert next_batch(batches)[2].shape == (2, 2, 3, 18, 18)
+    with fails(r"^label map .*green/0.pt is \[2, 3, 9, 9\], the first one \[2, 3, 18, 18\]: remove it and run cfvit"):
+        next_batch(batches)
+
+
+def test_any_error_of_a_loading_process_is_one_line(fails: Fails) -> None:
+    uneven: Any = [torch.zeros(2), torch.zeros(3)]
+    for workers in (0, 1):
+        batches = iter(DataLoader(uneven, 2, num_workers=workers))
+        with fails(r"^images cannot be loaded \(.*stack expects each tensor to be equal size.*\): check the data"):
+            next_batch(batches)
+    with pytest.raises(CfvitError) as caught:
+        next_batch(iter(DataLoader(uneven, 2, num_workers=1)))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(StopIteration):
+        next_batch(iter([]))
+
+
+def test_maps_of_other_classes_are_refused(labelled_colours: Callable[..., tuple[Path, Path]], fails: Fails) -> None:
+    folder, maps = labelled_colours()
+    for parent in (folder, maps):
+        (parent / "red").rename(parent / "rosy")
+    with fails("the label maps in .*maps have class 'red' where the data has 'rosy': make maps of this data"):
+        _labelled(folder, maps)
+    shutil.copytree(folder / "rosy", folder / "yellow")
+    with fails("the label maps in .*maps have 3 classes, the data 4: make maps of this data"):
+        _labelled(folder, maps)
+    shutil.rmtree(folder / "yellow")
+    (maps / "labels.json").write_text("{")
+    with fails("labels.json is damaged"):
+        _labelled(folder, maps)
+    (maps / "labels.json").unlink()  # as published maps come
+    assert len(_labelled(folder, maps)) == 6
+
+
+def test_images_that_share_a_map_are_refused_in_training(
+    labelled_colours: Callable[..., tuple[Path, Path]], fails: Fails
+) -> None:
+    folder, maps = labelled_colours()
+    Image.new("RGB", (8, 8)).save(folder / "red" / "1.webp")
+    with fails("red/1.(png|webp) and red/1.(png|webp) would share a label map: rename one"):
+        _labelled(folder, maps, [0])
 
 
 # the command

@@ -22,14 +22,18 @@ from safetensors.torch import load_file, save_file
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from cfvit import CoarseToFineOutput, create_model, load
+from cfvit import CoarseToFineOutput, CoarseToFineViT, create_model, load, processes
 from cfvit.data import open_data
 from cfvit.errors import CfvitError, UsageError
 from cfvit.evaluation.metrics import evaluate_model
+from cfvit.model import TokenOutput
 from cfvit.processes import Process
 from cfvit.training import loop, preparation, step
 from cfvit.training.loop import train
+from cfvit.training.losses import token_label_loss
+from cfvit.training.mixing import draw_mixed_cells
 from cfvit.training.recipes import Recipe
+from cfvit.training.token_labels import pool_labels, pool_scores
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -254,6 +258,82 @@ def test_learns_from_token_labels(token_recipe: Recipe, tmp_path: Path) -> None:
     model = load(tmp_path / "run")
     assert model.grid == (2, 3)
     assert model.image_size == (64, 96)
+
+
+def test_all_cells_are_split_at_first_with_token_labels_too(
+    token_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ratios: list[float] = []
+    forward = CoarseToFineViT.forward_tokens
+
+    def record(model: CoarseToFineViT, images: Tensor, *, informative_ratio: float, mixed: Tensor) -> Any:
+        ratios.append(informative_ratio)
+        return forward(model, images, informative_ratio=informative_ratio, mixed=mixed)
+
+    monkeypatch.setattr(CoarseToFineViT, "forward_tokens", record)
+    train(token_recipe.replace({"epochs": 3, "informative_ratio": 0.25}), tmp_path / "run")
+    assert ratios == [1.0] * 10 + [0.25] * 5
+
+
+@pytest.mark.parametrize("from_teacher", [False, True])
+@pytest.mark.parametrize("mix", [False, True])
+def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bool, token_recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    tiny = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+    model = create_model("lvvit_tiny_patch16_224", num_classes=3, coarse_grid=(2, 3), **tiny)
+    images, targets = torch.randn(4, 3, 64, 96), torch.tensor([0, 1, 2, 0])
+    maps = torch.stack([torch.rand(4, 1, 18, 18) * 5, torch.randint(3, (4, 1, 18, 18)).float()], dim=1).half()
+    windows = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]]).repeat(2, 1)
+    scores, seen = torch.randn(4, 3, 5, 7), {}
+
+    def network(images: Tensor, informative_ratio: float, mixed: Tensor | None) -> TokenOutput:
+        output = model.forward_tokens(images, informative_ratio=informative_ratio, mixed=mixed)
+        seen.update(ratio=informative_ratio, mixed=mixed, output=output)
+        return output
+
+    nothing: Any = None
+    teacher: Any = (lambda asked: scores) if from_teacher else None
+    trained = preparation.Trained(model, network, nothing, nothing, nothing, nothing, teacher)
+    recipe = token_recipe.replace({"mix_token": mix, "token_label_weight": 0.5})
+    seed = next(seed for seed in range(99) if 0 < draw_mixed_cells((2, 3), seed, torch.device("cpu")).sum() < 6)
+    batch = [images, targets] if from_teacher else [images, targets, maps, windows]
+    loss = step._token_loss(recipe, trained, batch, 0.5, seed)
+
+    mixed = draw_mixed_cells((2, 3), seed, torch.device("cpu")).tolist() if mix else [False] * 6
+    assert seen["ratio"] == 0.5
+    assert (seen["mixed"].tolist() if mix else [False] * 6) == mixed
+    fine, coarse = (
+        pool_scores(scores, grid) if from_teacher else pool_labels(maps, windows, grid, 3) for grid in ((4, 6), (2, 3))
+    )
+    labels = []
+    for b in range(4):
+        for cell in seen["output"].informative[b].tolist():
+            row, column = divmod(cell, 3)
+            corner = 12 * row + 2 * column
+            labels += [fine[3 - b if mixed[cell] else b, corner + step] for step in (0, 1, 6, 7)]
+        labels += [coarse[3 - b if mixed[cell] else b, cell] for cell in seen["output"].others[b].tolist()]
+    whole = torch.eye(3)[targets] * 0.9 + 0.1 / 3
+    whole = (1 - sum(mixed) / 6) * whole + sum(mixed) / 6 * whole.flip(0)
+    expected = token_label_loss(seen["output"], whole, torch.stack(labels).reshape(4, -1, 3), 0.5)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_processes_score_the_same_batch_norm(
+    token_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = torch.nn.BatchNorm2d(2)
+    module.running_mean = torch.tensor([1.0, 2.0])
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda tensor: tensor.add_(torch.tensor([3.0, 4.0])))
+    processes.average_buffers(module)
+    assert module.running_mean.tolist() == [2.0, 3.0]
+    assert module.num_batches_tracked == 0
+    monkeypatch.undo()
+    averaged: list[torch.nn.Module] = []
+    monkeypatch.setattr(loop, "average_buffers", averaged.append)
+    train(token_recipe.replace({"epochs": 1}), tmp_path / "run")
+    assert len(averaged) == 1
 
 
 def test_token_labels_resume_as_if_nothing_had_happened(

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cfvit.calibration import Calibration, calibrate
     from cfvit.checkpoints import bundled_models, load, save
     from cfvit.data import eval_transform, open_image
     from cfvit.errors import CfvitError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CfvitError",
     "CoarseState",
     "CoarseToFineOutput",
@@ -26,6 +28,7 @@ __all__ = [
     "Predictor",
     "StageMacs",
     "bundled_models",
+    "calibrate",
     "count_macs",
     "create_model",
     "eval_transform",
@@ -35,6 +38,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "calibration": ("Calibration", "calibrate"),
     "checkpoints": ("bundled_models", "load", "save"),
     "data": ("eval_transform", "open_image"),
     "errors": ("CfvitError",),

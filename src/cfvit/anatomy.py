@@ -8,6 +8,7 @@ the prefix (class token, distillation token, registers) followed by patches of e
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from timm.models.vision_transformer import (
     VisionTransformer,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cfvit.tokens import CHILDREN, class_attention_row, coarse_image, cut_children, gather_tokens
 
@@ -196,8 +198,15 @@ def run_blocks(backbone: Backbone, tokens: Tensor, rotation: Tensor | None, stop
     """Timm's blocks up to ``stop``, as timm runs them: ``[B, T, D] -> [B, T, D]``."""
     for index, block in enumerate(backbone.blocks[:stop]):
         rope = {} if rotation is None else {"rope": _rotation_of_block(backbone, rotation, index)}
-        tokens = block(tokens, **rope)
+        tokens = _checkpointed(backbone, block)(tokens, **rope)
     return tokens
+
+
+def _checkpointed(backbone: Backbone, run: Callable[..., Any]) -> Callable[..., Any]:
+    """As given or, after timm's ``set_grad_checkpointing``, computed anew in the backward pass to save memory."""
+    if backbone.grad_checkpointing and torch.is_grad_enabled():
+        return partial(checkpoint, run, use_reentrant=False)
+    return run
 
 
 def block_with_class_attention(
@@ -214,7 +223,7 @@ def block_with_class_attention(
     """
     block = backbone.blocks[index]
     rope = None if rotation is None else _rotation_of_block(backbone, rotation, index)
-    return BLOCKS[type(block)](block, tokens, rope, backbone.num_prefix_tokens)
+    return _checkpointed(backbone, BLOCKS[type(block)])(block, tokens, rope, backbone.num_prefix_tokens)
 
 
 def _rotation_of_block(backbone: Backbone, rotation: Tensor, index: int) -> Tensor:

@@ -7,6 +7,7 @@ that subclasses timm's ``VisionTransformer`` and registers it with timm, as `lvv
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -83,7 +84,7 @@ def _with_timm_weights(name: str, options: dict[str, Any]) -> Backbone:
 
 def _fill(model: Backbone, weights: dict[str, Tensor], name: str) -> None:
     """Loads weights under timm's own keys, positions resampled; all but heads of other classes must fit."""
-    weights = _in_timms_keys(model, weights)
+    weights = in_timms_keys(model, weights)
     own = model.state_dict()
     heads = {key for key in own if key.split(".")[0] in HEADS}
     if any(key not in weights or weights[key].shape != own[key].shape for key in heads):
@@ -99,11 +100,13 @@ HEADS = frozenset({"head", "head_dist", "aux_head"})
 """Modules with an output for each class."""
 
 
-def _in_timms_keys(model: Backbone, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as published, under the keys and in the shapes of timm's model."""
+def in_timms_keys(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as published, under the keys and in the shapes of timm's ViT; those of other models as they are."""
     if isinstance(model, Eva):
         return timm.models.eva.checkpoint_filter_fn(weights, model)
-    return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    if isinstance(model, VisionTransformer):
+        return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    return weights
 
 
 def require_fit(
@@ -133,21 +136,43 @@ def require_fit(
 def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
     """The model without memory for its weights, once it is known to be suitable."""
     if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*patch*")[:4] or ["deit_small_patch16_224"]
-        raise CfvitError(f"timm has no model {name!r}: choose a ViT with a class token, such as {', '.join(near)}")
+        raise CfvitError(f"timm has no model {name!r}: {_suggestion(name)}")
+    model = _on_meta(name, timm_kwargs)
+    reason = _refusal(model)
+    if reason is None:
+        return cast(Backbone, model)
+    if timm_kwargs and _refusal(_on_meta(name, {})) is None:
+        raise CfvitError(f"{name} with {_spelled(timm_kwargs)} {reason}: leave out or change these arguments")
+    raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}")
+
+
+def _suggestion(name: str) -> str:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return "give timm's own name, and such weights as pretrained_backbone or --initial-weights"
+    near = difflib.get_close_matches(name, timm.list_models(["*deit*", "*vit*", "eva*"]), n=3)
+    return f"did you mean {', '.join(near)}?" if near else WHAT_WOULD_DO
+
+
+def _on_meta(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
     try:
         with torch.device("meta"):
-            model = timm.create_model(name, **timm_kwargs)
+            return timm.create_model(name, **timm_kwargs)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise CfvitError(f"timm cannot build {name} with {timm_kwargs} ({reason}): change the arguments") from error
-    reason = _foreign(model) or _unsuitable(cast(Backbone, model))
-    if reason:
-        raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}")
-    return cast(Backbone, model)
+        given, mend = (f" with {_spelled(timm_kwargs)}", "arguments") if timm_kwargs else ("", "name")
+        raise CfvitError(f"timm cannot build {name}{given} ({reason}): change the {mend}") from error
 
 
-_WINDOWED = {"SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM", "MultiScaleVit"}
+def _spelled(timm_kwargs: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in timm_kwargs.items())
+
+
+def _refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be read in two stages, or None."""
+    return _foreign(model) or _unsuitable(cast(Backbone, model))
+
+
+_WINDOWED = {"SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM"}
 _WINDOWED |= {"Hiera", "MaxxVit", "GlobalContextVit", "Nest", "Twins", "DaVit"}
 _OTHER_ATTENTION = {
     "Beit": "adds to its attention a bias for each pair of patches of one fixed grid, which patches of two sizes lack",
@@ -155,6 +180,8 @@ _OTHER_ATTENTION = {
     "which patches of two sizes lack",
     "Xcit": "attends across channels, not patches, so that no class attention chooses the informative cells",
     "Cait": "lets the class token attend in its last blocks only, too late to average its attention over the blocks",
+    "CrossVit": "reads the image in two branches, each with patches and a class token of its own",
+    "VOLO": "attends within local outlooks of a fixed grid in its first blocks",
     "NaFlexVit": "packs patches of images of any size its own way, and timm's plain ViTs hold the same weights",
 }
 
@@ -184,6 +211,8 @@ def _computes_plainly(model: nn.Module) -> bool:
 
 def _unsuitable(model: Backbone) -> str | None:
     """Why one of timm's plain ViTs cannot be read in two stages, or None."""
+    if len(model.blocks) == 0:
+        return "has no blocks"
     if model.cls_token is None:
         return "has no class token, whose attention chooses the informative cells"
     if not model.global_pool:

@@ -22,6 +22,9 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from cfvit import anatomy, backbones
+from cfvit.calibration import Calibration
+from cfvit.calibration.records import from_json, to_json
+from cfvit.confidence import ExitRule
 from cfvit.errors import CfvitError, first_line
 from cfvit.labels import readable_class_names
 from cfvit.model import CoarseToFineViT, ModelConfig
@@ -29,6 +32,7 @@ from cfvit.weights import read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CALIBRATION_FILE = "calibration.json"
 
 
 @contextlib.contextmanager
@@ -64,6 +68,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes ``config.json`` and ``model.safetensors``, the Hub's convention.
 
+    The calibration of a model that has one is written along as ``calibration.json``. Of a model that
+    has none, or whose threshold was changed since, a former one is removed.
+
     Args:
         folder: made if it is not there. Files are replaced one by one, each as a whole.
         dtype: store weights in this precision, such as ``torch.bfloat16``; loading gives float32.
@@ -78,15 +85,66 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "data_config": model.data_config,
         "class_names": model.class_names,
         "threshold": model.threshold,
+        **({} if model.exit_rule == ExitRule() else {"exit_rule": to_json(model.exit_rule)}),
     }
+    calibration = model.calibration
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(weights, file, metadata={"format": "pt"})
     with atomic_write(folder / CONFIG_FILE) as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
+    if calibration and (calibration.threshold, calibration.exit_rule) == (model.threshold, model.exit_rule):
+        write_calibration(calibration, folder / CALIBRATION_FILE)
+    else:
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes a calibration as JSON, for `read_calibration`.
+
+    Raises:
+        CfvitError: the file cannot be written; it is then as it was.
+    """
+    with atomic_write(path) as file:
+        file.write_text(json.dumps(calibration.to_dict(), indent=2, allow_nan=False) + "\n")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """A stored calibration.
+
+    Args:
+        path: the file, or the folder of a calibrated model.
+
+    Raises:
+        CfvitError: no such file, not JSON, or a key that is missing, unknown or of a wrong value.
+    """
+    path = path / CALIBRATION_FILE if path.is_dir() else path
+    try:
+        return Calibration.from_dict(json.loads(path.read_text()))
+    except FileNotFoundError as error:
+        raise CfvitError(f"no calibration at {path}: make one with cfvit calibrate") from error
+    except CfvitError as error:
+        raise CfvitError(f"{path} cannot be used: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CfvitError(f"{path} is damaged ({first_line(error)}): calibrate again, or remove it") from error
+
+
+def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
+    """Reads a calibration and has the model use it.
+
+    Raises:
+        CfvitError: it cannot be read, or is of another number of classes.
+    """
+    calibration = read_calibration(path)
+    try:
+        model.use_calibration(calibration)
+    except CfvitError as error:
+        raise CfvitError(f"{path} does not fit: {error}") from error
 
 
 def load(path_or_name: str | Path) -> CoarseToFineViT:
     """A model ready for use, in evaluation mode on the CPU in float32.
+
+    The calibration in a folder, ``calibration.json``, goes before the threshold in its ``config.json``.
 
     Args:
         path_or_name: a folder written by `save`, one of the authors' ``.pth`` files, or one of
@@ -121,12 +179,18 @@ def _bundled_folder() -> Path:
 
 
 def _load_folder(folder: Path) -> CoarseToFineViT:
+    if _is_backbone_folder(folder):
+        raise CfvitError(
+            f"{folder} holds a plain ViT of timm's, not a coarse-to-fine model: "
+            "train one from it with --initial-weights"
+        )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
         model = CoarseToFineViT(ModelConfig(**config["model"]))
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
         model.class_names, model.threshold = config["class_names"], config["threshold"]
+        rule = config.get("exit_rule")
     except FileNotFoundError as error:
         raise CfvitError(
             f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
@@ -138,7 +202,11 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
             f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
         ) from error
     load_strictly(model, weights, str(folder))
+    if rule is not None:
+        model.exit_rule = from_json(ExitRule, rule, f"{folder / CONFIG_FILE}: exit_rule")
     _check_attributes(model, folder / CONFIG_FILE)
+    if (folder / CALIBRATION_FILE).exists():
+        apply_calibration(model, folder / CALIBRATION_FILE)
     return model.eval()
 
 
@@ -284,7 +352,9 @@ def _authors_config(weights: dict[str, Tensor], path: str | Path) -> ModelConfig
     kind, backbones_by_width = ("CF-LV-ViT", _AUTHORS_LVVITS) if is_lvvit else ("CF-DeiT", _AUTHORS_DEITS)
     missing = [name for name in needed if name not in weights]
     if missing:
-        raise CfvitError(f"{path} does not fit a {kind}: missing {', '.join(missing)}")
+        hint = "; weights of a plain ViT are for pretrained_backbone or --initial-weights"
+        plain = missing == ["pos_embed_list.0", "pos_embed_list.1"]
+        raise CfvitError(f"{path} does not fit a {kind}: missing {', '.join(missing)}{hint if plain else ''}")
     dim = weights["cls_token"].shape[-1] if weights["cls_token"].ndim else 0
     if dim not in backbones_by_width and dim not in range(_HEAD_DIM, 4097, _HEAD_DIM):
         raise CfvitError(f"{path} has {dim} channels: {kind} has a multiple of {_HEAD_DIM}, at most 4096")

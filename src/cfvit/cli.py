@@ -7,7 +7,7 @@ import json as _json
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,12 +16,15 @@ from cyclopts.validators import Number
 
 import cfvit
 from cfvit.errors import CfvitError, UsageError
-from cfvit.training.recipes import RECIPES, Recipe, load_recipe
+from cfvit.training.recipes import RECIPES, Recipe, load_recipe, read_value
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cfvit.calibration import Calibration, Drift, Target
+    from cfvit.data import DataSource
     from cfvit.evaluation.metrics import Evaluation
+    from cfvit.model import CoarseToFineViT
     from cfvit.prediction import FileAnswer
 
 app = App(
@@ -41,9 +44,15 @@ Threshold = Annotated[
     ),
 ]
 Model = Annotated[str, Parameter(help="saved folder, authors' .pth, or a bundled name (see cfvit models)")]
+CalibrationFile = Annotated[
+    Path | None, Parameter(name="--calibration", help="use this calibration.json instead of the model's own eta")
+]
 Json = Annotated[bool, Parameter(negative="", help="one JSON object per line on stdout, nothing else there")]
 BatchSize = Annotated[int, Parameter(validator=Number(gte=1), help="images per batch")]
+Workers = Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")]
 Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
+
+Made = typing.TypeVar("Made")
 
 DEFAULT_MODEL = "deit_tiny_imagenette"
 COSTED_BACKBONES = (
@@ -122,6 +131,7 @@ def predict(
     *,
     model: Model = DEFAULT_MODEL,
     threshold: Threshold = None,
+    calibration: CalibrationFile = None,
     json: Json = False,
     explain: Annotated[Path | None, Parameter(help="write a picture per image to this folder")] = None,
     batch_size: BatchSize = 32,
@@ -131,14 +141,13 @@ def predict(
     A file that cannot be read is reported; the others still get their answers, and the exit
     status is 1 at the end.
     """
-    from cfvit.checkpoints import load
     from cfvit.data import find_images
     from cfvit.flops import count_macs
     from cfvit.inference import Predictor
     from cfvit.prediction import FileFailure, classify_files
     from cfvit.processes import best_device
 
-    predictor = Predictor(load(model).to(best_device()), threshold)
+    predictor = Predictor(_load(model, calibration).to(best_device()), threshold)
     files = find_images(paths)
     if explain is not None and any(file.resolve().parent == explain.resolve() for file in files):
         raise UsageError(
@@ -170,6 +179,15 @@ def predict(
     return int(len(answers) < len(files))
 
 
+def _load(model: str, calibration: Path | None) -> CoarseToFineViT:
+    from cfvit.checkpoints import apply_calibration, load
+
+    network = load(model)
+    if calibration is not None:
+        apply_calibration(network, calibration)
+    return network
+
+
 def _summary(answers: Sequence[FileAnswer], plain: float, threshold: float) -> str:
     easy = sum(answer.stage == 0 for answer in answers)
     mean = sum(answer.gmacs for answer in answers) / len(answers)
@@ -183,45 +201,114 @@ def _saving(spent: float, plain: float) -> str:
     return f"{1 - spent / plain:.0%} saved" if spent <= plain else f"{spent / plain - 1:.0%} more"
 
 
+Data = Annotated[str, Parameter(help="image folder, tar, or timm data set (hfds/..., torch/...)")]
+
+
 @app.command(name="eval")
 def evaluate(
     *,
-    data: Annotated[str, Parameter(help="image folder, tar, or timm data set (hfds/..., torch/...)")],
-    model: Model = DEFAULT_MODEL,
+    data: Data,
+    model: Annotated[
+        str | None, Parameter(help=f"as of predict; by default a folder given as --against, or {DEFAULT_MODEL}")
+    ] = None,
+    calibration: CalibrationFile = None,
+    against: Annotated[
+        Path | None,
+        Parameter(help="compare with the images of this calibration.json, or of this model's; needs no labels"),
+    ] = None,
+    report: Annotated[
+        Path | None, Parameter(help="folder for report.html: curve, reliability, classes and examples on one page")
+    ] = None,
     thresholds: Annotated[
         tuple[float, ...],
         Parameter(validator=Number(gte=0, lte=1), help="values of eta to report", consume_multiple=True, negative=""),
     ] = DEFAULT_THRESHOLDS,
     json: Json = False,
     batch_size: BatchSize = 64,
-    workers: Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")] = 2,
+    workers: Workers = 2,
 ) -> int:
     """Accuracy of both stages, and accuracy, exit share and expected GMACs over a sweep of eta.
 
-    Under torchrun the images are shared among the processes, each counted once.
+    With --against: whether images in use, with or without classes, still look like those that eta was
+    chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
+    processes, each counted once.
     """
-    from cfvit.checkpoints import load
-    from cfvit.data import open_data
-    from cfvit.evaluation.metrics import evaluate_model
+    from cfvit.evaluation.metrics import evaluate_model, labelled_images
     from cfvit.processes import join_processes
 
-    network = load(model)
-    source = open_data(data, "validation")
-    if network.class_names is not None:
-        source = source.aligned(network.class_names)
-    elif len(source.class_names) != network.config.num_classes:
-        raise CfvitError(
-            f"{data} has {len(source.class_names)} classes, the model has {network.config.num_classes} without names: "
-            "give data with all of its classes"
-        )
+    if against is not None:
+        chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
+        return _tell_drift(_load(chosen, calibration), data, against, batch_size, workers, json)
+    network = _load(model or DEFAULT_MODEL, calibration)
+    if report is not None and network.threshold is None:
+        raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
+    source = labelled_images(network, data)
     with join_processes() as process:
         result = evaluate_model(network, source, thresholds, batch_size, workers, process)
         if process.leads:
             _print_evaluation(result, as_json=json)
-    for name in result.unreadable:
-        if process.leads:
-            _say(f"cfvit: {name} cannot be read and is not counted")
+            _report_unreadable(result.unreadable)
+            if report is not None:
+                _write_report(report / "report.html", network, source, result, model or DEFAULT_MODEL, data)
     return int(bool(result.unreadable))
+
+
+def _write_report(
+    path: Path, network: CoarseToFineViT, source: DataSource, result: Evaluation, model: str, data: str
+) -> None:
+    from cfvit.evaluation.report import write_report
+
+    assert network.threshold is not None
+    write_report(
+        path,
+        model=network,
+        collected=result.collected,
+        source=source,
+        macs=result.macs,
+        threshold=network.threshold,
+        model_name=model,
+        data_name=data,
+    )
+    _say(f"the report is {path}")
+
+
+def _report_unreadable(names: Sequence[str]) -> None:
+    for name in names:
+        _say(f"cfvit: {name} cannot be read and is not counted")
+
+
+def _tell_drift(
+    network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
+) -> int:
+    from cfvit.checkpoints import read_calibration
+    from cfvit.data import open_images
+    from cfvit.evaluation.calibrate import check_drift_of
+    from cfvit.processes import join_processes
+
+    before = read_calibration(against)
+    source = open_images(data)
+    with join_processes() as process:
+        drift, unreadable = check_drift_of(network, source, before, batch_size, workers, process)
+        if process.leads:
+            _print_drift(drift, before, as_json)
+            _report_unreadable(unreadable)
+    return int(bool(unreadable))
+
+
+def _print_drift(drift: Drift, before: Calibration, as_json: bool) -> None:
+    if as_json:
+        _print_json(**dataclasses.asdict(drift))
+        return
+    from rich.table import Table
+
+    table = Table(f"eta {before.threshold:.3g}", "calibration", "now", "p", box=None)
+    table.add_row("images", str(before.images), str(drift.images), "")
+    exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
+    table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
+    medians = (f"{value:.3f}" for value in (drift.expected_confidence, drift.confidence))
+    table.add_row("median confidence", *medians, f"{drift.distance_p:.2g}")
+    _show(table)
+    _print(drift.sentence)
 
 
 def _print_evaluation(result: Evaluation, as_json: bool) -> None:
@@ -254,9 +341,210 @@ def _print_evaluation(result: Evaluation, as_json: bool) -> None:
     _show(trade)
 
 
+def _percent(hint: Any, tokens: Sequence[Any]) -> float:
+    return float(tokens[0].value.removesuffix("%"))
+
+
+Percent = Parameter(converter=_percent)
+
+
+@app.command
+def calibrate(
+    *,
+    data: Annotated[str, Parameter(help="images that the model was not trained on and will not be scored on")],
+    model: Model = DEFAULT_MODEL,
+    gmacs: Annotated[float | None, Parameter(help="target: the most accurate eta at this mean cost")] = None,
+    saving: Annotated[
+        float | None, Percent, Parameter(help="target: the same at this saving of the plain backbone's, as in 60%")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, Parameter(help="target: the same at this mean time of an image, measured here and now")
+    ] = None,
+    accuracy: Annotated[float | None, Percent, Parameter(help="target: the cheapest eta of this accuracy")] = None,
+    max_drop: Annotated[
+        float | None, Percent, Parameter(help="target: the lowest eta that loses at most these points")
+    ] = None,
+    risk: Annotated[
+        float | None, Parameter(help="target: the lowest eta that promises at most this share of worse answers")
+    ] = None,
+    confidence: Annotated[
+        float | None, Parameter(help="of a risk: how surely the promise is kept; by default 0.95")
+    ] = None,
+    method: Annotated[
+        str | None, Parameter(help="of a risk: upper_bound or fixed_sequence; by default upper_bound")
+    ] = None,
+    measure: Annotated[
+        str, Parameter(help="of confidence: max_probability, margin, entropy or energy")
+    ] = "max_probability",
+    temperature_scaling: Annotated[
+        bool, Parameter(negative="", help="fit temperatures on a random half, choose eta on the other")
+    ] = False,
+    out: Annotated[Path | None, Parameter(help="write this .json file, and not into the model's folder")] = None,
+    allow_missing_classes: Annotated[
+        bool, Parameter(negative="", help="go on if some class has no image, with a warning")
+    ] = False,
+    train_data: Annotated[
+        str | None, Parameter(help="what the model was trained on; by default as its recipe.yaml says")
+    ] = None,
+    json: Json = False,
+    batch_size: BatchSize = 64,
+    workers: Workers = 2,
+) -> int:
+    """Choose eta for a target, which predict, eval and the Predictor then use. Give exactly one target.
+
+    Writes calibration.json into the model's folder and touches nothing else there. Images that are also
+    among the training images are refused. A target out of reach is told with the nearest that is not.
+    """
+    target = _target(gmacs, saving, latency_ms, accuracy, max_drop, risk, confidence, method)
+    path = _calibration_path(model, out)
+    from cfvit.checkpoints import load, write_calibration
+    from cfvit.confidence import ExitRule
+    from cfvit.data import open_data
+    from cfvit.evaluation.calibrate import Wish, calibrate_model
+    from cfvit.evaluation.metrics import labelled_images
+    from cfvit.evaluation.overlap import refuse_training_images
+    from cfvit.processes import Process, best_device
+
+    checked = _as_usage(lambda: ExitRule(typing.cast(typing.Any, measure))).measure
+    network = load(model)
+    source = labelled_images(network, data)
+    training = _training_images(model, train_data)
+    if training is not None:
+        refuse_training_images(open_data(data, "validation"), *training)
+    wish = Wish(target, checked, temperature_scaling, allow_missing_classes)
+    process = Process(0, 1, best_device())
+    calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process)
+    try:
+        write_calibration(calibration, path)
+    finally:  # a full disk does not cost what was found
+        _print_calibration(calibration, json)
+    _report_unreadable(unreadable)
+    if training is None:
+        _say("the training images are not known and were not compared with these: name them with --train-data")
+    _say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
+    return int(bool(unreadable))
+
+
+def _as_usage(make: Callable[[], Made]) -> Made:
+    """What is refused here was given on the command line."""
+    try:
+        return make()
+    except CfvitError as error:
+        raise UsageError(str(error)) from error
+
+
+def _target(
+    gmacs: float | None,
+    saving: float | None,
+    latency_ms: float | None,
+    accuracy: float | None,
+    max_drop: float | None,
+    risk: float | None,
+    confidence: float | None,
+    method: str | None,
+) -> Target:
+    """The one target that is given.
+
+    Raises:
+        UsageError: none or several, or a value that is never allowed.
+    """
+    from cfvit import calibration
+
+    details: dict[str, Any] = {
+        name: value for name, value in (("confidence", confidence), ("method", method)) if value is not None
+    }
+    kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
+        "--gmacs": (gmacs, calibration.GmacsBudget),
+        "--saving": (saving, calibration.Saving),
+        "--latency-ms": (latency_ms, calibration.LatencyBudget),
+        "--accuracy": (accuracy, calibration.Accuracy),
+        "--max-drop": (max_drop, calibration.Drop),
+        "--risk": (risk, lambda share: calibration.Risk(share, **details)),
+    }
+    given = [name for name, (value, _) in kinds.items() if value is not None]
+    if len(given) != 1:
+        problem = f"{' and '.join(given)} are given" if given else "no target is given"
+        raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
+    if details and risk is None:
+        raise UsageError(f"--{next(iter(details))} belongs to --risk and {given[0]} is given: leave it out")
+    value, make = kinds[given[0]]
+    return _as_usage(lambda: make(value))
+
+
+def _calibration_path(model: str, out: Path | None) -> Path:
+    """Where to write, which is a new file or a former calibration."""
+    from cfvit.checkpoints import CALIBRATION_FILE, read_calibration
+
+    if out is None:
+        if Path(model).is_dir():
+            return Path(model) / CALIBRATION_FILE
+        raise UsageError(f"{model} is no folder to write to: name a file with --out FILE.json")
+    if out.suffix != ".json":
+        raise UsageError(f"--out {out} does not end in .json: name a file such as {CALIBRATION_FILE}")
+    if out.exists():
+        try:
+            read_calibration(out)
+        except CfvitError as error:
+            raise UsageError(f"--out {out} is there and is no calibration: name a new file") from error
+    return out
+
+
+def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
+    """What the model was trained on, and which of it; None if that is not known or not there."""
+    from cfvit.data import open_data, split_holdout
+
+    if train_data is not None:
+        source = open_data(train_data, "train")
+        return source, range(len(source))
+    config = Path(model) / "recipe.yaml"
+    if not config.is_file():
+        return None
+    try:
+        recipe = load_recipe("deit", config)
+    except UsageError as error:
+        raise CfvitError(
+            f"{config} does not tell the training images ({error}): name them with --train-data"
+        ) from error
+    if not recipe.data or not Path(recipe.data).exists():
+        return None
+    source = open_data(recipe.data, "train")
+    return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
+
+
+def _print_calibration(calibration: Calibration, as_json: bool) -> None:
+    if as_json:
+        _print_json(**calibration.to_dict())
+        return
+    from rich.table import Table
+
+    head = f"eta {calibration.threshold:.9g}, {calibration.measure}, {calibration.images} images"
+    table = Table("", "value", f"{calibration.level:.0%} interval", title=head, box=None, title_justify="left")
+    on = calibration.fine_share
+    exits = dataclasses.replace(on, value=1 - on.value, low=1 - on.high, high=1 - on.low)
+    rows = [
+        ("accuracy %", calibration.accuracy, ".2f"),
+        ("drop, points", calibration.drop, ".2f"),
+        ("exit share", exits, ".1%"),
+        ("GMACs", calibration.gmacs, ".3f"),
+        ("saving %", calibration.saving, ".1f"),
+        *([] if calibration.latency is None else [("ms an image", calibration.latency, ".2f")]),
+    ]
+    for name, figure, form in rows:
+        table.add_row(name, f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}")
+    _show(table)
+    if calibration.origin and calibration.origin.temperature_images:
+        _print(
+            f"temperatures: {calibration.coarse_temperature:.3g} coarse, {calibration.fine_temperature:.3g} fine, "
+            f"fitted on {calibration.origin.temperature_images} other images of the data"
+        )
+    _print(f"promise: {calibration.promise}")
+    for warning in calibration.warnings:
+        _print(f"warning: {warning}")
+
+
 def _overrides_class() -> type:
     """All fields of a recipe as optional flags, so that only those given override it."""
-    hints = typing.get_type_hints(Recipe)
+    hints = typing.get_type_hints(Recipe) | {"timm_kwargs": dict[str, str]}
     return dataclasses.make_dataclass(
         "Overrides",
         [
@@ -293,7 +581,7 @@ def train(
     """
     given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
     if "timm_kwargs" in given:
-        given["timm_kwargs"] = {name.replace("-", "_"): value for name, value in given["timm_kwargs"].items()}
+        given["timm_kwargs"] = {k.replace("-", "_"): read_value(text) for k, text in given["timm_kwargs"].items()}
     final = load_recipe(recipe, config, given)
     if print_recipe:
         sys.stdout.write(final.to_yaml())
@@ -315,7 +603,7 @@ def token_labels(
     weights: Annotated[Path | None, Parameter(help="the teacher's weights, a file; by default timm's own")] = None,
     size: Annotated[int, Parameter(validator=Number(gte=1), help="places on a side of a label map")] = 18,
     batch_size: BatchSize = 32,
-    workers: Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")] = 2,
+    workers: Workers = 2,
     json: Json = False,
 ) -> int:
     """Make label maps for token labelling: what a trained teacher sees at each place of each training image.
@@ -336,9 +624,9 @@ def token_labels(
         if json:
             _print_json(path=name, error=reason)
     if json:
-        _print_json(made=counts.made, there=counts.there, unreadable=len(counts.unreadable), out=str(out))
+        _print_json(made=counts.made, there=counts.kept, unreadable=len(counts.unreadable), out=str(out))
     _say(
-        f"{counts.made} label map{'s' * (counts.made != 1)} made, {counts.there} were there: "
+        f"{counts.made} label map{'s' * (counts.made != 1)} made, {counts.kept} were there: "
         f"cfvit train --recipe lvvit --token-labels {out} ... learns from them"
     )
     return int(bool(counts.unreadable))

@@ -174,18 +174,68 @@ class DataSource:
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Image and class index. Raises `ImageError` where the image cannot be read."""
-        reader = getattr(self.dataset, "reader", None)
-        try:
-            image, target = reader[index][:2] if reader is not None else self.dataset[index][:2]
-        except OSError as error:
-            raise ImageError(f"cannot be opened ({error.strerror or error})") from error
+        image, target = self._item(index)
         target = int(target) if self.targets is None else self.targets[int(target)]
         return (_to_rgb(image) if isinstance(image, Image.Image) else open_image(image)), target
+
+    def stored(self, index: int) -> IO[bytes]:
+        """An image as it is stored, or its pixels where the data set gives these.
+
+        Raises `ImageError` where it cannot be opened.
+        """
+        image, _ = self._item(index)
+        if isinstance(image, Image.Image):
+            return io.BytesIO(image.tobytes())
+        if isinstance(image, (str, Path)):
+            try:
+                return Path(image).open("rb")
+            except OSError as error:
+                raise ImageError(f"cannot be opened ({error.strerror or error})") from error
+        return io.BytesIO(image) if isinstance(image, bytes) else image
+
+    def _item(self, index: int) -> tuple[Any, Any]:
+        reader = getattr(self.dataset, "reader", None)
+        try:
+            return (reader if reader is not None else self.dataset)[index][:2]
+        except OSError as error:
+            raise ImageError(f"cannot be opened ({error.strerror or error})") from error
 
     def name(self, index: int) -> str:
         """The file's name as the reader knows it, or its number."""
         reader = getattr(self.dataset, "reader", None)
         return str(reader.filename(index)) if reader is not None else f"image {index}"
+
+
+class ImageFiles:
+    """Files as a data set of a single class, which reads them itself."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.files, self.reader = files, self
+
+    def __getitem__(self, index: int) -> tuple[Path, int]:
+        return self.files[index], 0
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def filename(self, index: int) -> str:
+        """The file, as it was found."""
+        return str(self.files[index])
+
+
+def open_images(data: str) -> DataSource:
+    """Images whose classes do not matter: a file, any folder of images, or what `open_data` reads.
+
+    Raises:
+        CfvitError: nothing there, or no images.
+    """
+    root = _split_folder(Path(data), "validation")
+    if not root.is_dir() and root.suffix.lower() not in IMAGE_SUFFIXES:
+        return open_data(data, "validation")
+    files = find_images([root])
+    if files == [root] and root.is_dir():
+        raise CfvitError(f"{data} has no images: give a folder of images")
+    return DataSource(ImageFiles(files), [])
 
 
 def open_data(data: str, split: str = "train") -> DataSource:
@@ -289,14 +339,14 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor | int, ...]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         position, seed = key
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         return self.augment(*self._read(position))
 
-    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Tensor | int, ...]:
+    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
         """The item of an image, given also its number in the source: ``(tensor, target)``."""
         return self.transform(image), target
 
@@ -340,15 +390,20 @@ class TrainSampler(Sampler):
 
 
 def next_batch(batches: Iterator[Any]) -> Any:
-    """The next batch of a loader; an error of ours in a loading process says what it said there, in one line.
+    """The next batch of a loader; an error in a loading process says what it said there, in one line.
 
     Raises:
-        CfvitError: as raised by the data set.
+        CfvitError: as raised by the data set; for anything else, that images cannot be loaded, and why.
     """
     try:
         return next(batches)
-    except CfvitError as error:  # torch has put the loading process's traceback in front
-        raise CfvitError(str(error).strip().splitlines()[-1].split("CfvitError: ")[-1]) from error
+    except StopIteration:
+        raise
+    except Exception as error:  # torch has put the loading process's traceback in front
+        said = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        if isinstance(error, CfvitError):
+            raise CfvitError(re.sub(r"^cfvit\.[\w.]+: ", "", said)) from error
+        raise CfvitError(f"images cannot be loaded ({said}): check the data, or give fewer --workers") from error
 
 
 def leave_signals_to_the_run(worker: int) -> None:

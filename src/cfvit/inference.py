@@ -19,7 +19,7 @@ class Prediction:
 
     Attributes:
         logits: ``[B, classes]``, of the stage that answered.
-        confidence: ``[B]``, its highest softmax probability, in float32.
+        confidence: ``[B]`` in float32, by the model's `ExitRule`; -1 where it is not a number.
         stage: ``[B]``, 0 where the coarse stage answered and 1 where the fine stage did.
     """
 
@@ -46,7 +46,9 @@ class Predictor:
 
     Args:
         model: put into evaluation mode; its device and precision are used as they are.
-        threshold: eta in [0, 1]; by default the model's calibrated one.
+        threshold: eta in [0, 1]; by default the model's calibrated one. Either is compared with the
+            confidence that ``model.exit_rule`` measures, the highest softmax probability unless the
+            model was calibrated for another.
 
     Raises:
         CfvitError: a threshold outside [0, 1], or none given and none calibrated.
@@ -71,12 +73,13 @@ class Predictor:
         parameter = next(self.model.parameters())
         images = images.to(parameter.device, parameter.dtype)
         state = self.model.coarse(images)
-        logits, confidence = state.logits, state.confidence
+        logits, rule = state.logits, self.model.exit_rule
+        confidence = rule.coarse(logits)
         hard = goes_on(confidence, self.threshold).nonzero().flatten()
         if len(hard):
             logits, confidence = logits.clone(), confidence.clone()
             logits[hard] = self.model.fine(images[hard], state[hard])
-            confidence[hard] = logits[hard].float().softmax(dim=-1).amax(dim=-1)
+            confidence[hard] = rule.fine(logits[hard])
         stage = torch.full_like(confidence, COARSE, dtype=torch.long)
         stage[hard] = FINE
         return Prediction(logits, confidence, stage)

@@ -59,12 +59,24 @@ class Shrink(nn.Module):
         return x / self.divisor
 
 
+_FOREIGN = ("fc_norm", "init_values", "dynamic_img_size", "qkv_bias", "norm_layer", "embed_layer")
+
+
 class LVViT(VisionTransformer):
-    """``skip_lam`` divides the residual branches; the rest is timm's ``VisionTransformer``."""
+    """``skip_lam`` divides the residual branches; the rest is timm's ``VisionTransformer``.
+
+    Raises:
+        ValueError: options of timm's that LV-ViT does not have.
+    """
 
     coarse_logit_divisor = COARSE_LOGIT_DIVISOR
 
     def __init__(self, *, skip_lam: float = 1.0, **options: Any) -> None:
+        foreign = [name for name in _FOREIGN if options.pop(name, None)]
+        if foreign:
+            raise ValueError(f"LV-ViT has no {', '.join(foreign)}")
+        if options.get("global_pool", "token") != "token" or options.get("patch_size", 16) % 2:
+            raise ValueError("LV-ViT answers from its class token and has patches of an even number of pixels")
         super().__init__(embed_layer=ConvStem, qkv_bias=False, norm_layer=partial(nn.LayerNorm, eps=1e-5), **options)
         self.aux_head = nn.Linear(self.embed_dim, self.num_classes)
         self.init_weights()
@@ -72,11 +84,22 @@ class LVViT(VisionTransformer):
             block.add_module("ls1", Shrink(skip_lam))
             block.add_module("ls2", Shrink(skip_lam))
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head = nn.Linear(self.embed_dim, num_classes)
+
+    def class_logits(self, x: Tensor) -> Tensor:
+        """The class token's own answer: ``[B, T, D] -> [B, classes]``."""
+        return super().forward_head(x)
+
+    def token_logits(self, x: Tensor) -> Tensor:
+        """The auxiliary head's answer for each patch token: ``[B, p + T, D] -> [B, T, classes]``."""
+        return self.aux_head(x[:, self.num_prefix_tokens :])
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if pre_logits:
             return super().forward_head(x, pre_logits=True)
-        strongest = self.aux_head(x[:, self.num_prefix_tokens :]).amax(dim=1)
-        return super().forward_head(x) + AUXILIARY_WEIGHT * strongest
+        return self.class_logits(x) + AUXILIARY_WEIGHT * self.token_logits(x).amax(dim=1)
 
 
 def _cfg(**more: Any) -> dict[str, Any]:

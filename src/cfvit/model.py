@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import timm.data
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from cfvit import anatomy, backbones
+from cfvit.confidence import ExitRule, confidence_of
 from cfvit.errors import CfvitError
 from cfvit.tokens import (
     accumulate_attention,
@@ -31,6 +32,9 @@ from cfvit.tokens import (
     rank_cells,
     repeat_for_children,
 )
+
+if TYPE_CHECKING:
+    from cfvit.calibration import Calibration
 
 FIRST_ATTENTION_BLOCK = 3
 """The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
@@ -65,6 +69,7 @@ class ModelConfig:
         whole = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
         _require(whole, f"coarse_grid is {self.coarse_grid!r}: give a whole number of at least 1, or (rows, columns)")
         reserved = {"img_size", "num_classes", "pretrained", "in_chans"} & set(self.timm_kwargs)
+        _require("in_chans" not in reserved, "in_chans cannot be given to timm: images have 3 channels")
         _require(not reserved, f"{', '.join(reserved)} cannot be given to timm: it follows from cfvit's own arguments")
         _require(
             0 <= self.informative_ratio <= 1,
@@ -106,8 +111,11 @@ class CoarseState:
 
     @property
     def confidence(self) -> Tensor:
-        """The highest softmax probability of each image, ``[B]`` in float32."""
-        return self.logits.float().softmax(dim=-1).amax(dim=-1)
+        """The highest softmax probability of each image, as in the paper: ``[B]`` in float32, -1 where not a number.
+
+        A model may have been calibrated for another measure: see ``model.exit_rule.coarse(state.logits)``.
+        """
+        return confidence_of(self.logits)
 
     def __getitem__(self, index: Any) -> CoarseState:
         return CoarseState(*(getattr(self, f.name)[index] for f in fields(self)))
@@ -165,6 +173,8 @@ class CoarseToFineViT(nn.Module):
         data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
         class_names: a name for each class, or None.
         threshold: the calibrated confidence at which the coarse answer is given, or None.
+        exit_rule: how that confidence is measured.
+        calibration: what the two were chosen by and promise, if `use_calibration` set them, or None.
     """
 
     def __init__(
@@ -196,6 +206,22 @@ class CoarseToFineViT(nn.Module):
         self.data_config["input_size"] = (3, *self.image_size)
         self.class_names: list[str] | None = None
         self.threshold: float | None = None
+        self.exit_rule = ExitRule()
+        self.calibration: Calibration | None = None
+
+    def use_calibration(self, calibration: Calibration) -> None:
+        """Takes over the threshold of a calibration and the confidence that it is meant for.
+
+        Raises:
+            CfvitError: it is of another number of classes.
+        """
+        _require(
+            calibration.classes == self.config.num_classes,
+            f"the calibration is of {calibration.classes} classes and the model has {self.config.num_classes}: "
+            "calibrate this model",
+        )
+        self.threshold, self.exit_rule = calibration.threshold, calibration.exit_rule
+        self.calibration = calibration
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters for optimisers to leave undecayed: positions and extra tokens."""
@@ -321,15 +347,15 @@ class CoarseToFineViT(nn.Module):
             CfvitError: a backbone without an auxiliary head, besides what `coarse` and `fine` raise.
         """
         backbone: Any = self.backbone
-        if not hasattr(backbone, "aux_head"):
+        if not hasattr(backbone, "token_logits"):
             raise CfvitError(f"{self.config.backbone} has no auxiliary head for its tokens: choose an lvvit backbone")
         sources = None if mixed is None else mirrored_sources(mixed, len(images))
         coarse, embedding, attention = self._coarse_tokens(images, sources)
         informative, others = self._choose_cells(attention, informative_ratio)
         patches = coarse[:, backbone.num_prefix_tokens :]
         fine = self._fine_tokens(images, patches, embedding, informative, others, sources)
-        tokens = backbone.aux_head(fine[:, backbone.num_prefix_tokens :])
-        return TokenOutput(backbone.head(coarse[:, 0]), backbone.head(fine[:, 0]), tokens, informative, others)
+        answers = backbone.class_logits(coarse), backbone.class_logits(fine), backbone.token_logits(fine)
+        return TokenOutput(*answers, informative, others)
 
     def _check(self, images: Tensor) -> None:
         height, width = self.image_size

@@ -2,13 +2,12 @@
 
 ``calibrate`` turns logits, labels and a wish into a `Calibration`, ``check_drift`` compares it with
 images in use. The confidence that eta is compared with is that of `confidence_of`, with the
-calibration's measure and temperature; a `cfvit.Predictor` uses the paper's, the maximum probability.
+calibration's measure and temperature, which a model takes over with `use_calibration`.
 """
 
 from cfvit.calibration.binomial import Estimate
-from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, calibrate
+from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, Origin, calibrate
 from cfvit.calibration.choice import choose_threshold
-from cfvit.calibration.confidence import Measure, confidence_of, fit_temperature
 from cfvit.calibration.drift import Drift, check_drift
 from cfvit.calibration.targets import (
     Accuracy,
@@ -31,7 +30,7 @@ __all__ = [
     "Estimate",
     "GmacsBudget",
     "LatencyBudget",
-    "Measure",
+    "Origin",
     "Risk",
     "Saving",
     "StageLatency",
@@ -40,7 +39,5 @@ __all__ = [
     "calibrate",
     "check_drift",
     "choose_threshold",
-    "confidence_of",
-    "fit_temperature",
     "rank_images",
 ]

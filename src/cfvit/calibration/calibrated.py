@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +12,14 @@ from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
 from cfvit.calibration.choice import choose_eta
-from cfvit.calibration.confidence import Measure
 from cfvit.calibration.records import from_json, to_json
 from cfvit.calibration.targets import Drop, Risk, StageLatency, Target
 from cfvit.calibration.tradeoff import TradeOff, rank_images
+from cfvit.confidence import ExitRule, Measure
 from cfvit.errors import CfvitError
 from cfvit.flops import StageMacs
 
+ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
 _NAMED_CLASSES = 5
 _QUANTILES = 101
 
@@ -42,6 +42,28 @@ class ConfidenceProfile:
             raise CfvitError(
                 "a confidence profile needs as many rising values as rising shares up to 1: calibrate again"
             )
+
+    @property
+    def median(self) -> float:
+        """The lowest of the values that half of the images do not exceed."""
+        return next(value for value, share in zip(self.values, self.shares, strict=True) if share >= 0.5)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a stored calibration comes from.
+
+    Attributes:
+        data: the calibration images, as they were given.
+        date: when it was made, in ISO 8601.
+        cfvit: version of this package.
+        temperature_images: on how many other images the temperatures were fitted, 0 if they were not.
+    """
+
+    data: str
+    date: str
+    cfvit: str
+    temperature_images: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +92,7 @@ class Calibration:
         latency: mean time of an image in milliseconds, or None if none was measured.
         coarse_accuracy, fine_accuracy: top-1 in percent of each stage for all images.
         profile: the distribution of the coarse confidence.
+        origin: where it comes from, or None if it was never stored.
     """
 
     target: Target
@@ -92,13 +115,20 @@ class Calibration:
     coarse_accuracy: Estimate
     fine_accuracy: Estimate
     profile: ConfidenceProfile
+    origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        _check_settings(self.coarse_temperature, self.fine_temperature, self.level)
+        _ = self.exit_rule
+        _check_level(self.level)
         if not 0 <= self.threshold <= 1:
             raise CfvitError(f"threshold is {self.threshold}: give a confidence between 0 and 1")
         if self.images < 1 or self.classes < 1:
             raise CfvitError(f"calibrated on {self.images} images of {self.classes} classes: give at least 1 of each")
+
+    @property
+    def exit_rule(self) -> ExitRule:
+        """How the confidence is measured that eta is compared with."""
+        return ExitRule(self.measure, self.coarse_temperature, self.fine_temperature)
 
     @property
     def exit_share(self) -> float:
@@ -132,6 +162,7 @@ def calibrate(
     latency: StageLatency | None = None,
     level: float = 0.95,
     allow_missing_classes: bool = False,
+    class_names: Sequence[str] | None = None,
 ) -> Calibration:
     """Chooses eta for a wish, on images on which the model was not trained and will not be scored.
 
@@ -145,16 +176,19 @@ def calibrate(
         latency: measured times, which `LatencyBudget` needs.
         level: of the intervals.
         allow_missing_classes: calibrate although some class has no image, with a warning.
+        class_names: to name such a class by, in place of its number.
 
     Raises:
         CfvitError: input that cannot be used, or a wish out of reach, with the nearest value that is not.
     """
     check_logits(coarse, "coarse")
     check_logits(fine, "fine")
-    missing = _missing_classes(coarse, fine, labels)
+    _check_labels(coarse, fine, labels)
+    missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), len(labels))
     if missing and not allow_missing_classes:
-        raise CfvitError(f"{_missing(missing, len(labels))}: add some, or pass allow_missing_classes=True")
-    _check_settings(coarse_temperature, fine_temperature, level)
+        raise CfvitError(f"{missing}: {ADD_CLASSES}")
+    _ = ExitRule(measure, coarse_temperature, fine_temperature)
+    _check_level(level)
     trade = rank_images(coarse, fine, labels, measure, coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     figures = _figures(trade, eta, macs, level)
@@ -171,6 +205,7 @@ def calibrate(
         level=float(level),
         latency=None if latency is None else _mapped(figures["fine_share"], latency.expected),
         profile=_profile(trade),
+        origin=None,
         **figures,
     )
 
@@ -194,8 +229,25 @@ def check_logits(logits: Tensor, stage: str) -> None:
         )
 
 
-def _missing_classes(coarse: Tensor, fine: Tensor, labels: Tensor) -> list[int]:
-    """Classes without an image, of labels that fit the logits."""
+def missing_classes(present: Collection[int], names: Sequence[object], images: int) -> str:
+    """A clause that tells which classes have no image; empty if there is none.
+
+    Args:
+        present: indices of those that have.
+        names: of all classes.
+        images: how many there are of all classes together.
+    """
+    there = set(present)
+    missing = [repr(name) for index, name in enumerate(names) if index not in there]
+    if len(missing) < 2:
+        return f"class {missing[0]} has none of the {_images(images)}" if missing else ""
+    others = len(missing) - _NAMED_CLASSES
+    named = f"{', '.join(missing[:_NAMED_CLASSES])}{f' and {others} more' if others > 0 else ''}"
+    return f"classes {named} have none of the {_images(images)}"
+
+
+def _check_labels(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
+    """Refuses labels that do not fit the logits."""
     if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
         shapes = f"{list(coarse.shape)}, {list(fine.shape)} and {list(labels.shape)}"
         raise CfvitError(f"coarse logits, fine logits and labels are {shapes}: give [n, classes] twice and [n]")
@@ -206,26 +258,13 @@ def _missing_classes(coarse: Tensor, fine: Tensor, labels: Tensor) -> list[int]:
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
-    counts = torch.bincount(labels.long(), minlength=classes)
-    return (counts == 0).nonzero().flatten().tolist()
-
-
-def _missing(missing: list[int], images: int) -> str:
-    if len(missing) == 1:
-        return f"class {missing[0]} has none of the {_images(images)}"
-    named = ", ".join(str(index) for index in missing[:_NAMED_CLASSES])
-    others = len(missing) - _NAMED_CLASSES
-    return f"classes {named}{f' and {others} more' if others > 0 else ''} have none of the {_images(images)}"
 
 
 def _images(count: int) -> str:
     return "1 image" if count == 1 else f"{count} images"
 
 
-def _check_settings(coarse_temperature: float, fine_temperature: float, level: float) -> None:
-    for stage, temperature in (("coarse", coarse_temperature), ("fine", fine_temperature)):
-        if not 0 < temperature < math.inf:
-            raise CfvitError(f"{stage}_temperature is {temperature}: give a positive number, 1 to leave logits alone")
+def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
 
@@ -271,7 +310,7 @@ def _promise(target: Target, images: int) -> str:
     )
 
 
-def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: list[int]) -> list[str]:
+def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: str) -> list[str]:
     said = []
     if isinstance(target, Risk) and trade.images < (needed := images_needed(target.share, target.confidence)):
         said.append(
@@ -291,7 +330,7 @@ def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, miss
             "nothing is saved at this eta"
         )
     if missing:
-        said.append(f"{_missing(missing, trade.images)}, so nothing is known of them")
+        said.append(f"{missing}, so nothing is known of them")
     return said
 
 

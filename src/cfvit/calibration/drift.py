@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, check_logits
-from cfvit.calibration.confidence import confidence_of
+from cfvit.confidence import confidence_of
 from cfvit.errors import CfvitError
 from cfvit.inference import goes_on
 
@@ -29,6 +29,8 @@ class Drift:
         alpha: how often an alarm is false, at most.
         expected_fine_share, fine_share: share that goes on, in calibration and now, in [0, 1].
         fine_share_p: p-value of Fisher's exact test that the two are of one kind.
+        expected_confidence, confidence: the coarse stage's median, in calibration (at the stored
+            quantiles) and now.
         distance: between both distributions of the confidence, in [0, 1] (Kolmogorov and Smirnov,
             at the stored quantiles).
         distance_p: its p-value, too high rather than too low.
@@ -41,6 +43,8 @@ class Drift:
     expected_fine_share: float
     fine_share: float
     fine_share_p: float
+    expected_confidence: float
+    confidence: float
     distance: float
     distance_p: float
 
@@ -80,6 +84,8 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         expected_fine_share=calibration.fine_share.value,
         fine_share=gone_on / count,
         fine_share_p=share_p,
+        expected_confidence=calibration.profile.median,
+        confidence=float(confidence.median()),
         distance=distance,
         distance_p=distance_p,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from cfvit.calibration.confidence import Measure, confidence_of
+from cfvit.confidence import Measure, confidence_of
 
 _MOST_DIGITS = 9
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cfvit.calibration import StageLatency
 from cfvit.flops import StageMacs, count_macs
 from cfvit.inference import Predictor
 from cfvit.model import CoarseToFineViT
@@ -80,6 +81,20 @@ def threshold_for_share(confidence: Tensor, fine_share: float) -> float:
     return confidence.sort().values[hard].item()
 
 
+def time_stages(model: CoarseToFineViT, images: Tensor, rounds: int = 10) -> StageLatency:
+    """Median time of an image through the coarse stage and through both, in milliseconds.
+
+    Args:
+        images: normalised ``[B, 3, S, S]`` on the model's device; one call takes them all.
+    """
+    model = model.eval()
+    with torch.inference_mode():
+        calls = {"coarse": lambda: model.coarse(images), "both": lambda: model(images)}
+        timings = time_in_turn(calls, rounds, images.device)
+    coarse, both = (1e3 * timings[name].median / len(images) for name in calls)
+    return StageLatency(coarse, both)
+
+
 def bench(
     model: CoarseToFineViT, images: Tensor, fine_share: float, rounds: int = 10, macs: StageMacs | None = None
 ) -> list[BenchRow]:
@@ -92,7 +107,7 @@ def bench(
     model = model.eval()
     macs = macs or count_macs(model)
     with torch.inference_mode():
-        eta = threshold_for_share(model.coarse(images).confidence, fine_share)
+        eta = threshold_for_share(model.exit_rule.coarse(model.coarse(images).logits), fine_share)
         predictor = Predictor(model, eta)
         sent = round(fine_share * len(images)) / len(images)
         calls: dict[str, Callable[[], object]] = {

@@ -29,7 +29,7 @@ class Explanation:
         image: ``[S, S, 3]`` in [0, 1], as the model saw it, without the normalisation.
         attention: ``[rows, columns]``, global class attention.
         split: ``[rows, columns]``, which cells the fine stage splits.
-        answers: label and confidence of the coarse and of the fine stage.
+        answers: label and confidence (by the model's `ExitRule`) of the coarse and of the fine stage.
         stage: the stage whose answer counts, 0 or 1.
     """
 
@@ -47,6 +47,7 @@ def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Ex
     images = images.to(parameter.device, parameter.dtype)
     state = model.coarse(images)
     fine = model.fine(images, state)
+    sure, fine_sure = model.exit_rule.coarse(state.logits), model.exit_rule.fine(fine)
     rows, columns = model.grid
     chosen, _ = rank_cells(state.class_attention, num_informative(model.config.informative_ratio, rows * columns))
     split = torch.zeros_like(state.class_attention, dtype=torch.bool).scatter(1, chosen, True)
@@ -57,16 +58,15 @@ def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Ex
             image=pixels[i],
             attention=state.class_attention[i].reshape(rows, columns).cpu().numpy(),
             split=split[i].reshape(rows, columns).cpu().numpy(),
-            answers=(_answer(model, state.logits[i]), _answer(model, fine[i])),
-            stage=int(goes_on(state.confidence[i], threshold)),
+            answers=(_answer(model, state.logits[i], sure[i]), _answer(model, fine[i], fine_sure[i])),
+            stage=int(goes_on(sure[i], threshold)),
         )
         for i in range(len(images))
     ]
 
 
-def _answer(model: CoarseToFineViT, logits: Tensor) -> tuple[str, float]:
-    confidence, index = logits.float().softmax(dim=-1).max(dim=-1)
-    return model.label_of(int(index)), float(confidence)
+def _answer(model: CoarseToFineViT, logits: Tensor, confidence: Tensor) -> tuple[str, float]:
+    return model.label_of(int(logits.argmax())), float(confidence)
 
 
 class PictureFolder:

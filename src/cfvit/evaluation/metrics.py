@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
@@ -12,12 +15,15 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvit.calibration import confidence_of
-from cfvit.data import DataSource, EvalImages, eval_loader
+from cfvit.calibration import rank_images
+from cfvit.confidence import ExitRule
+from cfvit.data import DataSource, EvalImages, eval_loader, open_data
 from cfvit.errors import CfvitError
 from cfvit.flops import StageMacs, count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process
+
+PAPERS_RULE = ExitRule()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +79,58 @@ def collect(
     return Collected(tuple(stage[readable] for stage in logits), labels[readable], indices[readable], unreadable)
 
 
+@contextmanager
+def progress_bar(total: int, leads: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error where someone watches; call what it gives with each number of images done."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (leads and console.is_terminal)) as progress:
+        task = progress.add_task("images", total=total)
+        yield lambda done: progress.advance(task, done)
+
+
+def labelled_images(model: CoarseToFineViT, data: str) -> DataSource:
+    """Opens data to score a model on, its validation split where it has one, with the model's class indices.
+
+    Raises:
+        CfvitError: data that cannot be read, or of other classes.
+    """
+    source = open_data(data, "validation")
+    if model.class_names is not None:
+        return source.aligned(model.class_names)
+    if len(source.class_names) != model.config.num_classes:
+        raise CfvitError(
+            f"{data} has {len(source.class_names)} classes, the model has {model.config.num_classes} without names: "
+            "give data with all of its classes"
+        )
+    return source
+
+
+def collect_with_progress(
+    forward: Callable[[Tensor], Sequence[Tensor]],
+    data_config: dict[str, Any],
+    source: DataSource,
+    batch_size: int,
+    workers: int,
+    process: Process,
+) -> tuple[Collected, list[str]]:
+    """`collect` over all of a source and all processes, with a progress bar on the leading one.
+
+    Returns:
+        The logits, and the names of images that could not be read.
+
+    Raises:
+        CfvitError: not one image could be read.
+    """
+    images = EvalImages(source, data_config, rank=process.rank, world=process.world)
+    loader = eval_loader(images, batch_size, workers, process.device)
+    with progress_bar(len(images), process.leads) as advance:
+        collected = collect(forward, loader, process.device, advance)
+    unreadable = [source.name(index) for index in collected.unreadable]
+    if len(collected.labels) == 0:
+        raise CfvitError(f"none of the {len(unreadable)} images can be read, {unreadable[0]} first: check the data")
+    return collected, unreadable
+
+
 def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     """Percentage of images whose label is among the ``k`` highest logits (or all, if fewer classes)."""
     k = min(k, logits.shape[-1])
@@ -98,7 +156,12 @@ class SweepPoint:
 
 
 def sweep(
-    coarse: Tensor, fine: Tensor, labels: Tensor, macs: StageMacs, thresholds: Sequence[float]
+    coarse: Tensor,
+    fine: Tensor,
+    labels: Tensor,
+    macs: StageMacs,
+    thresholds: Sequence[float],
+    rule: ExitRule = PAPERS_RULE,
 ) -> list[SweepPoint]:
     """Accuracy and expected cost at each threshold, without running the model again.
 
@@ -106,18 +169,14 @@ def sweep(
         coarse, fine: logits ``[n, classes]``.
         labels: class indices ``[n]``.
         thresholds: values of eta in [0, 1]; 1 sends every image on, 0 none.
+        rule: how the confidence is measured that eta is compared with.
     """
-    confidence, order = confidence_of(coarse).sort()
-    fine_right = torch.cat([torch.zeros(1), (fine.argmax(-1) == labels)[order].double().cumsum(0)])
-    coarse_right = torch.cat([torch.zeros(1), (coarse.argmax(-1) == labels)[order].double().cumsum(0)])
-    total = len(labels)
+    trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     points = []
-    for eta in thresholds:
-        below = int(torch.searchsorted(confidence, eta, side="left"))
-        hard = total if eta >= 1 else 0 if eta <= 0 else below
-        right = fine_right[hard] + coarse_right[total] - coarse_right[hard]
-        share = hard / total
-        points.append(SweepPoint(eta, 100 * right.item() / total, 1 - share, macs.expected(share) / 1e9))
+    for eta, hard in zip(thresholds, trade.gone_on(np.array(thresholds)).tolist(), strict=True):
+        share = hard / trade.images
+        accuracy = 100 * int(trade.right[hard]) / trade.images
+        points.append(SweepPoint(eta, accuracy, 1 - share, macs.expected(share) / 1e9))
     return points
 
 
@@ -142,6 +201,8 @@ class Evaluation:
         calibrated: the model's own eta, which is among the sweep's, or None.
         backbone_gmacs: cost of the plain backbone.
         unreadable: names of images that could not be read and are not counted.
+        collected: the logits and labels that all of it follows from.
+        macs: cost of each stage.
     """
 
     images: int
@@ -150,6 +211,8 @@ class Evaluation:
     calibrated: float | None
     backbone_gmacs: float
     unreadable: list[str]
+    collected: Collected
+    macs: StageMacs
 
 
 def evaluate_model(
@@ -165,16 +228,8 @@ def evaluate_model(
     Raises:
         CfvitError: not one image could be read.
     """
-    images = EvalImages(source, model.data_config, rank=process.rank, world=process.world)
-    loader = eval_loader(images, batch_size, workers, process.device)
     model = model.eval().to(process.device)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (process.leads and console.is_terminal)) as progress:
-        task = progress.add_task("images", total=len(images))
-        collected = collect(model, loader, process.device, lambda done: progress.advance(task, done))
-    unreadable = [source.name(index) for index in collected.unreadable]
-    if len(collected.labels) == 0:
-        raise CfvitError(f"none of the {len(unreadable)} images can be read, {unreadable[0]} first: check the data")
+    collected, unreadable = collect_with_progress(model, model.data_config, source, batch_size, workers, process)
     macs = count_macs(model)
     coarse, fine = collected.logits
     own = () if model.threshold is None else (model.threshold,)
@@ -191,8 +246,10 @@ def evaluate_model(
     return Evaluation(
         images=len(collected.labels),
         stages=(stages[0], stages[1]),
-        sweep=sweep(coarse, fine, collected.labels, macs, etas),
+        sweep=sweep(coarse, fine, collected.labels, macs, etas, model.exit_rule),
         calibrated=model.threshold,
         backbone_gmacs=macs.backbone / 1e9,
         unreadable=unreadable,
+        collected=collected,
+        macs=macs,
     )

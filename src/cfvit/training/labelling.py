@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,27 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+import cfvit
 from cfvit.checkpoints import atomic_write
 from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
 from cfvit.errors import CfvitError
 from cfvit.training.teacher import Teacher
-from cfvit.training.token_labels import MAX_CLASSES, label_path_of, read_label_map
+from cfvit.training.token_labels import (
+    MAX_CLASSES,
+    ORIGIN_FILE,
+    MapsOrigin,
+    difference_of_classes,
+    label_path_of,
+    read_label_map,
+    read_origin,
+    require_own_maps,
+)
 
 MAP_SIZE = 18
 TOP_SCORES = 5
 """Places on a side of a published label map, and scores at each."""
+
+_MAX_SCORE = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -30,12 +44,12 @@ class LabelCounts:
 
     Attributes:
         made: label maps written.
-        there: label maps that were there.
+        kept: label maps that were there.
         unreadable: names of images without a label map, and why.
     """
 
     made: int
-    there: int
+    kept: int
     unreadable: list[tuple[str, str]]
 
 
@@ -46,34 +60,70 @@ def make_token_labels(
 
     The teacher sees the whole image, squashed to its input size, so that shares of the map are
     shares of the image. A map is ``[2, 5, size, size]`` in half precision, fewer than 5 where there
-    are fewer classes. See `cfvit.training.token_labels.read_label_map`.
+    are fewer classes; see `to_label_maps`. What the maps are made of is written into ``out`` first.
 
     Args:
         source: the training images.
-        out: gets a folder per class.
+        out: gets a folder per class and ``labels.json``, a `cfvit.training.token_labels.MapsOrigin`.
 
     Raises:
         CfvitError: other classes than the teacher's, two images with one place for their maps, maps of
-            another size in ``out``, a full disk. What has been written is kept and used by another call.
+            another or unknown origin in ``out``, a full disk. What has been written is kept and used by
+            another call.
     """
     teacher.require_classes(source.class_names)
     _require_countable_classes(source)
-    _require_own_paths(source, out)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("images", total=len(source))
-        missing = []
-        for index in range(len(source)):
-            if _is_there(label_path_of(out, source, index), len(source.class_names), size):
-                progress.advance(task)
-            else:
-                missing.append(index)
-        unreadable: list[tuple[str, str]] = []
+    _require_outside(source, out)
+    require_own_maps(source)
+    _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, cfvit.__version__))
+    unreadable: list[tuple[str, str]] = []
+    with _progress() as progress:
+        indices = progress.track(range(len(source)), description="finding label maps")
+        missing = [index for index in indices if not _is_there(source, index, out, size)]
         images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
-        for batch in eval_loader(images, batch_size, workers, teacher.device):
+        loader = eval_loader(images, batch_size, workers, teacher.device)
+        for batch in progress.track(loader, description="making label maps"):
             unreadable += _label_batch(source, teacher, out, size, *batch)
-            progress.advance(task, len(batch[0]))
     return LabelCounts(len(missing) - len(unreadable), len(source) - len(missing), unreadable)
+
+
+def to_label_maps(logits: Tensor, size: int) -> Tensor:
+    """Label maps of a teacher's logits at each place: the highest, and their classes.
+
+    Softmax does not mind by how much all logits of a place are shifted, but a reader of maps takes
+    the classes that are not stored to have score 0. So the scores are shifted until the softmax with
+    that 0 gives these classes together what the teacher gives them: by the log of the mean of their
+    exponentials. Where every class is stored, the highest is shifted to 0, near which half precision
+    is finest.
+
+    Args:
+        logits: ``[B, C, h, w]``; interpolated to the size of the maps.
+        size: places on a side.
+
+    Returns:
+        ``[B, 2, k, size, size]`` in half precision, k at most 5. Where that does not reach to the mean
+        of the classes that are not stored, the scores keep their distance from the highest.
+
+    Raises:
+        CfvitError: scores that are not finite.
+    """
+    logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    scores, classes = logits.topk(min(TOP_SCORES, logits.shape[1]), dim=1)
+    others = logits.shape[1] - scores.shape[1]
+    if others:
+        unstored = logits.scatter(1, classes, -math.inf)
+        mean = unstored.logsumexp(dim=1, keepdim=True) - math.log(others)
+        scores = scores - mean.clamp(min=-_MAX_SCORE)
+    maps = torch.stack([scores.clamp(min=-_MAX_SCORE), classes.float()], dim=1).half()
+    if not maps.isfinite().all():
+        raise CfvitError("the teacher gives scores that are not finite: check its weights")
+    return maps
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
 
 
 def _label_batch(
@@ -82,7 +132,7 @@ def _label_batch(
     """Writes the maps of the readable images; names of the others, and why."""
     readable = targets != UNREADABLE
     if readable.any():
-        maps = _top_scores(teacher.dense(images[readable].to(teacher.device)), size).cpu()
+        maps = to_label_maps(teacher.dense(images[readable].to(teacher.device)), size).cpu()
         for index, label_map in zip(indices[readable].tolist(), maps, strict=True):
             _write(label_path_of(out, source, index), label_map)
     return [(source.name(index), _reason(source, index)) for index in indices[~readable].tolist()]
@@ -96,32 +146,46 @@ def _require_countable_classes(source: DataSource) -> None:
         )
 
 
-def _require_own_paths(source: DataSource, out: Path) -> None:
-    """Refuses maps that would overwrite one another or turn up among the classes of the data."""
+def _require_outside(source: DataSource, out: Path) -> None:
+    """Refuses maps that would turn up among the classes of the data."""
     reader: Any = getattr(source.dataset, "reader", None)
     root = getattr(reader, "root", None)
     if root and out.resolve().is_relative_to(Path(root).resolve()):
         raise CfvitError(f"{out} lies within the data, where its folders would be classes: choose another folder")
-    owners: dict[str, int] = {}
-    for index in range(len(source)):
-        owner = owners.setdefault(str(label_path_of(Path(), source, index)), index)
-        if owner != index:
-            raise CfvitError(
-                f"{source.name(owner)} and {source.name(index)} would share a label map: rename one of them"
-            )
 
 
-def _is_there(path: Path, num_classes: int, size: int) -> bool:
-    """Whether a readable map is there; a damaged one is made again."""
-    if not path.exists():
-        return False
+def _claim(out: Path, origin: MapsOrigin) -> None:
+    """Writes down what the maps in a folder will be made of, or compares it with what is written there."""
+    was = read_origin(out)
+    if was is None:
+        if any(out.glob("*/*.pt")):
+            raise CfvitError(f"{out} holds label maps of unknown origin, without {ORIGIN_FILE}: give another --out")
+        with atomic_write(out / ORIGIN_FILE) as file:
+            file.write_text(json.dumps(asdict(origin), indent=2) + "\n")
+        return
+    differs = _difference(was, origin)
+    if differs:
+        raise CfvitError(f"the label maps in {out} {differs}: give another --out, or remove the folder")
+
+
+def _difference(was: MapsOrigin, now: MapsOrigin) -> str | None:
+    """How maps that are there differ from those to be made, or None."""
+    if was.weights_sha256 != now.weights_sha256:
+        which = f"not {now.teacher}" if was.teacher != now.teacher else "with other weights"
+        return f"are by teacher {was.teacher}, {which}"
+    if was.size != now.size:
+        return f"are of {was.size} x {was.size} places, not {now.size}"
+    classes = difference_of_classes(was.class_names, now.class_names)
+    return classes and f"have {classes}"
+
+
+def _is_there(source: DataSource, index: int, out: Path, size: int) -> bool:
+    """Whether an image has its map; a damaged one and one of another shape are made again."""
+    path, classes = label_path_of(out, source, index), len(source.class_names)
     try:
-        shape = read_label_map(path, num_classes).shape
+        return read_label_map(path, classes).shape == (2, min(TOP_SCORES, classes), size, size)
     except CfvitError:
         return False
-    if shape[-2:] != (size, size):
-        raise CfvitError(f"{path} is of {shape[-2]} x {shape[-1]} places, not {size}: choose another folder or size")
-    return True
 
 
 def _reason(source: DataSource, index: int) -> str:
@@ -130,16 +194,6 @@ def _reason(source: DataSource, index: int) -> str:
     except ImageError as error:
         return str(error)
     return "could not be read a moment ago"
-
-
-def _top_scores(logits: Tensor, size: int) -> Tensor:
-    """The highest scores and their classes: ``[B, C, h, w] -> [B, 2, k, size, size]`` in half precision."""
-    logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
-    scores, classes = logits.topk(min(TOP_SCORES, logits.shape[1]), dim=1)
-    maps = torch.stack([scores, classes.float()], dim=1).half()
-    if not maps.isfinite().all():
-        raise CfvitError("the teacher gives scores beyond half precision: check its weights")
-    return maps
 
 
 def _write(path: Path, label_map: Tensor) -> None:

@@ -27,7 +27,7 @@ from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, atomic_write, save
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.model import CoarseToFineViT
-from cfvit.processes import Process, join_processes, mean_over_processes
+from cfvit.processes import Process, average_buffers, join_processes, mean_over_processes
 from cfvit.training.preparation import Data, Trained, assemble, autocast, prepare, steps_per_epoch
 from cfvit.training.recipes import Recipe
 from cfvit.training.reporting import Reporter
@@ -193,6 +193,7 @@ def _save_checkpoint(recipe: Recipe, out: Path, trained: Trained, process: Proce
 def _evaluate_and_save(recipe: Recipe, out: Path, images: Data, trained: Trained, process: Process) -> dict[str, float]:
     """Scores the best weights, chooses eta on the hold-out, and writes the model."""
     model = trained.best_weights().eval()
+    average_buffers(model)
     figures: dict[str, float] = {}
     for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
         if dataset is None:

@@ -100,7 +100,7 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
         drop_path_rate=recipe.drop_path_rate,
         **cast(dict[str, Any], recipe.timm_kwargs or {}),
     )
-    if recipe.learns_from_tokens and not hasattr(model.backbone, "aux_head"):
+    if recipe.learns_from_tokens and not hasattr(model.backbone, "token_logits"):
         raise UsageError(f"{recipe.backbone} has no auxiliary head to learn token labels: give --backbone lvvit_...")
     if recipe.initial_weights is not None:
         initialise(model, recipe.initial_weights)

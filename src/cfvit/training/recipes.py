@@ -20,7 +20,7 @@ import yaml
 from cfvit.errors import UsageError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-TimmKwargs = dict[str, int | float | str]
+TimmKwargs = dict[str, bool | int | float | str | None]
 
 
 def _about(default: Any, help: str) -> Any:
@@ -111,6 +111,8 @@ class Recipe:
         self._check_token_labels()
 
     def _check_token_labels(self) -> None:
+        if self.teacher_weights and not self.teacher:
+            raise UsageError("teacher_weights are given without a teacher: add --teacher NAME")
         if self.mix_token and not self.learns_from_tokens:
             raise UsageError(
                 "mix_token is on without token labels: add --token-labels FOLDER or --teacher NAME, "
@@ -227,6 +229,11 @@ def _convert(name: str, value: Any, target: Any) -> Any:
         for option in options
     ]
     raise UsageError(f"{name} is {value!r}: give {' or '.join(allowed).replace('NoneType', 'null')}")
+
+
+def read_value(text: str) -> Any:
+    """A word of the command line as YAML would read it: a number, true, false, null, or the word itself."""
+    return float(text) if _is_number(text) and not text.lstrip("+-").isdecimal() else yaml.safe_load(text)
 
 
 def _is_number(text: str) -> bool:

@@ -78,7 +78,7 @@ class Reporter:
     def log_evaluation(self, **values: float) -> None:
         """A line of the log, and one on the screen, on an evaluation."""
         self._write("eval", values)
-        if self.active:
+        if self.active and len(values) > 2:
             scores = "  ".join(f"{k} {v:.2f}" for k, v in values.items() if k.endswith("top1") or k == "threshold")
             self.console.print(f"epoch {int(values['epoch']) + 1}: {scores}", highlight=False)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from cfvit.backbones import require_fit
-from cfvit.errors import CfvitError
+from cfvit.backbones import in_timms_keys, require_fit
+from cfvit.checkpoints import CONFIG_FILE
+from cfvit.errors import CfvitError, first_line
 from cfvit.weights import read_weights
 
 
@@ -24,21 +27,31 @@ class Teacher:
     """A classifier whose head is applied at each place instead of to the whole image.
 
     Attributes:
+        name: what timm calls it.
         model: a timm model in evaluation mode.
         data_config: its own preprocessing, timm's keys.
-        student: ``mean`` and ``std`` by which the images that it is called with are normalised.
+        student_config: ``mean`` and ``std`` by which the images that it is called with are normalised.
         class_names: by class index, where the teacher names its classes.
     """
 
+    name: str
     model: Any
     data_config: Mapping[str, Any]
-    student: Mapping[str, Any]
+    student_config: Mapping[str, Any]
     class_names: list[str] | None = None
 
     @property
     def device(self) -> torch.device:
         """Where its weights are, and its images must be."""
         return next(self.model.parameters()).device
+
+    def weights_sha256(self) -> str:
+        """A digest of its weights, their names included: the same on any device."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def require_classes(self, class_names: Sequence[str]) -> None:
         """Refuses data of other classes than the teacher's.
@@ -48,13 +61,13 @@ class Teacher:
         """
         if len(class_names) != self.model.num_classes:
             raise CfvitError(
-                f"the teacher has {self.model.num_classes} classes, the data {len(class_names)}: "
+                f"teacher {self.name} has {self.model.num_classes} classes, the data {len(class_names)}: "
                 "give a teacher trained on the classes of the data"
             )
         for ours, theirs in zip(class_names, self.class_names or class_names, strict=True):
             if ours != theirs:
                 raise CfvitError(
-                    f"class {ours!r} of the data is {theirs!r} for the teacher: "
+                    f"class {ours!r} of the data is {theirs!r} for teacher {self.name}: "
                     "give one trained on the classes of the data"
                 )
 
@@ -91,8 +104,8 @@ class Teacher:
             return torch.tensor(config[name], device=images.device, dtype=images.dtype)[:, None, None]
 
         own = self.data_config
-        offset = figures(self.student, "mean") - figures(own, "mean")
-        images = images * (figures(self.student, "std") / figures(own, "std")) + offset / figures(own, "std")
+        offset = figures(self.student_config, "mean") - figures(own, "mean")
+        images = images * (figures(self.student_config, "std") / figures(own, "std")) + offset / figures(own, "std")
         size = own["input_size"][-2:]
         if images.shape[-2:] == size:
             return images
@@ -140,28 +153,42 @@ def load_teacher(
 
     Args:
         name: of a timm model, or ``local-dir:FOLDER`` as written by timm.
-        num_classes: how many classes the labels must have.
+        num_classes: of a model with ``weights``; `Teacher.require_classes` compares it with the data's.
         weights: a file with timm's own names of weights; by default those that timm has for the name.
+            The positions of a plain ViT trained at another size are resampled.
         device: the CPU by default.
         student: ``mean`` and ``std`` by which the images that it will be called with are normalised, as in
             a model's ``data_config``; by default the teacher's own.
 
     Raises:
-        CfvitError: no such model, other classes, weights that cannot be had or do not fit, a model that
-            cannot be asked at each place.
+        CfvitError: no such model, weights that cannot be had or do not fit, a model that cannot be asked
+            at each place.
     """
+    _require_timms_own(name)
     model = _build(name, num_classes, weights)
-    if model.num_classes != num_classes:
-        raise CfvitError(
-            f"teacher {name} has {model.num_classes} classes, the data {num_classes}: "
-            "give a teacher trained on the classes of the data"
-        )
     model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
     config = resolve_model_data_config(model)
     names = model.pretrained_cfg.get("label_names")
-    teacher = Teacher(model, config, config if student is None else student, None if names is None else list(names))
-    _require_dense(teacher, name)
+    names = None if names is None else list(names)
+    teacher = Teacher(name, model, config, config if student is None else student, names)
+    _require_dense(teacher)
     return teacher
+
+
+def _require_timms_own(name: str) -> None:
+    """Says what to give instead of a folder without timm's prefix, or of a model of ours."""
+    if not timm.is_model(name) and Path(name).is_dir():
+        raise CfvitError(f"teacher {name} is a folder: give it as local-dir:{name}")
+    source, _, folder = name.partition(":")
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text()) if source == "local-dir" else None
+    except (OSError, ValueError):  # of which timm says more
+        return
+    if isinstance(config, dict) and "architecture" not in config:
+        raise CfvitError(
+            f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
+            "give a folder written by timm or by cfvit train --backbone-only"
+        )
 
 
 def _build(name: str, num_classes: int, weights: Path | None) -> Any:
@@ -174,17 +201,24 @@ def _build(name: str, num_classes: int, weights: Path | None) -> Any:
         raise CfvitError(
             f"teacher {name} cannot be had ({reason}): give a timm model, local-dir:FOLDER, or a file of its weights"
         ) from error
-    _fill(model, weights, name)
+    _fill_strictly(model, weights, name)
     return model
 
 
-def _fill(model: nn.Module, path: Path, name: str) -> None:
+def _fill_strictly(model: nn.Module, path: Path, name: str) -> None:
+    """Loads weights, positions of plain ViTs resampled; all must fit, the head too."""
     own, weights = model.state_dict(), read_weights(path)
+    try:
+        weights = in_timms_keys(model, weights)
+    except Exception as error:  # timm resamples foreign shapes as far as it gets
+        raise CfvitError(
+            f"{path} does not fit the teacher {name} ({first_line(error)}): give weights of that model"
+        ) from error
     require_fit(own, weights, f"{path} does not fit the teacher {name}")
     model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in weights.items()})
 
 
-def _require_dense(teacher: Teacher, name: str) -> None:
+def _require_dense(teacher: Teacher) -> None:
     try:
         shape = teacher.dense(torch.zeros(1, *teacher.data_config["input_size"], device=teacher.device)).shape
         if shape[1] != teacher.model.num_classes:
@@ -192,6 +226,6 @@ def _require_dense(teacher: Teacher, name: str) -> None:
     except Exception as error:  # heads of some architectures cannot be read so at all
         reason = " ".join(str(error).split())[:200]
         raise CfvitError(
-            f"teacher {name} cannot be asked at each place ({reason}): "
+            f"teacher {teacher.name} cannot be asked at each place ({reason}): "
             "choose another, such as resnet50 or deit_small_patch16_224"
         ) from error

@@ -6,8 +6,11 @@ own. The label maps on disk are in the format of that paper's project, whose fil
 
 from __future__ import annotations
 
+import json
 import random
+import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,61 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
-from cfvit.data import DataSource, TrainImages
+from cfvit.data import DataSource, ImageError, TrainImages
 from cfvit.errors import CfvitError, first_line
 
 MAX_CLASSES = 2049
 """Half precision, in which class indices are stored, counts to 2048 without a gap."""
+
+ORIGIN_FILE = "labels.json"
+"""Beside the folders of the classes: a `MapsOrigin`."""
+
+
+@dataclass(frozen=True)
+class MapsOrigin:
+    """What the label maps of a folder were made of, as it is written into the folder.
+
+    Attributes:
+        teacher: its name.
+        weights_sha256: of the teacher's weights; these, not the name, tell teachers apart.
+        class_names: of the data, by class index.
+        size: places on a side of a map.
+        cfvit: the version that made the maps.
+    """
+
+    teacher: str
+    weights_sha256: str
+    class_names: list[str]
+    size: int
+    cfvit: str
+
+
+def read_origin(root: Path) -> MapsOrigin | None:
+    """What the label maps in a folder were made of; None where it does not say, as of published maps.
+
+    Raises:
+        CfvitError: a damaged ``labels.json``.
+    """
+    path = root / ORIGIN_FILE
+    try:
+        content = json.loads(path.read_text())
+        origin = MapsOrigin(**{field.name: content[field.name] for field in fields(MapsOrigin)})
+        if not isinstance(origin.class_names, list):
+            raise ValueError("class_names is no list")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KeyError as error:
+        raise CfvitError(f"{path} is damaged (no {error.args[0]}): remove {root} and make the maps again") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CfvitError(f"{path} is damaged ({first_line(error)}): remove {root} and make the maps again") from error
+    return origin
+
+
+def difference_of_classes(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """How the classes of label maps differ from those of the data, or None."""
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} classes, the data {len(ours)}"
+    return next((f"class {a!r} where the data has {b!r}" for a, b in zip(theirs, ours, strict=True) if a != b), None)
 
 
 def label_path(root: Path, class_name: str, image_name: str) -> Path:
@@ -61,6 +114,21 @@ def _class_of(source: DataSource, index: int) -> str:
         raise CfvitError(
             f"{source.name(index)} has no class folder, by which label maps are kept: give an image folder or a tar"
         ) from error
+
+
+def require_own_maps(source: DataSource) -> None:
+    """Refuses two images with one place for their label maps.
+
+    Raises:
+        CfvitError: names the two.
+    """
+    owners: dict[str, int] = {}
+    for index in range(len(source)):
+        owner = owners.setdefault(str(label_path_of(Path(), source, index)), index)
+        if owner != index:
+            raise CfvitError(
+                f"{source.name(owner)} and {source.name(index)} would share a label map: rename one of them"
+            )
 
 
 def read_label_map(path: Path, num_classes: int) -> Tensor:
@@ -152,30 +220,64 @@ class LabelledTransform:
 class LabelledImages(TrainImages):
     """Training images with their label maps: ``(tensor, target, map [2, k, h, w], window [5])``.
 
+    An image that has no map because it cannot be read is left out, with a warning that names it.
+    All maps are of the first one's shape; an item with another is refused when it is asked for.
+
     Raises:
-        CfvitError: images without a label map.
+        CfvitError: readable images without a label map, maps of other classes, two images with one map.
     """
 
     def __init__(self, source: DataSource, indices: Sequence[int], transform: LabelledTransform, root: Path) -> None:
-        super().__init__(source, indices, transform)
+        require_own_maps(source)
+        _require_same_classes(source, root)
+        super().__init__(source, _with_maps(source, indices, root), transform)
         self.root = root
-        missing = [path for i in indices if not (path := label_path_of(root, source, i)).is_file()]
-        if missing:
-            raise CfvitError(
-                f"{len(missing)} of {len(indices)} training images have no label map, the first is {missing[0]}: "
-                f"make them with cfvit token-labels --out {root}"
-            )
+        self.shape = self._read_map(self.indices[0]).shape if self.indices else None
 
-    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Tensor | int, ...]:
+    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
         tensor, window = self.transform(image)
-        path = label_path_of(self.root, self.source, index)
-        return tensor, target, read_label_map(path, len(self.source.class_names)), window
+        label_map = self._read_map(index)
+        if label_map.shape != self.shape:
+            raise CfvitError(
+                f"label map {label_path_of(self.root, self.source, index)} is {list(label_map.shape)}, "
+                f"the first one {list(self.shape or ())}: remove it and run cfvit token-labels again"
+            )
+        return tensor, target, label_map, window
+
+    def _read_map(self, index: int) -> Tensor:
+        return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
+
+
+def _require_same_classes(source: DataSource, root: Path) -> None:
+    origin = read_origin(root)
+    differs = origin and difference_of_classes(origin.class_names, source.class_names)
+    if differs:
+        raise CfvitError(
+            f"the label maps in {root} have {differs}: make maps of this data with cfvit token-labels and another --out"
+        )
+
+
+def _with_maps(source: DataSource, indices: Sequence[int], root: Path) -> list[int]:
+    """The indices of the images that have label maps; of the others none may be readable."""
+    missing = {i: path for i in indices if not (path := label_path_of(root, source, i)).is_file()}
+    for index, path in missing.items():
+        try:
+            source.read(index)
+        except ImageError as error:
+            warnings.warn(f"skipped {source.name(index)}: {error}", stacklevel=3)
+            continue
+        raise CfvitError(
+            f"{len(missing)} of {len(indices)} training images have no label map, the first is {path}: "
+            f"make them with cfvit token-labels --out {root}"
+        )
+    return [i for i in indices if i not in missing]
 
 
 def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
     """Soft labels of the cells of a grid over each crop, from stored label maps.
 
-    A class that is not among the k has score 0, as in LV-ViT's training.
+    A class that is not among the k has score 0, as in LV-ViT's training; `to_label_maps` of
+    `cfvit.training.labelling` shifts the stored scores so that this is right on the whole.
 
     Args:
         maps: ``[B, 2, k, h, w]``, see `read_label_map`.

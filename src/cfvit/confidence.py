@@ -1,9 +1,10 @@
-"""How sure a stage is of its answer: four measures, and the temperature that makes a softmax honest."""
+"""How sure a stage is of its answer: four measures, the rule that a model exits by, and honest temperatures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -35,8 +36,7 @@ def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperat
     Raises:
         CfvitError: an unknown measure, a temperature out of range, fewer than two classes for a margin or an entropy.
     """
-    if measure not in _MEASURES:
-        raise CfvitError(f"measure is {measure!r}: give one of {', '.join(get_args(Measure))}")
+    _require_measure(measure)
     if not 0 < temperature < math.inf:
         raise CfvitError(f"temperature is {temperature}: give a positive number, 1 for the logits as they are")
     if measure in ("margin", "entropy") and logits.shape[-1] < 2:
@@ -70,6 +70,45 @@ _MEASURES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "entropy": _entropy,
     "energy": _energy,
 }
+
+
+def _require_measure(measure: object) -> None:
+    if measure not in get_args(Measure):
+        raise CfvitError(f"measure is {measure!r}: give one of {', '.join(get_args(Measure))}")
+
+
+@dataclass(frozen=True)
+class ExitRule:
+    """How the confidence is measured that eta is compared with; by default as in the paper.
+
+    Attributes:
+        measure: of both stages, see `confidence_of`.
+        coarse_temperature: coarse logits are divided by it.
+        fine_temperature: fine logits are; it changes no decision.
+
+    Raises:
+        CfvitError: an unknown measure, a temperature that is not positive.
+    """
+
+    measure: Measure = "max_probability"
+    coarse_temperature: float = 1.0
+    fine_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require_measure(self.measure)
+        for stage, temperature in (("coarse", self.coarse_temperature), ("fine", self.fine_temperature)):
+            if not 0 < temperature < math.inf:
+                raise CfvitError(
+                    f"{stage}_temperature is {temperature}: give a positive number, 1 to leave logits alone"
+                )
+
+    def coarse(self, logits: Tensor) -> Tensor:
+        """Confidence of the coarse stage's answers, ``[B, classes] -> [B]``."""
+        return confidence_of(logits, self.measure, self.coarse_temperature)
+
+    def fine(self, logits: Tensor) -> Tensor:
+        """Confidence of the fine stage's answers, ``[B, classes] -> [B]``."""
+        return confidence_of(logits, self.measure, self.fine_temperature)
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

@@ -1,0 +1,215 @@
+"""What a report tells of logits: operating points with intervals, reliability, classes, images worth seeing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from cfvit.calibration import Estimate, TradeOff
+from cfvit.calibration.binomial import share_estimate
+from cfvit.confidence import ExitRule, confidence_of
+from cfvit.evaluation.metrics import Collected
+from cfvit.flops import StageMacs
+from cfvit.inference import goes_on
+
+LEVEL = 0.95
+"""Probability with which each interval holds."""
+
+RELIABILITY_BINS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class StageAnswers:
+    """What one stage makes of n images.
+
+    Attributes:
+        answer: class indices ``[n]``.
+        right: which of them are the label, ``[n]``.
+        confidence: by the model's `ExitRule`, ``[n]``.
+        probability: the highest softmax probability at the rule's temperature, ``[n]`` in [0, 1].
+    """
+
+    answer: np.ndarray
+    right: np.ndarray
+    confidence: np.ndarray
+    probability: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What both stages make of n images at one eta.
+
+    Attributes:
+        labels: class indices ``[n]``.
+        coarse, fine: of all images, whether they need the stage or not.
+        gone_on: which images the fine stage answers, ``[n]``.
+    """
+
+    labels: np.ndarray
+    coarse: StageAnswers
+    fine: StageAnswers
+    gone_on: np.ndarray
+
+    @property
+    def right(self) -> np.ndarray:
+        """Which images are answered rightly by the stage that answers, ``[n]``."""
+        return np.where(self.gone_on, self.fine.right, self.coarse.right)
+
+
+def judge(collected: Collected, rule: ExitRule, threshold: float) -> Answers:
+    """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
+    coarse, fine = collected.logits
+    return Answers(
+        labels=collected.labels.numpy(),
+        coarse=_stage_answers(coarse, collected.labels, rule.coarse(coarse), rule, rule.coarse_temperature),
+        fine=_stage_answers(fine, collected.labels, rule.fine(fine), rule, rule.fine_temperature),
+        gone_on=goes_on(rule.coarse(coarse), threshold).numpy(),
+    )
+
+
+def _stage_answers(
+    logits: Tensor, labels: Tensor, confidence: Tensor, rule: ExitRule, temperature: float
+) -> StageAnswers:
+    answer = logits.argmax(-1)
+    probability = confidence
+    if rule.measure != "max_probability":
+        probability = confidence_of(logits, temperature=temperature)
+    return StageAnswers(
+        answer.numpy(), (answer == labels).numpy(), confidence.numpy(), probability.clamp(min=0).numpy()
+    )
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an eta does, with intervals.
+
+    Attributes:
+        accuracy: top-1 in percent.
+        exit_share: images that exit at the coarse stage, in percent.
+        gmacs: mean cost of an image, in 1e9 multiply-accumulates.
+        saving: of the plain backbone's MACs, in percent.
+    """
+
+    accuracy: Estimate
+    exit_share: Estimate
+    gmacs: Estimate
+    saving: Estimate
+
+
+def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
+    """Accuracy and cost at one eta."""
+    go_on = int(trade.gone_on(np.array([threshold]))[0])
+    exits = share_estimate(trade.images - go_on, trade.images, LEVEL)
+
+    def of_exits(base: float, slope: float) -> Estimate:
+        ends = sorted((base + slope * exits.low, base + slope * exits.high))
+        return _estimate(base + slope * exits.value, *ends)
+
+    return Operation(
+        accuracy=accuracy_estimate(trade, go_on),
+        exit_share=of_exits(0, 100),
+        gmacs=of_exits(macs.both / 1e9, -macs.fine / 1e9),
+        saving=of_exits(100 * (1 - macs.both / macs.backbone), 100 * macs.fine / macs.backbone),
+    )
+
+
+def _estimate(value: float, low: float, high: float) -> Estimate:
+    """An estimate whose value may have been rounded past an end of its interval."""
+    return Estimate(value, min(low, value), max(high, value))
+
+
+def accuracy_estimate(trade: TradeOff, go_on: int) -> Estimate:
+    """Top-1 in percent if this many images go on."""
+    share = share_estimate(int(trade.right[go_on]), trade.images, LEVEL)
+    return _estimate(100 * share.value, 100 * share.low, 100 * share.high)
+
+
+def spread(trade: TradeOff, most: int) -> np.ndarray:
+    """At most this many of the numbers of images that can go on, both ends among them."""
+    places = np.linspace(0, len(trade.reachable) - 1, min(most, len(trade.reachable)))
+    return trade.reachable[places.round().astype(int)]
+
+
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Whether answers are right as often as their probability says, by bins of equal width.
+
+    Attributes:
+        counts: images in each bin, ``[bins]``.
+        hits: of them, the right answers.
+        error: expected calibration error in percentage points, the mean distance between accuracy
+            and mean probability of a bin, weighted by images (Naeini et al., AAAI 2015).
+    """
+
+    counts: np.ndarray
+    hits: np.ndarray
+    error: float
+
+
+def reliability_of(stage: StageAnswers, bins: int = RELIABILITY_BINS) -> Reliability:
+    """Counts right answers by bins of the highest softmax probability."""
+    places = np.minimum((stage.probability * bins).astype(int), bins - 1)
+    counts = np.bincount(places, minlength=bins)
+    hits = np.bincount(places, weights=stage.right, minlength=bins)
+    sums = np.bincount(places, weights=stage.probability.astype(np.float64), minlength=bins)
+    return Reliability(counts, hits.astype(int), float(100 * np.abs(hits - sums).sum() / len(places)))
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """One class.
+
+    Attributes:
+        index: of the class.
+        images: of it.
+        exits: of these, answered at the coarse stage.
+        right: of these, answered rightly by the stage that answers.
+        coarse_right, fine_right: of these, answered rightly by each stage for all.
+    """
+
+    index: int
+    images: int
+    exits: int
+    right: int
+    coarse_right: int
+    fine_right: int
+
+    @property
+    def exit_share(self) -> float:
+        """Share of the images that exit at the coarse stage, in [0, 1]."""
+        return self.exits / self.images
+
+    @property
+    def gain(self) -> float:
+        """Percentage points by which the fine stage is better than the coarse one."""
+        return 100 * (self.fine_right - self.coarse_right) / self.images
+
+
+def class_scores(answers: Answers, classes: int) -> list[ClassScore]:
+    """Scores of all classes that have images, by index."""
+
+    def count(which: np.ndarray) -> list[int]:
+        return np.bincount(answers.labels[which], minlength=classes).tolist()
+
+    columns = (
+        count(np.ones(len(answers.labels), dtype=bool)),
+        count(~answers.gone_on),
+        count(answers.right),
+        count(answers.coarse.right),
+        count(answers.fine.right),
+    )
+    rows = enumerate(zip(*columns, strict=True))
+    return [ClassScore(index, *row) for index, row in rows if row[0]]
+
+
+def surest(which: np.ndarray, confidence: np.ndarray, most: int) -> list[int]:
+    """The images of highest confidence among some, at most this many.
+
+    Args:
+        which: those to choose from, ``[n]`` of bool.
+        confidence: ``[n]``.
+    """
+    places = np.flatnonzero(which)
+    return places[np.argsort(-confidence[places], kind="stable")][:most].tolist()
