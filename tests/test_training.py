@@ -279,7 +279,7 @@ def test_all_cells_are_split_at_first_with_token_labels_too(
 @pytest.mark.parametrize("mix", [False, True])
 def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bool, token_recipe: Recipe) -> None:
     torch.manual_seed(0)
-    tiny = {"embed_dim": 32, "depth": 4, "num_heads": 2}
+    tiny: dict[str, Any] = {"embed_dim": 32, "depth": 4, "num_heads": 2}
     model = create_model("lvvit_tiny_patch16_224", num_classes=3, coarse_grid=(2, 3), **tiny)
     images, targets = torch.randn(4, 3, 64, 96), torch.tensor([0, 1, 2, 0])
     maps = torch.stack([torch.rand(4, 1, 18, 18) * 5, torch.randint(3, (4, 1, 18, 18)).float()], dim=1).half()
