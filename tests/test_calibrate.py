@@ -797,3 +797,53 @@ def test_images_are_opened_with_and_without_classes(colours: Path, tmp_path: Pat
     with tarfile.open(tmp_path / "packed.tar", "w") as tar:
         tar.add(colours / "val", arcname=".")
     assert len(open_images(str(tmp_path / "packed.tar"))) == 33
+
+
+def test_a_file_that_is_no_calibration_is_not_said_to_be_removed(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    arguments = ("predict", colours / "val", "--model", model, "--calibration", model / "model.safetensors")
+    message = _error(cfvit_main(*arguments), 1)
+    assert message.endswith("name one of cfvit calibrate")
+    assert "remove" not in message
+
+
+@pytest.mark.parametrize("flag", ["--report", "--calibration"])
+def test_against_goes_with_neither_report_nor_calibration(
+    flag: str, cfvit_main: Cli, model: Path, colours: Path, tmp_path: Path
+) -> None:
+    outcome = cfvit_main("eval", "--data", colours, "--against", model, flag, tmp_path / "x")
+    assert "--against needs neither labels nor eta" in _error(outcome, 2)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("threshold",), 10**400),
+        (("fine_share",), {"value": 5.0, "low": 0.0, "high": 9.0}),
+        (("profile", "shares", 0), -3.0),
+    ],
+)
+def test_values_that_cannot_be_are_refused(
+    path: tuple[Any, ...], value: Any, cfvit_main: Cli, model: Path, colours: Path
+) -> None:
+    assert _run(cfvit_main, model, colours, "--max-drop", 1).status == 0
+    content = json.loads((model / "calibration.json").read_text())
+    part = content
+    for key in path[:-1]:
+        part = part[key]
+    part[path[-1]] = value
+    (model / "calibration.json").write_text(json.dumps(content))
+    outcome = cfvit_main(
+        "eval", "--data", colours, "--against", model / "calibration.json", "--model", "deit_tiny_imagenette"
+    )
+    assert "calibration.json cannot be used" in _error(outcome, 1)
+
+
+def test_doubtful_temperatures_and_an_eta_of_1_are_told(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    outcome = _run(cfvit_main, model, colours, "--max-drop", 1, "--temperature-scaling", "--json")
+    (line,) = map(json.loads, outcome.out)
+    assert "16 images are few to fit a temperature on: use more" in line["warnings"]
+    logits = torch.tensor([[2.0, 0.0], [3.0, 0.0]])
+    wrong, right, labels = logits, logits.flip(1), torch.tensor([1, 1])
+    kept = calibrate(wrong, right, labels, StageMacs(1, 1, 4), Drop(0), allow_missing_classes=True)
+    assert kept.threshold == 1
+    assert any("no image exits early" in warning for warning in kept.warnings)

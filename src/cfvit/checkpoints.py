@@ -125,7 +125,8 @@ def read_calibration(path: Path) -> Calibration:
     except CfvitError as error:
         raise CfvitError(f"{path} cannot be used: {error}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CfvitError(f"{path} is damaged ({first_line(error)}): calibrate again, or remove it") from error
+        mend = "remove it and calibrate again" if path.name == CALIBRATION_FILE else "name one of cfvit calibrate"
+        raise CfvitError(f"{path} is damaged or no calibration ({first_line(error)}): {mend}") from error
 
 
 def apply_calibration(model: CoarseToFineViT, path: Path) -> None:

@@ -236,6 +236,10 @@ def evaluate(
     from cfvit.evaluation.metrics import evaluate_model, labelled_images
     from cfvit.processes import join_processes
 
+    if against is not None and (report is not None or calibration is not None):
+        raise UsageError(
+            "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
+        )
     if against is not None:
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
         return _tell_drift(_load(chosen, calibration), data, against, batch_size, workers, json)

@@ -38,7 +38,13 @@ class ConfidenceProfile:
 
     def __post_init__(self) -> None:
         rising = all(sorted(set(column)) == list(column) for column in (self.values, self.shares))
-        if not self.values or len(self.values) != len(self.shares) or not rising or self.shares[-1] != 1:
+        if (
+            not self.values
+            or len(self.values) != len(self.shares)
+            or not rising
+            or self.shares[0] <= 0
+            or self.shares[-1] != 1
+        ):
             raise CfvitError(
                 "a confidence profile needs as many rising values as rising shares up to 1: calibrate again"
             )
@@ -122,6 +128,8 @@ class Calibration:
         _check_level(self.level)
         if not 0 <= self.threshold <= 1:
             raise CfvitError(f"threshold is {self.threshold}: give a confidence between 0 and 1")
+        if not 0 <= self.fine_share.value <= 1:
+            raise CfvitError(f"fine_share is {self.fine_share.value}: give a share between 0 and 1, or calibrate again")
         if self.images < 1 or self.classes < 1:
             raise CfvitError(f"calibrated on {self.images} images of {self.classes} classes: give at least 1 of each")
 
@@ -329,6 +337,8 @@ def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, miss
             f"{cost / 1e9:.3g} GMACs an image are more than the plain backbone's {macs.backbone / 1e9:.3g}: "
             "nothing is saved at this eta"
         )
+    if eta >= 1 and trade.images > 1 and not said:
+        said.append("no image exits early: more images, or a wish that asks for less, would let some exit")
     if missing:
         said.append(f"{missing}, so nothing is known of them")
     return said

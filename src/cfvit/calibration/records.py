@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 import types
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from cfvit.errors import CfvitError
 Record = TypeVar("Record")
 
 _KIND = "kind"
+_LARGEST = sys.float_info.max
 
 
 def to_json(record: Any) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def _dataclasses(hint: Any) -> list[Any]:
 
 
 def _is_number(data: object) -> bool:
-    return isinstance(data, (int, float)) and not isinstance(data, bool) and math.isfinite(data)
+    return type(data) in (int, float) and abs(data) <= _LARGEST  # type: ignore[operator]
 
 
 def _shown(data: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -12,7 +13,7 @@ from torch import Tensor
 import cfvit
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, Target, calibrate, check_drift
 from cfvit.calibration.calibrated import ADD_CLASSES, check_logits, missing_classes
-from cfvit.confidence import Measure, fit_temperature
+from cfvit.confidence import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Measure, fit_temperature
 from cfvit.data import DataSource
 from cfvit.errors import CfvitError
 from cfvit.evaluation.bench import time_stages
@@ -21,7 +22,10 @@ from cfvit.flops import count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process
 
+Images = tuple[Tensor, Tensor, Tensor]
 _SEED = 0
+FEW_IMAGES = 100
+"""Below so many a fitted temperature is mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,16 @@ def calibrate_model(
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
     origin = Origin(data, now, cfvit.__version__, 0 if fitted is None else len(fitted[2]))
-    return dataclasses.replace(calibration, origin=origin), unreadable
+    warnings = calibration.warnings if fitted is None else (*calibration.warnings, *_doubts(temperatures, fitted))
+    return dataclasses.replace(calibration, origin=origin, warnings=warnings), unreadable
+
+
+def _doubts(temperatures: Sequence[float], fitted: Images) -> list[str]:
+    """What speaks against temperatures that were fitted."""
+    count = len(fitted[2])
+    said = [f"{count} images are few to fit a temperature on: use more"] if count < FEW_IMAGES else []
+    at_bound = any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures)
+    return said + (["a temperature is at the bound of its range, which no trained model needs"] if at_bound else [])
 
 
 def _require_classes(model: CoarseToFineViT, source: DataSource, wish: Wish) -> None:
@@ -92,9 +105,6 @@ def _require_classes(model: CoarseToFineViT, source: DataSource, wish: Wish) -> 
     missing = missing_classes(present, names, len(source))
     if missing and not wish.allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
-
-
-Images = tuple[Tensor, Tensor, Tensor]
 
 
 def _halves(images: Images) -> tuple[Images, Images]:
