@@ -145,9 +145,9 @@ def cell_rotation(backbone: Backbone, fine: Tensor | None, children: Tensor, gri
         children: ``[1, 4N]``, the children of all cells on the fine grid.
 
     DINOv3 measures positions from the image's centre in shares of its side: there the rotations of the
-    coarse grid itself are those of the centres. Elsewhere patches are counted, and the centre's angle is
-    the mean of the children's, which the mean of their sines and cosines points to while they are less
-    than half a turn apart; on a small grid scaled to a large reference they are not.
+    coarse grid itself are those of the centres. EVA-02 and its kin count patches, perhaps scaled to a reference
+    grid: timm computes the centres' angles. Elsewhere (learned frequencies, mrope) the centre's angle is the mean of
+    the children's, which the mean of their sines and cosines points to while they are less than half a turn apart.
     """
     if fine is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -31,6 +32,11 @@ class Estimate:
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:
             raise CfvitError(f"an estimate of {self.value} is outside its interval: calibrate again")
+
+    def mapped(self, change: Callable[[float], float]) -> Estimate:
+        """The estimate of a quantity that rises or falls with this one."""
+        ends = sorted((change(self.low), change(self.high)))
+        return Estimate(change(self.value), ends[0], ends[1])
 
 
 def binomial_cdf(count: int, share: float) -> np.ndarray:

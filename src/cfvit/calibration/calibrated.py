@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,7 +211,7 @@ def calibrate(
         images=trade.images,
         classes=coarse.shape[1],
         level=float(level),
-        latency=None if latency is None else _mapped(figures["fine_share"], latency.expected),
+        latency=None if latency is None else figures["fine_share"].mapped(latency.expected),
         profile=_profile(trade),
         origin=None,
         **figures,
@@ -285,24 +285,18 @@ def _figures(trade: TradeOff, eta: float, macs: StageMacs, level: float) -> dict
     share = share_estimate(go_on, count, level)
 
     def percent(hits: int) -> Estimate:
-        return _mapped(share_estimate(hits, count, level), lambda value: 100 * value)
+        return share_estimate(hits, count, level).mapped(lambda value: 100 * value)
 
     return {
         "accuracy": percent(right),
-        "drop": _mapped(paired_difference(worse, better, count, level), lambda value: 100 * value),
+        "drop": paired_difference(worse, better, count, level).mapped(lambda value: 100 * value),
         "worse": share_estimate(worse, count, level),
         "fine_share": share,
-        "gmacs": _mapped(share, lambda value: macs.expected(value) / 1e9),
-        "saving": _mapped(share, lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
+        "gmacs": share.mapped(lambda value: macs.expected(value) / 1e9),
+        "saving": share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
         "coarse_accuracy": percent(int(trade.right[0])),
         "fine_accuracy": percent(int(trade.right[-1])),
     }
-
-
-def _mapped(estimate: Estimate, change: Callable[[float], float]) -> Estimate:
-    """The estimate of a quantity that rises or falls with the given one."""
-    ends = sorted((change(estimate.low), change(estimate.high)))
-    return Estimate(change(estimate.value), ends[0], ends[1])
 
 
 def _promise(target: Target, images: int) -> str:

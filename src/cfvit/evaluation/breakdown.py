@@ -101,29 +101,18 @@ class Operation:
 def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
     """Accuracy and cost at one eta."""
     go_on = int(trade.gone_on(np.array([threshold]))[0])
-    exits = share_estimate(trade.images - go_on, trade.images, LEVEL)
-
-    def of_exits(base: float, slope: float) -> Estimate:
-        ends = sorted((base + slope * exits.low, base + slope * exits.high))
-        return _estimate(base + slope * exits.value, *ends)
-
+    share = share_estimate(go_on, trade.images, LEVEL)
     return Operation(
         accuracy=accuracy_estimate(trade, go_on),
-        exit_share=of_exits(0, 100),
-        gmacs=of_exits(macs.both / 1e9, -macs.fine / 1e9),
-        saving=of_exits(100 * (1 - macs.both / macs.backbone), 100 * macs.fine / macs.backbone),
+        exit_share=share.mapped(lambda value: 100 * (1 - value)),
+        gmacs=share.mapped(lambda value: macs.expected(value) / 1e9),
+        saving=share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
     )
-
-
-def _estimate(value: float, low: float, high: float) -> Estimate:
-    """An estimate whose value may have been rounded past an end of its interval."""
-    return Estimate(value, min(low, value), max(high, value))
 
 
 def accuracy_estimate(trade: TradeOff, go_on: int) -> Estimate:
     """Top-1 in percent if this many images go on."""
-    share = share_estimate(int(trade.right[go_on]), trade.images, LEVEL)
-    return _estimate(100 * share.value, 100 * share.low, 100 * share.high)
+    return share_estimate(int(trade.right[go_on]), trade.images, LEVEL).mapped(lambda value: 100 * value)
 
 
 def spread(trade: TradeOff, most: int) -> np.ndarray:

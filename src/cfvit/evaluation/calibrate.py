@@ -25,7 +25,7 @@ from cfvit.processes import Process
 Images = tuple[Tensor, Tensor, Tensor]
 _SEED = 0
 FEW_IMAGES = 100
-"""Below so many a fitted temperature is mostly chance."""
+"""Below so many there is a warning that a fitted temperature may be chance."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _doubts(temperatures: Sequence[float], fitted: Images) -> list[str]:
     count = len(fitted[2])
     said = [f"{count} images are few to fit a temperature on: use more"] if count < FEW_IMAGES else []
     at_bound = any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures)
-    return said + (["a temperature is at the bound of its range, which no trained model needs"] if at_bound else [])
+    return said + (["a temperature is at the bound of its range: do not rely on it"] if at_bound else [])
 
 
 def _require_classes(model: CoarseToFineViT, source: DataSource, wish: Wish) -> None:

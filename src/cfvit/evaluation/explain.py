@@ -126,7 +126,7 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     heat = attention.imshow(explanation.attention, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
     bar = figure.colorbar(heat, ax=attention, shrink=0.8)
     bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
-    fine.imshow(_veil(explanation.image, explanation.split), extent=extent)
+    fine.imshow(veil(explanation.image, explanation.split), extent=extent)
     _split_grid(fine, height, width, explanation.split)
 
     answered = explanation.stage == FINE
@@ -160,7 +160,7 @@ def _shrink(image: np.ndarray) -> np.ndarray:
     return image.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
 
 
-def _veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
+def veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
     """Cells that are not split, greyed out."""
     height, width = image.shape[0] // split.shape[0], image.shape[1] // split.shape[1]
     mask = split.repeat(height, axis=0).repeat(width, axis=1)[..., None]

@@ -34,7 +34,7 @@ from cfvit.evaluation.breakdown import (
     surest,
 )
 from cfvit.evaluation.charts import draw_exit_shares, draw_reliability, draw_trade_off
-from cfvit.evaluation.explain import Explanation, explain, require_matplotlib
+from cfvit.evaluation.explain import Explanation, explain, require_matplotlib, veil
 from cfvit.evaluation.metrics import Collected
 from cfvit.flops import StageMacs
 from cfvit.model import CoarseToFineViT
@@ -364,11 +364,8 @@ def _line(text: str, right: bool, counts: bool) -> str:
 
 def _thumbnail(seen: Explanation) -> tuple[str, int, int]:
     """A JPEG as an address that holds its own data, its width and its height: cells not split are pale and grey."""
-    picture = Image.fromarray((255 * seen.image).round().astype(np.uint8))
+    picture = Image.fromarray((255 * veil(seen.image, seen.split)).round().astype(np.uint8))
     picture = ImageOps.contain(picture, (_THUMBNAIL, _THUMBNAIL))
-    pale = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.55)
-    mask = Image.fromarray(seen.split.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
-    picture = Image.composite(picture, pale, mask)
     _outline(picture, seen.split)
     written = io.BytesIO()
     picture.save(written, "JPEG", quality=82, optimize=True)

@@ -23,7 +23,7 @@ def coarse_to_fine_loss(output: CoarseToFineOutput, target: Tensor, label_smooth
 
 
 def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, weight: float) -> Tensor:
-    """``CE(fine, target) + weight * CE(tokens, token_target) + KL(fine || coarse)`` (LV-ViT's Eq. 5 on the fine stage).
+    """``CE(fine, target) + weight * CE(tokens, token_target) + KL(fine || coarse)``.
 
     Args:
         output: from ``CoarseToFineViT.forward_tokens``.

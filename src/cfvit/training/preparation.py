@@ -87,6 +87,11 @@ class TokenNetwork(nn.Module):
 
 
 def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
+    """Opens the images of a run and builds its model, on the process's device.
+
+    Raises:
+        CfvitError: data, a backbone or weights that cannot be had or do not go together.
+    """
     if not recipe.data:
         raise UsageError("no data: name what to train on with --data")
     source = datasets.open_data(recipe.data, "train")
@@ -148,6 +153,11 @@ def _train_transform(recipe: Recipe, data_config: dict[str, Any], create: Callab
 
 
 def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: Process) -> Trained:
+    """Optimiser, schedule, averaged weights and teacher around a model; ``num_images`` are those of an epoch.
+
+    Raises:
+        CfvitError: no such optimiser or teacher, too few images for one step.
+    """
     trainable: nn.Module = model.backbone if recipe.backbone_only else model
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = _optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
@@ -201,6 +211,11 @@ def _optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.O
 
 
 def steps_per_epoch(recipe: Recipe, num_images: int, world: int) -> int:
+    """Optimiser steps in an epoch, the same on each of ``world`` processes.
+
+    Raises:
+        CfvitError: the images do not fill one step.
+    """
     if recipe.repeated_augmentation > 1 and num_images >= 256:
         num_images = num_images // 256 * 256  # timm's RepeatAugSampler rounds an epoch so
     steps = num_images // world // (recipe.batch_size * recipe.accumulate)
@@ -213,6 +228,7 @@ def steps_per_epoch(recipe: Recipe, num_images: int, world: int) -> int:
 
 
 def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """The precision of matrix products on a device."""
     if recipe.precision == "auto":
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
@@ -220,5 +236,6 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 
 def autocast(recipe: Recipe, device: torch.device) -> Any:
+    """The context in which a network runs in the recipe's precision."""
     dtype = dtype_of(recipe, device)
     return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)

@@ -277,7 +277,6 @@ LVVIT = Recipe(
     mixup=0.0,
     cutmix=0.0,
     repeated_augmentation=1,
-    token_label_weight=1.0,
 )
 """LV-ViT with token labels on ImageNet: 300 epochs, batch 1024 over all processes.
 

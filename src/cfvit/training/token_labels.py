@@ -235,6 +235,11 @@ class LabelledImages(TrainImages):
         self.shape = self._read_map(self.indices[0]).shape if self.indices else None
 
     def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
+        """The item of an image: ``(tensor, target, map, window)``.
+
+        Raises:
+            CfvitError: a label map that is damaged or of another shape than the first one.
+        """
         tensor, window = self.transform(image)
         label_map = self._read_map(index)
         if label_map.shape != self.shape:
