@@ -352,31 +352,71 @@ def _percent(hint: Any, tokens: Sequence[Any]) -> float:
 Percent = Parameter(converter=_percent)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetFlags:
+    """What `calibrate` can be asked for: one target, and the details of a risk."""
+
+    gmacs: Annotated[float | None, Parameter(help="target: the most accurate eta at this mean cost")] = None
+    saving: Annotated[
+        float | None, Percent, Parameter(help="target: the same at this saving of the plain backbone's, as in 60%")
+    ] = None
+    latency_ms: Annotated[
+        float | None, Parameter(help="target: the same at this mean time of an image, measured here and now")
+    ] = None
+    accuracy: Annotated[float | None, Percent, Parameter(help="target: the cheapest eta of this accuracy")] = None
+    max_drop: Annotated[
+        float | None, Percent, Parameter(help="target: the lowest eta that loses at most these points")
+    ] = None
+    risk: Annotated[
+        float | None, Parameter(help="target: the lowest eta that promises at most this share of worse answers")
+    ] = None
+    confidence: Annotated[
+        float | None, Parameter(help="of a risk: how surely the promise is kept; by default 0.95")
+    ] = None
+    method: Annotated[
+        str | None, Parameter(help="of a risk: upper_bound or fixed_sequence; by default upper_bound")
+    ] = None
+
+    def chosen(self) -> Target:
+        """The one target that is given.
+
+        Raises:
+            UsageError: none or several, or a value that is never allowed.
+        """
+        from cfvit import calibration
+
+        details: dict[str, Any] = {
+            name: value
+            for name, value in (("confidence", self.confidence), ("method", self.method))
+            if value is not None
+        }
+        kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
+            "--gmacs": (self.gmacs, calibration.GmacsBudget),
+            "--saving": (self.saving, calibration.Saving),
+            "--latency-ms": (self.latency_ms, calibration.LatencyBudget),
+            "--accuracy": (self.accuracy, calibration.Accuracy),
+            "--max-drop": (self.max_drop, calibration.Drop),
+            "--risk": (self.risk, lambda share: calibration.Risk(share, **details)),
+        }
+        given = [name for name, (value, _) in kinds.items() if value is not None]
+        if len(given) != 1:
+            problem = f"{' and '.join(given)} are given" if given else "no target is given"
+            raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
+        if details and self.risk is None:
+            raise UsageError(f"--{next(iter(details))} belongs to --risk and {given[0]} is given: leave it out")
+        value, make = kinds[given[0]]
+        return _as_usage(lambda: make(value))
+
+
+NO_TARGET = TargetFlags()
+
+
 @app.command
 def calibrate(
     *,
     data: Annotated[str, Parameter(help="images that the model was not trained on and will not be scored on")],
     model: Model = DEFAULT_MODEL,
-    gmacs: Annotated[float | None, Parameter(help="target: the most accurate eta at this mean cost")] = None,
-    saving: Annotated[
-        float | None, Percent, Parameter(help="target: the same at this saving of the plain backbone's, as in 60%")
-    ] = None,
-    latency_ms: Annotated[
-        float | None, Parameter(help="target: the same at this mean time of an image, measured here and now")
-    ] = None,
-    accuracy: Annotated[float | None, Percent, Parameter(help="target: the cheapest eta of this accuracy")] = None,
-    max_drop: Annotated[
-        float | None, Percent, Parameter(help="target: the lowest eta that loses at most these points")
-    ] = None,
-    risk: Annotated[
-        float | None, Parameter(help="target: the lowest eta that promises at most this share of worse answers")
-    ] = None,
-    confidence: Annotated[
-        float | None, Parameter(help="of a risk: how surely the promise is kept; by default 0.95")
-    ] = None,
-    method: Annotated[
-        str | None, Parameter(help="of a risk: upper_bound or fixed_sequence; by default upper_bound")
-    ] = None,
+    target: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET,
     measure: Annotated[
         str, Parameter(help="of confidence: max_probability, margin, entropy or energy")
     ] = "max_probability",
@@ -399,7 +439,7 @@ def calibrate(
     Writes calibration.json into the model's folder and touches nothing else there. Images that are also
     among the training images are refused. A target out of reach is told with the nearest that is not.
     """
-    target = _target(gmacs, saving, latency_ms, accuracy, max_drop, risk, confidence, method)
+    wanted = target.chosen()
     path = _calibration_path(model, out)
     from cfvit.checkpoints import load, write_calibration
     from cfvit.confidence import ExitRule
@@ -415,7 +455,7 @@ def calibrate(
     training = _training_images(model, train_data)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    wish = Wish(target, checked, temperature_scaling, allow_missing_classes)
+    wish = Wish(wanted, checked, temperature_scaling, allow_missing_classes)
     process = Process(0, 1, best_device())
     calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process)
     try:
@@ -435,44 +475,6 @@ def _as_usage(make: Callable[[], Made]) -> Made:
         return make()
     except CfvitError as error:
         raise UsageError(str(error)) from error
-
-
-def _target(
-    gmacs: float | None,
-    saving: float | None,
-    latency_ms: float | None,
-    accuracy: float | None,
-    max_drop: float | None,
-    risk: float | None,
-    confidence: float | None,
-    method: str | None,
-) -> Target:
-    """The one target that is given.
-
-    Raises:
-        UsageError: none or several, or a value that is never allowed.
-    """
-    from cfvit import calibration
-
-    details: dict[str, Any] = {
-        name: value for name, value in (("confidence", confidence), ("method", method)) if value is not None
-    }
-    kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
-        "--gmacs": (gmacs, calibration.GmacsBudget),
-        "--saving": (saving, calibration.Saving),
-        "--latency-ms": (latency_ms, calibration.LatencyBudget),
-        "--accuracy": (accuracy, calibration.Accuracy),
-        "--max-drop": (max_drop, calibration.Drop),
-        "--risk": (risk, lambda share: calibration.Risk(share, **details)),
-    }
-    given = [name for name, (value, _) in kinds.items() if value is not None]
-    if len(given) != 1:
-        problem = f"{' and '.join(given)} are given" if given else "no target is given"
-        raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
-    if details and risk is None:
-        raise UsageError(f"--{next(iter(details))} belongs to --risk and {given[0]} is given: leave it out")
-    value, make = kinds[given[0]]
-    return _as_usage(lambda: make(value))
 
 
 def _calibration_path(model: str, out: Path | None) -> Path:
