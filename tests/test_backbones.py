@@ -145,6 +145,7 @@ def _literal_fine(model: CoarseToFineViT, image: Tensor, state: Any, ratio: floa
     fine = (entered[0] if isinstance(entered, tuple) else entered)[0]
     prefix, (rows, columns) = backbone.num_prefix_tokens, model.grid
     chosen = state.class_attention[0].topk(math.ceil(ratio * rows * columns)).indices.tolist()
+    assert model.feature_reuse is not None
     reused = model.feature_reuse(state.tokens[0])
     sequence, places = list(fine[:prefix]), []
     for cell in range(rows * columns):
@@ -239,6 +240,7 @@ def _build(name: str, kwargs: dict[str, Any], grid: int | tuple[int, int], file:
         pretrained_backbone=file,
         **kwargs,
     ).eval()
+    assert model.feature_reuse is not None
     _randomise(model.feature_reuse, 1)
     if model.coarse_pos_embed is not None:
         model.coarse_pos_embed.data.normal_(std=0.5, generator=torch.Generator().manual_seed(2))
@@ -299,7 +301,7 @@ def test_fine_stage_is_timms_blocks_on_the_mixed_sequence(ratio: float, family: 
 
 @torch.no_grad()
 def test_splitting_all_without_reuse_is_timms_own_answer(family: Family) -> None:
-    fc2 = family.model.feature_reuse.mlp.fc2
+    fc2 = family.model.get_submodule("feature_reuse.mlp.fc2")
     kept = [p.clone() for p in fc2.parameters()]
     try:
         for parameter in fc2.parameters():

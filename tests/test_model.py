@@ -128,7 +128,7 @@ class TestStages:
 
     def test_confidence_is_the_highest_probability_in_float32(self) -> None:
         logits = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.bfloat16)
-        state = CoarseState(logits, *(torch.empty(2, 1) for _ in range(3)))
+        state = CoarseState(logits, *(torch.empty(2, 1) for _ in range(4)))
         torch.testing.assert_close(state.confidence, torch.tensor([0.5, 1 / (1 + torch.e**-2)]))
 
     def test_indexed_images_get_the_same_fine_answer(self, make_model: MakeModel, make_images: MakeImages) -> None:

@@ -143,7 +143,8 @@ def test_configurations_that_are_no_recipe(
         ({"mix_token": True}, "mix_token is on without token labels"),
         ({"token_labels": "maps", "teacher": "resnet18", "mixup": 0, "cutmix": 0}, "both given"),
         ({"token_labels": "maps"}, "mixup and cutmix move pixels"),
-        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "backbone_only": True}, "leave out token_labels and teacher"),
+        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "stages": "backbone"}, "stages is backbone, coarse_loss kl"),
+        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "coarse_loss": "ce"}, "leave out token_labels and teacher"),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, Any], complaint: str) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from cfvit import CoarseToFineOutput, CoarseToFineViT, create_model, load, processes
 from cfvit.data import open_data
-from cfvit.errors import CfvitError, UsageError
+from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.model import TokenOutput
 from cfvit.processes import Process
 from cfvit.training import loop, preparation, step
-from cfvit.training.loop import train
+from cfvit.training.loop import Stopped, train
 from cfvit.training.losses import token_label_loss
 from cfvit.training.mixing import draw_mixed_cells
 from cfvit.training.recipes import Recipe
@@ -170,14 +170,11 @@ def test_killed_run_resumes_as_if_nothing_had_happened(restless: Recipe, tmp_pat
 
 
 @pytest.mark.parametrize("step", [5, 7])
-def test_resumes_anywhere_in_an_epoch(
-    step: int, restless: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any]
-) -> None:
+def test_resumes_anywhere_in_an_epoch(step: int, restless: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
     muon = restless.replace({"optimizer": "muon", "repeated_augmentation": 3, "accumulate": 2, "batch_size": 8})
     train(muon, tmp_path / "whole")
-    with monkeypatch.context() as patched, fails(f"stopped at step {step}: add --resume"):
-        patched.setattr(loop, "_stop_signal", _stop_at(step))
-        train(muon, tmp_path / "stopped")
+    with fails(f"stopped at step {step}: add --resume", Stopped):
+        train(muon, tmp_path / "stopped", stop=_stop_at(step))
     train(muon, tmp_path / "stopped", resume=True)
     for event in ("train", "eval"):
         assert _log(tmp_path / "stopped", event) == _log(tmp_path / "whole", event)
@@ -186,15 +183,10 @@ def test_resumes_anywhere_in_an_epoch(
         assert torch.equal(tensor, expected[name]), name
 
 
-def _stop_at(step: int) -> Callable[[Process], AbstractContextManager[Callable[[], bool]]]:
-    """In place of ``_stop_signal``: a signal that comes in the given step."""
+def _stop_at(step: int) -> Callable[[], bool]:
+    """Asked once in each step, this stops a run at the given one."""
     left = iter(range(step - 1, -1, -1))
-
-    @contextmanager
-    def stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
-        yield lambda: next(left) == 0
-
-    return stop_signal
+    return lambda: next(left) == 0
 
 
 def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
@@ -336,13 +328,10 @@ def test_processes_score_the_same_batch_norm(
     assert len(averaged) == 1
 
 
-def test_token_labels_resume_as_if_nothing_had_happened(
-    token_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_labels_resume_as_if_nothing_had_happened(token_recipe: Recipe, tmp_path: Path) -> None:
     train(token_recipe, tmp_path / "whole")
-    with monkeypatch.context() as patched, pytest.raises(CfvitError, match="stopped at step 7"):
-        patched.setattr(loop, "_stop_signal", _stop_at(7))
-        train(token_recipe, tmp_path / "stopped")
+    with pytest.raises(Stopped, match="stopped at step 7"):
+        train(token_recipe, tmp_path / "stopped", stop=_stop_at(7))
     train(token_recipe, tmp_path / "stopped", resume=True)
     whole, stopped = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
@@ -416,10 +405,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("backbone_only", [False, True])
-def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, backbone_only: bool) -> None:
+@pytest.mark.parametrize("stages", ["both", "backbone"])
+def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, stages: str) -> None:
     model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
-    changed = recipe.replace({"optimizer": optimizer, "backbone_only": backbone_only, "weight_decay": 0.05})
+    changed = recipe.replace({"optimizer": optimizer, "stages": stages, "weight_decay": 0.05})
     trained = preparation.assemble(changed, model, 80, CPU)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = trained.optimizer.param_groups
@@ -427,13 +416,13 @@ def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, 
     expected = {
         name: 0.0 if parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token")) else 0.05
         for name, parameter in model.named_parameters()
-        if name.startswith("backbone.") or not backbone_only
+        if name.startswith("backbone.") or stages == "both"
     }
     assert decay == expected
 
 
 def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> None:
-    plain = recipe.replace({"backbone_only": True, "epochs": 1, "crop_pct": 1.0, "holdout": 0.0})
+    plain = recipe.replace({"stages": "backbone", "epochs": 1, "crop_pct": 1.0, "holdout": 0.0})
     figures = train(plain, tmp_path / "plain")
     assert set(figures) == {"validation_backbone_top1", "validation_backbone_top5"}
     checkpoint = torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)["model"]

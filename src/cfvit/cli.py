@@ -580,7 +580,7 @@ def train(
     print_recipe: Annotated[bool, Parameter(negative="", help="print the final recipe as YAML and stop")] = False,
     overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
 ) -> None:
-    """Train a coarse-to-fine model, or with --backbone-only the plain ViT, by a recipe.
+    """Train a coarse-to-fine model, or with --stages backbone the plain ViT, by a recipe.
 
     Needs --data and --out. The recipe is overridden by --config, and that by the flags below;
     --print-recipe shows what results. Run it under torchrun for several GPUs or machines.

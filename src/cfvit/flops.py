@@ -72,7 +72,8 @@ def count_macs(model: CoarseToFineViT) -> StageMacs:
     def embed_and_reuse(count: int) -> None:
         chosen = torch.empty(1, count, dtype=torch.long, device="meta")
         embed_children(model.backbone, images, chosen)
-        model.feature_reuse(gather_tokens(state.tokens, chosen))
+        if model.feature_reuse is not None:
+            model.feature_reuse(gather_tokens(state.tokens, chosen))
 
     return StageMacs(
         coarse=_macs(lambda: model.coarse(images)),

@@ -9,10 +9,10 @@ The two stages meet in a `CoarseState`; nothing is kept on the module between ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import timm.data
 import torch
@@ -31,7 +31,9 @@ from cfvit.tokens import (
     num_informative,
     rank_cells,
     repeat_for_children,
+    score_cells,
 )
+from cfvit.variants import Reuse, Selection
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration
@@ -50,7 +52,13 @@ class ModelConfig:
         coarse_grid: side ``g`` of the coarse grid in cells, or ``(rows, columns)``; a side of the image
             is ``2 * g * patch`` pixels.
         informative_ratio: alpha, the share of cells that the fine stage splits, in [0, 1].
-        attention_momentum: beta of Eq. 9, in [0, 1).
+        attention_momentum: beta of Eq. 9, in [0, 1); 0 leaves the last block's class attention alone.
+        selection: ``"attention"`` splits the cells with the highest class attention, as the paper does;
+            ``"negative"`` those with the lowest, ``"random"`` any (Table 4).
+        feature_reuse: ``"mlp"`` adds what an MLP makes of a cell's coarse features to its children, as the
+            paper does; ``"linear"`` has one linear layer in the MLP's place, ``"none"`` adds nothing,
+            ``"class_token"`` serves the class token as well and ``"uninformative"`` the cells that
+            are not split (Table 5).
         timm_kwargs: further keyword arguments of ``timm.create_model``.
     """
 
@@ -59,6 +67,8 @@ class ModelConfig:
     coarse_grid: int | tuple[int, int] = 7
     informative_ratio: float = 0.5
     attention_momentum: float = 0.99
+    selection: Selection = "attention"
+    feature_reuse: Reuse = "mlp"
     timm_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +89,9 @@ class ModelConfig:
             0 <= self.attention_momentum < 1,
             f"attention_momentum is {self.attention_momentum}: give at least 0 and less than 1",
         )
+        for name, kinds in (("selection", Selection), ("feature_reuse", Reuse)):
+            value, allowed = getattr(self, name), get_args(kinds)
+            _require(value in allowed, f"{name} is {value!r}: give one of {', '.join(allowed)}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -101,13 +114,16 @@ class CoarseState:
         logits: ``[B, classes]``, the coarse answer.
         tokens: ``[B, N, D]``, patch tokens after the final norm, for feature reuse.
         embedding: ``[B, N, D]``, patch tokens before the first block, for cells that are not split.
-        class_attention: ``[B, N]``, global class attention in float32 (Eq. 9).
+        class_attention: ``[B, N]``, global class attention in float32 (Eq. 9), by which cells are ranked; of
+            a model with another `Selection`, what it ranks them by.
+        class_token: ``[B, D]``, after the final norm.
     """
 
     logits: Tensor
     tokens: Tensor
     embedding: Tensor
     class_attention: Tensor
+    class_token: Tensor
 
     @property
     def confidence(self) -> Tensor:
@@ -147,15 +163,20 @@ class TokenOutput(NamedTuple):
 
 
 class FeatureReuse(nn.Module):
-    """LayerNorm and an MLP on the coarse stage's output tokens (Fig. 4): ``[B, n, D] -> [B, n, D]``."""
+    """LayerNorm and an MLP on the coarse stage's output tokens (Fig. 4): ``[B, n, D] -> [B, n, D]``.
 
-    def __init__(self, dim: int, hidden: int, eps: float) -> None:
+    Args:
+        hidden: channels inside the MLP; None puts one linear layer in its place (Table 5).
+    """
+
+    def __init__(self, dim: int, hidden: int | None, eps: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, hidden)
-        for layer in (self.mlp.fc1, self.mlp.fc2):
-            trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(cast(Tensor, layer.bias))
+        self.mlp = nn.Linear(dim, dim) if hidden is None else Mlp(dim, hidden)
+        for layer in self.mlp.modules():
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.mlp(self.norm(tokens))
@@ -199,8 +220,11 @@ class CoarseToFineViT(nn.Module):
             self.coarse_pos_embed = nn.Parameter(coarse.clone())
             if pretrained_backbone is False:
                 trunc_normal_(self.coarse_pos_embed, std=0.02)
-        eps = getattr(self.backbone.norm, "eps", 1e-6)
-        self.feature_reuse = FeatureReuse(self.backbone.embed_dim, anatomy.mlp_width(self.backbone), eps)
+        self.feature_reuse: FeatureReuse | None = None
+        if config.feature_reuse != "none":
+            hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
+            eps = getattr(self.backbone.norm, "eps", 1e-6)
+            self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
 
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
         self.data_config["input_size"] = (3, *self.image_size)
@@ -240,15 +264,17 @@ class CoarseToFineViT(nn.Module):
         Raises:
             CfvitError: images of another shape.
         """
-        tokens, embedding, attention = self._coarse_tokens(images)
+        return self._coarse_state(images, self._coarse_logits)
+
+    def _coarse_logits(self, tokens: Tensor) -> Tensor:
         logits = self.backbone.forward_head(tokens)
         divisor = getattr(self.backbone, "coarse_logit_divisor", None)
-        if divisor is not None:
-            logits = logits / divisor
-        return CoarseState(logits, tokens[:, self.backbone.num_prefix_tokens :], embedding, attention)
+        return logits if divisor is None else logits / divisor
 
-    def _coarse_tokens(self, images: Tensor, sources: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The sequence after the final norm ``[B, p + N, D]``, the embedding and the class attention."""
+    def _coarse_state(
+        self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
+    ) -> CoarseState:
+        """The coarse stage, with ``head`` for what makes its logits of the sequence after the final norm."""
         self._check(images)
         backbone, positions = self.backbone, self.coarse_pos_embed
         embedding = anatomy.embed_coarse(backbone, images)
@@ -268,7 +294,9 @@ class CoarseToFineViT(nn.Module):
             tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
             attention = accumulate_attention(attention, row, self.config.attention_momentum)
         assert attention is not None
-        return backbone.norm(tokens), embedding, attention
+        tokens = backbone.norm(tokens)
+        scores = score_cells(attention, self.config.selection)
+        return CoarseState(head(tokens), tokens[:, backbone.num_prefix_tokens :], embedding, scores, tokens[:, 0])
 
     def fine(self, images: Tensor, state: CoarseState, *, informative_ratio: float | None = None) -> Tensor:
         """The second stage: informative cells split, the others as the coarse stage saw them (Eqs. 10 to 13).
@@ -288,7 +316,7 @@ class CoarseToFineViT(nn.Module):
         if len(images) != len(state.logits):
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
-        return self.backbone.forward_head(self._fine_tokens(images, state.tokens, state.embedding, informative, others))
+        return self.backbone.forward_head(self._fine_tokens(images, state, informative, others))
 
     def _choose_cells(self, class_attention: Tensor, ratio: float | None) -> tuple[Tensor, Tensor]:
         """Informative cells ``[B, k]`` and the others ``[B, N - k]`` (Eq. 10)."""
@@ -297,24 +325,18 @@ class CoarseToFineViT(nn.Module):
         return rank_cells(class_attention, num_informative(ratio, class_attention.shape[1]))
 
     def _fine_tokens(
-        self,
-        images: Tensor,
-        coarse_tokens: Tensor,
-        embedding: Tensor,
-        informative: Tensor,
-        others: Tensor,
-        sources: Tensor | None = None,
+        self, images: Tensor, state: CoarseState, informative: Tensor, others: Tensor, sources: Tensor | None = None
     ) -> Tensor:
         """The mixed sequence after the final norm, ``[B, p + 4k + N - k, D]`` (Eqs. 11 to 13)."""
         backbone, positions = self.backbone, self.backbone.pos_embed
         places = child_positions(informative, self.grid[1])
         sources = None if sources is None else sources.gather(1, informative)
         children = anatomy.embed_children(backbone, images, informative, sources)
-        children = children + repeat_for_children(self.feature_reuse(gather_tokens(coarse_tokens, informative)))
         if positions is not None:
             children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
         prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
-        tokens = torch.cat([prefix, children, gather_tokens(embedding, others)], dim=1)
+        parts = self._reuse(state, prefix, children, gather_tokens(state.embedding, others), informative, others)
+        tokens = torch.cat(parts, dim=1)
 
         fine = anatomy.fine_rotation(backbone)
         rotation = anatomy.join_rotations(
@@ -322,6 +344,26 @@ class CoarseToFineViT(nn.Module):
             anatomy.gather_rotation(self._cell_rotation(fine, images.device), others),
         )
         return backbone.norm(anatomy.run_blocks(backbone, anatomy.enter(backbone, tokens), rotation))
+
+    def _reuse(
+        self,
+        state: CoarseState,
+        prefix: Tensor,
+        children: Tensor,
+        rest: Tensor,
+        informative: Tensor,
+        others: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three parts of the fine sequence, with the coarse features that they take over (Eq. 12, Table 5)."""
+        reuse = self.feature_reuse
+        if reuse is None:
+            return prefix, children, rest
+        children = children + repeat_for_children(reuse(gather_tokens(state.tokens, informative)))
+        if self.config.feature_reuse == "uninformative":
+            rest = rest + reuse(gather_tokens(state.tokens, others))
+        if self.config.feature_reuse == "class_token":
+            prefix = torch.cat([prefix[:, :1] + reuse(state.class_token[:, None]), prefix[:, 1:]], dim=1)
+        return prefix, children, rest
 
     def _cell_rotation(self, fine: Tensor | None, device: torch.device) -> Tensor | None:
         cells = torch.arange(self.grid[0] * self.grid[1], device=device)[None]
@@ -350,11 +392,10 @@ class CoarseToFineViT(nn.Module):
         if not hasattr(backbone, "token_logits"):
             raise CfvitError(f"{self.config.backbone} has no auxiliary head for its tokens: choose an lvvit backbone")
         sources = None if mixed is None else mirrored_sources(mixed, len(images))
-        coarse, embedding, attention = self._coarse_tokens(images, sources)
-        informative, others = self._choose_cells(attention, informative_ratio)
-        patches = coarse[:, backbone.num_prefix_tokens :]
-        fine = self._fine_tokens(images, patches, embedding, informative, others, sources)
-        answers = backbone.class_logits(coarse), backbone.class_logits(fine), backbone.token_logits(fine)
+        state = self._coarse_state(images, backbone.class_logits, sources)
+        informative, others = self._choose_cells(state.class_attention, informative_ratio)
+        fine = self._fine_tokens(images, state, informative, others, sources)
+        answers = state.logits, backbone.class_logits(fine), backbone.token_logits(fine)
         return TokenOutput(*answers, informative, others)
 
     def _check(self, images: Tensor) -> None:
@@ -370,6 +411,8 @@ def create_model(
     coarse_grid: int | tuple[int, int] = 7,
     informative_ratio: float = 0.5,
     attention_momentum: float = 0.99,
+    selection: Selection = "attention",
+    feature_reuse: Reuse = "mlp",
     pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False,
     **timm_kwargs: Any,
 ) -> CoarseToFineViT:
@@ -383,6 +426,8 @@ def create_model(
             ``2 * coarse_grid * patch`` pixels.
         informative_ratio: alpha, the share of cells that the fine stage splits.
         attention_momentum: beta of the global class attention.
+        selection: how cells are chosen to be split; see `ModelConfig`, as for the next.
+        feature_reuse: what the fine stage takes over of the coarse one's features.
         pretrained_backbone: True for timm's own weights, or a local file or state dict of them.
             The position embedding is resampled for both grids.
         timm_kwargs: passed on to ``timm.create_model`` (``drop_path_rate``, ``depth``, ...).
@@ -396,6 +441,8 @@ def create_model(
         coarse_grid=coarse_grid,
         informative_ratio=informative_ratio,
         attention_momentum=attention_momentum,
+        selection=selection,
+        feature_reuse=feature_reuse,
         timm_kwargs=timm_kwargs,
     )
     return CoarseToFineViT(config, pretrained_backbone)

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfvit.variants import Selection
+
 CHILDREN = 4
 """A cell is split 2 x 2."""
 
@@ -54,6 +56,13 @@ def accumulate_attention(average: Tensor | None, row: Tensor, momentum: float) -
     """One step of the global class attention, from zero (Eq. 9): ``[B, N] -> [B, N]``."""
     update = (1 - momentum) * row
     return update if average is None else momentum * average + update
+
+
+def score_cells(class_attention: Tensor, selection: Selection) -> Tensor:
+    """What cells are ranked by: ``[B, N] -> [B, N]``; at random, new numbers in each call, by torch's generator."""
+    if selection == "random":
+        return torch.rand_like(class_attention)
+    return -class_attention if selection == "negative" else class_attention
 
 
 def num_informative(ratio: float, num_cells: int) -> int:

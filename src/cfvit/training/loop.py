@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,35 +28,47 @@ from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process, average_buffers, join_processes, mean_over_processes
-from cfvit.training.preparation import Data, Trained, assemble, autocast, prepare, steps_per_epoch
+from cfvit.training.preparation import CoarseNetwork, Data, Trained, assemble, autocast, prepare, steps_per_epoch
 from cfvit.training.recipes import Recipe
 from cfvit.training.reporting import Reporter
 from cfvit.training.step import take_step
 
 CHECKPOINT_FILE = "checkpoint.pt"
+ALL_CELLS_FILE = "all_cells.pt"
 RECIPE_FILE = "recipe.yaml"
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False) -> dict[str, float]:
+def train(
+    recipe: Recipe, out: Path, *, resume: bool = False, fork: Path | None = None, stop: Callable[[], bool] = bool
+) -> dict[str, float]:
     """Trains by a recipe into a folder, from the start or from its last checkpoint.
 
     The folder receives ``recipe.yaml``, ``log.jsonl``, tensorboard's files, ``checkpoint.pt`` and,
-    after each evaluation, the model itself (`cfvit.load` reads it; for ``backbone_only`` timm does,
-    as ``local-dir:FOLDER``).
+    after each evaluation, the model itself (`cfvit.load` reads it; of the plain backbone timm does,
+    as ``local-dir:FOLDER``). ``all_cells.pt`` is the checkpoint at the end of the epochs that split all cells.
+
+    Args:
+        resume: continue the run in ``out`` from its last checkpoint.
+        fork: another run's folder: begin where it had split all cells for the last time. Its recipe may differ
+            in what matters from then on, such as ``informative_ratio``, and in nothing else.
+        stop: asked after each step; True ends the run with `Stopped`, to be resumed.
 
     Returns:
         The last evaluation's figures, top-1 and top-5 in percent.
 
     Raises:
+        Stopped: by ``stop``, by Ctrl-C or by SIGTERM.
         CfvitError: bad data or recipe, a folder that cannot be written or holds another run.
     """
     with join_processes() as process:
         checkpoint = _open_run(recipe, out, resume, process)
+        if checkpoint is None and fork is not None:
+            checkpoint = _read_checkpoint(fork / ALL_CELLS_FILE, fork, recipe, process, _FREE_TO_FORK)
         images, model = prepare(recipe, process)
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
-        with Reporter(out, process.leads, trained.step) as reporter, _stop_signal(process) as stopping:
+        with Reporter(out, process.leads, trained.step) as reporter, _stop_signal(process, stop) as stopping:
             return _run(recipe, out, images, trained, process, reporter, stopping)
 
 
@@ -74,6 +86,11 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
             with atomic_write(out / RECIPE_FILE) as file:
                 file.write_text(recipe.to_yaml())
         return None
+    return _read_checkpoint(path, out, recipe, process, _FREE_TO_CHANGE)
+
+
+def _read_checkpoint(path: Path, out: Path, recipe: Recipe, process: Process, free: frozenset[str]) -> dict[str, Any]:
+    """The checkpoint of the run in ``out``, if its recipe differs from ``recipe`` in ``free`` fields alone."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         was = checkpoint["recipe"]
@@ -84,7 +101,7 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
             f"the run in {out} has {checkpoint['world']} processes, not {process.world}: resume with as many, "
             "or choose another --out"
         )
-    changed = [k for k, v in was.items() if v != getattr(recipe, k, None) and k not in _FREE_TO_CHANGE]
+    changed = [k for k, v in was.items() if v != getattr(recipe, k, None) and k not in free]
     if changed:
         name = changed[0]
         raise CfvitError(
@@ -97,9 +114,16 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
 _FREE_TO_CHANGE = frozenset({"workers", "eval_batch_size", "log_interval", "checkpoint_interval", "compile"})
 """Fields that do not change what is computed."""
 
+_FREE_TO_FORK = _FREE_TO_CHANGE | {"informative_ratio", "attention_momentum", "selection"}
+"""Fields that do not matter while all cells are split."""
+
+
+class Stopped(CfvitError):  # noqa: N818 - no error: it was asked for
+    """A run was asked to stop, kept its checkpoint and can be resumed."""
+
 
 @contextmanager
-def _stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
+def _stop_signal(process: Process, stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into a wish to stop after the step; not across processes, which must agree."""
     received: list[int] = []
     if process.world > 1:
@@ -107,7 +131,7 @@ def _stop_signal(process: Process) -> Iterator[Callable[[], bool]]:
         return
     previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) or stop()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -137,11 +161,12 @@ def _run(
         worker_init_fn=datasets.leave_signals_to_the_run,
     )
     figures: dict[str, float] = {}
+    all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
     while trained.step < recipe.epochs * steps:
         epoch, done = divmod(trained.step, steps)
         sampler.set_position(epoch, done * recipe.accumulate * recipe.batch_size)
         batches = iter(loader)
-        ratio = 1.0 if epoch < round(recipe.all_cells_share * recipe.epochs) else recipe.informative_ratio
+        ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
         reporter.start_epoch(epoch, recipe.epochs, done, steps)
         started, first = time.monotonic(), trained.step
         for _ in range(done, steps):
@@ -163,20 +188,22 @@ def _run(
             stops = not ends and stopping()
             if saves or stops:
                 _require_finite(loss, trained.step, out)
-                _save_checkpoint(recipe, out, trained, process)
+                _save_checkpoint(recipe, out / CHECKPOINT_FILE, trained, process)
             if stops:
                 raise _stopped(trained)
         if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
             figures = _evaluate_and_save(recipe, out, images, trained, process)
             reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
-        _save_checkpoint(recipe, out, trained, process)
+        if epoch + 1 == all_cells_epochs:
+            _save_checkpoint(recipe, out / ALL_CELLS_FILE, trained, process)
+        _save_checkpoint(recipe, out / CHECKPOINT_FILE, trained, process)
         if epoch + 1 < recipe.epochs and stopping():
             raise _stopped(trained)
     return figures or _evaluate_and_save(recipe, out, images, trained, process)
 
 
-def _stopped(trained: Trained) -> CfvitError:
-    return CfvitError(f"stopped at step {trained.step}: add --resume to continue")
+def _stopped(trained: Trained) -> Stopped:
+    return Stopped(f"stopped at step {trained.step}: add --resume to continue")
 
 
 def _require_finite(loss: Tensor, step: int, out: Path) -> None:
@@ -184,9 +211,9 @@ def _require_finite(loss: Tensor, step: int, out: Path) -> None:
         raise CfvitError(f"the loss is {loss.item()} at step {step}: lower --lr-base; {out} keeps the last checkpoint")
 
 
-def _save_checkpoint(recipe: Recipe, out: Path, trained: Trained, process: Process) -> None:
+def _save_checkpoint(recipe: Recipe, path: Path, trained: Trained, process: Process) -> None:
     if process.leads:
-        with atomic_write(out / CHECKPOINT_FILE) as file:
+        with atomic_write(path) as file:
             torch.save({"recipe": asdict(recipe), "world": process.world, **trained.state_dict()}, file)
 
 
@@ -199,23 +226,32 @@ def _evaluate_and_save(recipe: Recipe, out: Path, images: Data, trained: Trained
         if dataset is None:
             continue
         loader = datasets.eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
-        forward = (lambda x: (model.backbone(x),)) if recipe.backbone_only else model
+        forward, stages = _scored(recipe, model)
         with autocast(recipe, process.device):
             collected = collect(forward, loader, process.device)
-        stages = ("backbone",) if recipe.backbone_only else ("coarse", "fine")
         for stage, logits in zip(stages, collected.logits, strict=True):
             for k in (1, 5):
                 figures[f"{name}_{stage}_top{k}"] = round(top_k_accuracy(logits, collected.labels, k), 3)
-        if name == "holdout" and not recipe.backbone_only:
+        if name == "holdout" and recipe.stages == "both":
             coarse, fine = collected.logits
             figures["threshold"] = choose_threshold(coarse, fine, collected.labels, recipe.threshold_max_drop)
             model.threshold = figures["threshold"]
-    if process.leads and recipe.backbone_only:
+    if recipe.stages == "coarse":
+        model.threshold = 0.0  # the fine stage has learnt nothing
+    if process.leads and recipe.stages == "backbone":
         _save_backbone(model, out)
     elif process.leads:
         model.data_config, model.class_names = trained.model.data_config, trained.model.class_names
         save(model, out)
     return figures
+
+
+def _scored(recipe: Recipe, model: CoarseToFineViT) -> tuple[Callable[[Tensor], Sequence[Tensor]], tuple[str, ...]]:
+    """What was trained, as images to logits of each of the named stages."""
+    if recipe.stages == "both":
+        return model, ("coarse", "fine")
+    plain = model.backbone if recipe.stages == "backbone" else CoarseNetwork(model)
+    return lambda images: (plain(images),), (recipe.stages,)
 
 
 def _save_backbone(model: CoarseToFineViT, out: Path) -> None:

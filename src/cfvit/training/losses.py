@@ -6,20 +6,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfvit.model import CoarseToFineOutput, TokenOutput
+from cfvit.variants import CoarseLoss
 
 
-def coarse_to_fine_loss(output: CoarseToFineOutput, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def coarse_to_fine_loss(
+    output: CoarseToFineOutput, target: Tensor, label_smoothing: float = 0.0, coarse_loss: CoarseLoss = "kl"
+) -> Tensor:
     """``CE(fine, target) + KL(fine || coarse)`` (Eq. 14): the fine stage learns from the label, the coarse from it.
 
     Args:
         output: logits of both stages, ``[B, classes]`` each.
         target: class indices ``[B]``, or probabilities ``[B, classes]`` from mixup.
         label_smoothing: applied to class indices only; mixup smooths its own targets.
+        coarse_loss: ``"ce"`` puts ``CE(coarse, target)`` in the place of the divergence (Eq. 15).
 
     Returns:
         The mean over the batch, a scalar. No gradient reaches the fine stage through the KL term.
     """
-    return classification_loss(output.fine, target, label_smoothing) + distillation_loss(output.coarse, output.fine)
+    fine = classification_loss(output.fine, target, label_smoothing)
+    if coarse_loss == "ce":
+        return fine + classification_loss(output.coarse, target, label_smoothing)
+    return fine + distillation_loss(output.coarse, output.fine)
 
 
 def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, weight: float) -> Tensor:

@@ -75,6 +75,20 @@ class Trained:
         self.scaler.load_state_dict(state["scaler"])
 
 
+class CoarseNetwork(nn.Module):
+    """The coarse stage as it runs where nothing else is trained: images to logits. The rest gets no gradients."""
+
+    def __init__(self, model: CoarseToFineViT) -> None:
+        super().__init__()
+        self.model = model
+        for part in (model.feature_reuse, model.backbone.pos_embed):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model.coarse(images).logits
+
+
 class TokenNetwork(nn.Module):
     """The model as it runs where each token has a label: ``forward`` is its ``forward_tokens``."""
 
@@ -102,6 +116,8 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
         coarse_grid=recipe.grid,
         informative_ratio=recipe.informative_ratio,
         attention_momentum=recipe.attention_momentum,
+        selection=recipe.selection,
+        feature_reuse=recipe.feature_reuse,
         drop_path_rate=recipe.drop_path_rate,
         **cast(dict[str, Any], recipe.timm_kwargs or {}),
     )
@@ -158,7 +174,8 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
     Raises:
         CfvitError: no such optimiser or teacher, too few images for one step.
     """
-    trainable: nn.Module = model.backbone if recipe.backbone_only else model
+    network: Any = _network(recipe, model)
+    trainable: nn.Module = model.backbone if recipe.stages == "backbone" else model
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = _optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
     scheduler, _ = create_scheduler_v2(
@@ -174,7 +191,6 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
     average = None
     if recipe.ema_decay > 0:
         average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
-    network: Any = TokenNetwork(model) if recipe.learns_from_tokens else trainable
     if process.world > 1:
         cuda = process.device.type == "cuda"
         network = DistributedDataParallel(network, device_ids=[process.device] if cuda else None)
@@ -182,6 +198,15 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype_of(recipe, process.device) is torch.float16)
     return Trained(model, network, optimizer, scheduler, scaler, average, _teacher(recipe, model, process.device))
+
+
+def _network(recipe: Recipe, model: CoarseToFineViT) -> nn.Module:
+    """What runs in a step, by what is trained and what it learns from."""
+    if recipe.learns_from_tokens:
+        return TokenNetwork(model)
+    if recipe.stages == "coarse":
+        return CoarseNetwork(model)
+    return model.backbone if recipe.stages == "backbone" else model
 
 
 def _teacher(recipe: Recipe, model: CoarseToFineViT, device: torch.device) -> Teacher | None:

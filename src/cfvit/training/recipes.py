@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from cfvit.errors import UsageError
+from cfvit.variants import CoarseLoss, Reuse, Selection, Stages
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 TimmKwargs = dict[str, bool | int | float | str | None]
@@ -43,11 +44,14 @@ class Recipe:
     coarse_grid: int | str = _about(7, "side of the coarse grid in cells, or ROWSxCOLUMNS such as 5x8")
     informative_ratio: float = _about(0.5, "share of cells that the fine stage splits")
     attention_momentum: float = _about(0.99, "beta of the global class attention")
+    selection: Selection = _about("attention", "cells to split: highest class attention, lowest, or random (Table 4)")
+    feature_reuse: Reuse = _about("mlp", "what the fine stage takes over of coarse features (Table 5)")
     timm_kwargs: TimmKwargs | None = _about(None, "further timm arguments, as in --timm-kwargs.patch_size 8")
     initial_weights: str | None = _about(
         None, "start from these: 'timm', a file of backbone weights, or a saved or bundled cfvit model"
     )
-    backbone_only: bool = _about(False, "train the plain ViT by the same recipe, for comparison")
+    stages: Stages = _about("both", "train both, the coarse one alone, or for comparison the plain ViT (backbone)")
+    coarse_loss: CoarseLoss = _about("kl", "what the coarse stage learns from: the fine one, or the label (Table 8)")
 
     epochs: int = _about(300, "passes over the training images")
     all_cells_share: float = _about(2 / 3, "share of the epochs, the first ones, in which all cells are split")
@@ -124,8 +128,11 @@ class Recipe:
             raise UsageError("token_labels and teacher are both given: labels come from one of them")
         if self.mixup or self.cutmix:
             raise UsageError("mixup and cutmix move pixels away from their token labels: set both to 0, use mix_token")
-        if self.backbone_only:
-            raise UsageError("backbone_only trains on whole images: leave out token_labels and teacher")
+        if self.stages != "both" or self.coarse_loss != "kl":
+            raise UsageError(
+                f"token labels train both stages by their own loss and stages is {self.stages}, coarse_loss "
+                f"{self.coarse_loss}: leave both as they are, or leave out token_labels and teacher"
+            )
 
     @property
     def learns_from_tokens(self) -> bool:

@@ -82,6 +82,7 @@ def _token_loss(recipe: Recipe, trained: Trained, batch: Sequence[Tensor], ratio
 
 
 def _loss(recipe: Recipe, network: Any, images: Tensor, targets: Tensor, ratio: float) -> Tensor:
-    if recipe.backbone_only:
+    if recipe.stages != "both":
         return classification_loss(network(images), targets, recipe.label_smoothing)
-    return coarse_to_fine_loss(network(images, informative_ratio=ratio), targets, recipe.label_smoothing)
+    output = network(images, informative_ratio=ratio)
+    return coarse_to_fine_loss(output, targets, recipe.label_smoothing, recipe.coarse_loss)

@@ -187,7 +187,7 @@ def _require_timms_own(name: str) -> None:
     if isinstance(config, dict) and "architecture" not in config:
         raise CfvitError(
             f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
-            "give a folder written by timm or by cfvit train --backbone-only"
+            "give a folder written by timm or by cfvit train --stages backbone"
         )
 
 
