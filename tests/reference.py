@@ -2,7 +2,7 @@
 
 Steps 1 to 7 of the method for one image at a time, with full attention maps, all fine patches
 embedded and all coarse features reused; what is not needed is dropped only then. Weights are read
-from a state dict by name. Equation numbers are those of the paper (AAAI 2023). `LVViTReference` is the
+from a state dict by name. Equation and table numbers are those of the paper (AAAI 2023). `LVViTReference` is the
 same for LV-ViT (Jiang et al., NeurIPS 2021).
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ class ReferenceState:
 
     Attributes:
         logits: ``[B, classes]``.
-        tokens: ``[B, 1 + N, D]``, class token first, after the final norm.
+        tokens: ``[B, p + N, D]``, class token first, after the final norm.
         embedding: ``[B, N, D]``, with positions, before the first block.
         class_attention: ``[B, N]``, the global class attention (Eq. 9).
     """
@@ -38,7 +38,7 @@ class ReferenceState:
 
 @dataclass(frozen=True)
 class Reference:
-    """Both stages of a DeiT.
+    """Both stages of a DeiT, perhaps distilled or with registers: ``p`` tokens stand in front of the patches.
 
     Attributes:
         weights: state dict of a ``CoarseToFineViT``.
@@ -47,6 +47,8 @@ class Reference:
         patch: P, the side of a patch in pixels.
         ratio: alpha, as a decimal.
         momentum: beta.
+        selection: how cells are chosen, ``"attention"`` or ``"negative"`` (Table 4).
+        reuse: ``"mlp"``, or a variant of Table 5.
     """
 
     weights: Mapping[str, Tensor]
@@ -55,6 +57,8 @@ class Reference:
     patch: int
     ratio: float
     momentum: float
+    selection: str = field(default="attention", kw_only=True)
+    reuse: str = field(default="mlp", kw_only=True)
 
     epsilon: ClassVar[float] = 1e-6
     """Of every LayerNorm in timm's ViT."""
@@ -62,8 +66,8 @@ class Reference:
     def plain(self, images: Tensor) -> Tensor:
         """The backbone alone, on all fine patches: logits ``[B, classes]``."""
         positions = self.weights["backbone.pos_embed"][0]
-        class_token = self.weights["backbone.cls_token"][0, 0] + positions[0]
-        sequences = [torch.cat([class_token[None], p + positions[1:]]) for p in self._embed_patches(images)]
+        front = self._front(positions)
+        sequences = [torch.cat([front, p + positions[len(front) :]]) for p in self._embed_patches(images)]
         return torch.stack([self._head(self._network(tokens)[0]) for tokens in sequences])
 
     def coarse(self, images: Tensor) -> ReferenceState:
@@ -73,9 +77,9 @@ class Reference:
         positions = self.weights["coarse_pos_embed"][0]
         results = []
         for patches in self._embed_patches(small):
-            class_token = self.weights["backbone.cls_token"][0, 0] + positions[0]
-            embedding = torch.stack([patch + positions[1 + i] for i, patch in enumerate(patches)])
-            tokens, maps = self._network(torch.cat([class_token[None], embedding]))
+            front = self._front(positions)
+            embedding = torch.stack([patch + positions[len(front) + i] for i, patch in enumerate(patches)])
+            tokens, maps = self._network(torch.cat([front, embedding]))
             results.append((self._head(tokens), tokens, embedding, self._global_class_attention(maps)))
         return ReferenceState(*(torch.stack(column) for column in zip(*results, strict=True)))
 
@@ -84,14 +88,21 @@ class Reference:
         return torch.stack([self._head(tokens) for tokens in self.fine_sequences(images, state)])
 
     def fine_sequences(self, images: Tensor, state: ReferenceState) -> list[Tensor]:
-        """Each image's mixed sequence after the final norm, cell by cell: ``[1 + 4k + N - k, D]``."""
+        """Each image's mixed sequence after the final norm, cell by cell: ``[p + 4k + N - k, D]``."""
         sequences = []
         for i, patches in enumerate(self._embed_patches(images)):
             informative = self.informative(state.class_attention[i])
             tokens = self._fine_tokens(patches, state.embedding[i], informative)
-            tokens = tokens + self._reused_features(state.tokens[i], informative)
+            if self.reuse != "none":
+                tokens = tokens + self._reused_features(state.tokens[i], informative)
             sequences.append(self._network(tokens)[0])
         return sequences
+
+    def _front(self, positions: Tensor) -> Tensor:
+        """Class token, distillation token, registers, as far as there are any, each at its position: ``[p, D]``."""
+        names = ("backbone.cls_token", "backbone.dist_token", "backbone.reg_token")
+        tokens = torch.cat([self.weights[name][0] for name in names if name in self.weights])
+        return torch.stack([token + positions[i] for i, token in enumerate(tokens)])
 
     def _embed_patches(self, images: Tensor) -> Tensor:
         """All patches of images, row by row: ``[B, 3, h, w] -> [B, patches, D]``."""
@@ -135,23 +146,26 @@ class Reference:
 
     def _global_class_attention(self, maps: list[Tensor]) -> Tensor:
         """Eq. 9 from the 4th encoder on, heads averaged: ``[N]``."""
-        average = torch.zeros(self.grid**2, dtype=maps[0].dtype)
+        cells = self.grid**2
+        average = torch.zeros(cells, dtype=maps[0].dtype)
         for k, attention in enumerate(maps, start=1):
             if k >= 4:
-                row = sum(attention[head, 0, 1:] for head in range(self.heads)) / self.heads
+                row = sum(attention[head, 0, -cells:] for head in range(self.heads)) / self.heads
                 average = self.momentum * average + (1 - self.momentum) * row
         return average
 
     def informative(self, class_attention: Tensor) -> list[int]:
-        """The ``ceil(alpha * N)`` cells of highest global class attention (Eq. 10)."""
+        """The ``ceil(alpha * N)`` cells of highest global class attention (Eq. 10), or of lowest (Table 4)."""
         scores = class_attention.tolist()
         count = math.ceil(Fraction(str(self.ratio)) * len(scores))
-        return sorted(range(len(scores)), key=lambda cell: -scores[cell])[:count]
+        sign = {"attention": -1, "negative": 1}[self.selection]
+        return sorted(range(len(scores)), key=lambda cell: sign * scores[cell])[:count]
 
     def _fine_tokens(self, patches: Tensor, embedding: Tensor, informative: list[int]) -> Tensor:
-        """The mixed sequence (Eq. 11), cell by cell: ``[1 + 4k + N - k, D]``."""
+        """The mixed sequence (Eq. 11), cell by cell: ``[p + 4k + N - k, D]``."""
         positions = self.weights["backbone.pos_embed"][0]
-        tokens = [self.weights["backbone.cls_token"][0, 0] + positions[0]]
+        front = self._front(positions)
+        tokens = list(front)
         for cell in range(self.grid**2):
             if cell not in informative:
                 tokens.append(embedding[cell])
@@ -160,21 +174,33 @@ class Reference:
             for down in (0, 1):
                 for right in (0, 1):
                     child = (2 * row + down) * 2 * self.grid + 2 * column + right
-                    tokens.append(patches[child] + positions[1 + child])
+                    tokens.append(patches[child] + positions[len(front) + child])
         return torch.stack(tokens)
 
     def _reused_features(self, coarse_tokens: Tensor, informative: list[int]) -> Tensor:
-        """Feature reuse (Eq. 12), zero for the class token and what is not split; as `_fine_tokens`."""
-        features = self._mlp("feature_reuse.mlp", self._norm("feature_reuse.norm", coarse_tokens))
+        """Feature reuse (Eq. 12), zero for class token and uninformative cells but in Table 5; as `_fine_tokens`."""
+        normed = self._norm("feature_reuse.norm", coarse_tokens)
+        transform = self._linear if self.reuse == "linear" else self._mlp
+        features = transform("feature_reuse.mlp", normed)
         zero = torch.zeros_like(features[0])
-        reused = [zero]
+        front = len(features) - self.grid**2
+        reused = [zero] * front
+        if self.reuse == "class_token":
+            reused[0] = features[0]
         for cell in range(self.grid**2):
-            reused += [features[1 + cell]] * 4 if cell in informative else [zero]
+            own = features[front + cell]
+            if cell in informative:
+                reused += [own] * 4
+            else:
+                reused += [own if self.reuse == "uninformative" else zero]
         return torch.stack(reused)
 
     def _head(self, tokens: Tensor) -> Tensor:
-        """Logits from the class token: ``[T, D] -> [classes]``."""
-        return self._linear("backbone.head", tokens[0])
+        """Logits from the class token, of a distilled DeiT averaged with its second: ``[T, D] -> [classes]``."""
+        logits = self._linear("backbone.head", tokens[0])
+        if "backbone.head_dist.weight" in self.weights:
+            logits = (logits + self._linear("backbone.head_dist", tokens[1])) / 2
+        return logits
 
     def _mlp(self, name: str, tokens: Tensor) -> Tensor:
         return self._linear(f"{name}.fc2", F.gelu(self._linear(f"{name}.fc1", tokens)))

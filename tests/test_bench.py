@@ -1,126 +1,536 @@
-"""What is timed, in which order, and what the figures beside the times are. Times themselves are not judged."""
+"""What is timed and what stands beside the times, by a clock that is made up. Times themselves are not judged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import SimpleNamespace
+import dataclasses
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Outcome
+from PIL import Image
 from torch import Tensor
 
-from cfvit import CoarseToFineViT, Predictor, count_macs
-from cfvit.evaluation import bench as bench_module
-from cfvit.evaluation.bench import BenchRow, Timing, bench, threshold_for_share, time_in_turn
+from cfvit import CoarseToFineViT, Predictor, count_macs, load
+from cfvit.benchmark import measure as measure_module
+from cfvit.benchmark import real as real_module
+from cfvit.benchmark.contenders import ForcedExits, Method, methods_of, prepare, whole_images
+from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
+from cfvit.benchmark.real import SCOPES, measure_real, read_images
+from cfvit.benchmark.report import Bench, cells, doubts_of, draw, papers_comparison, to_json, to_markdown
+from cfvit.benchmark.run import run_bench
+from cfvit.calibration import Estimate
+from cfvit.confidence import ExitRule
+from cfvit.data import open_images
+from cfvit.evaluation.timing import Timing
 from cfvit.inference import goes_on
+from cfvit.reproduction.conditions import Conditions
+from cfvit.variants import Mode
 
-CPU = torch.device("cpu")
+Fails = Callable[..., AbstractContextManager[None]]
+Cli = Callable[..., Outcome]
 
-
-def test_calls_take_turns() -> None:
-    called: list[str] = []
-    calls: dict[str, Callable[[], object]] = {name: lambda name=name: called.append(name) for name in "abc"}
-    time_in_turn(calls, 3, CPU)
-    assert called == list("abc") * (3 + 2)
-
-
-def test_the_first_two_rounds_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only the call moves on."""
-    now = 0
-    seconds = iter([100, 90, 3, 1, 2])
-
-    def call() -> None:
-        nonlocal now
-        now += next(seconds)
-
-    monkeypatch.setattr(bench_module, "time", SimpleNamespace(perf_counter=lambda: now))
-    assert time_in_turn({"call": call}, 3, CPU) == {"call": Timing(median=2, fastest=1, slowest=3)}
-
-
-@pytest.mark.parametrize(("share", "sent"), [(0, 0), (0.1, 1), (0.25, 2), (0.5, 4), (0.95, 8), (1, 8)])
-def test_threshold_sends_exactly_the_share(share: float, sent: int) -> None:
-    confidence = torch.tensor([0.9, 0.2, 0.5, 1.0, 0.4, 0.3, 0.6, 0.7])
-    assert goes_on(confidence, threshold_for_share(confidence, share)).sum() == sent
-
-
-@pytest.mark.parametrize(("share", "sent"), [(0, 0), (1, 3)])
-def test_threshold_sends_none_or_all_even_of_what_rounds_to_1(share: float, sent: int) -> None:
-    confidence = torch.ones(3)
-    assert goes_on(confidence, threshold_for_share(confidence, share)).sum() == sent
+QUICK = Plan(("eager",), (0.5,), 1, 1)
+NAMES = [
+    "backbone",
+    "coarse stage",
+    "both stages",
+    "predictor",
+    "ToMe, r=13",
+    "ToMe, r=8",
+    "EViT, keep 0.7",
+    "cascade of two ViTs",
+    "literal port",
+]
 
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., CoarseToFineViT]) -> CoarseToFineViT:
-    return make_model()
+    return make_model().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def methods(model: CoarseToFineViT) -> list[Method]:
+    return methods_of(model, peers=True)
 
 
 @pytest.fixture
-def images(model: CoarseToFineViT, make_images: Callable[..., Tensor]) -> Tensor:
-    return make_images(model, 4)
+def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """In place of a clock: calls run once, their results are kept, and the seconds are those that are put in here.
+
+    ``seconds`` says of a name's call what its rounds take; of others it is 1 in each of 8 rounds.
+    """
+    kept: dict[str, Any] = {"seconds": lambda name: [1.0] * 8, "results": {}, "calls": []}
+
+    def time_in_turn(calls: dict[str, Any], rounds: int, device: torch.device, seconds: float) -> dict[str, Timing]:
+        kept["calls"] += list(calls)
+        for name, call in calls.items():
+            kept["running"] = name
+            kept["results"][name] = [each() for each in ([call] if callable(call) else call)]
+        return {
+            name: Timing(tuple((value / len(made),) * len(made) for value in kept["seconds"](name)))
+            for name, made in kept["results"].items()
+        }
+
+    monkeypatch.setattr(measure_module, "time_in_turn", time_in_turn)
+    return kept
+
+
+# Contenders
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"),
+    [
+        (1, 0.24, {0: 0.76, 1: 0.24}),
+        (1, 1, {1: 1}),
+        (1, 0, {0: 1}),
+        (2, 0.51, {1: 1}),
+        (2, 0.24, {0: 0.52, 1: 0.48}),
+        (8, 0.24, {2: 1}),
+        (32, 0.51, {16: 1}),
+        (1024, 0.24, {246: 1}),
+    ],
+)
+def test_a_share_is_met_in_whole_images(count: int, share: float, expected: dict[int, float]) -> None:
+    assert whole_images(count, share) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 50.0, float("nan")])
+@pytest.mark.parametrize(("count", "going"), [(1, 0), (1, 1), (8, 3), (7, 7), (7, 0)])
+def test_exits_are_forced_whatever_the_logits(value: float, count: int, going: int) -> None:
+    rule = ForcedExits.of(ExitRule("entropy"), count, going, torch.device("cpu"))
+    logits = torch.full((count, 5), value)
+    logits[:, 0] += 1
+    on = goes_on(rule.coarse(logits), 0.5)
+    assert on.sum() == going
+    if going:
+        gaps = on.nonzero().flatten().diff()
+        assert not len(gaps) or gaps.max() - gaps.min() <= 1, "they are evenly spread"
+
+
+def test_forced_exits_still_measure_the_confidence() -> None:
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    rule = ExitRule("margin", coarse_temperature=2)
+    moved = ForcedExits.of(rule, 4, 2, torch.device("cpu")).coarse(logits) - rule.coarse(logits)
+    assert moved.round(decimals=5).tolist() == [2, -2, 2, -2]
+
+
+def test_every_call_answers_by_what_it_names(
+    model: CoarseToFineViT, methods: list[Method], make_images: Callable[..., Tensor]
+) -> None:
+    images = make_images(model, 4)
+    assert [method.name for method in methods] == NAMES
+    coarse, fine = model(images)
+    on = torch.tensor([False, True, False, True])
+    by_name = {method.name: method for method in methods}
+    for mode in ("eager", "accelerated"):
+        answers: dict[str, Any] = {name: method.build(mode)(images, 2)() for name, method in by_name.items()}
+        close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(answers["backbone"], model.backbone(images), **close)
+        torch.testing.assert_close(answers["coarse stage"].logits, coarse, **close)
+        torch.testing.assert_close(answers["both stages"].fine, fine, **close)
+        assert (answers["predictor"].stage == 1).tolist() == on.tolist()
+        expected = torch.where(on[:, None], fine, coarse)
+        torch.testing.assert_close(answers["predictor"].logits, expected, **close)
+        torch.testing.assert_close(answers["literal port"], expected, **close)
+        torch.testing.assert_close(answers["cascade of two ViTs"][on], model.backbone(images)[on], **close)
+
+
+def test_compiled_calls_answer_alike(
+    model: CoarseToFineViT,
+    methods: list[Method],
+    make_images: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a compiler that traces and makes no code, which is what takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    images = make_images(model, 4)
+    for method in methods:
+        if method.name in ("coarse stage", "ToMe, r=13"):
+            eager, compiled = (method.build(mode)(images, 2)() for mode in ("eager", "compiled"))
+            torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
+
+
+def _logits(answer: Any) -> Tensor:
+    return answer if isinstance(answer, Tensor) else answer.logits
+
+
+def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(
+    model: CoarseToFineViT, methods: list[Method], make_images: Callable[..., Tensor]
+) -> None:
+    images, rule = make_images(model, 4), model.exit_rule
+    runner = next(method for method in methods if method.name == "predictor").build("eager")
+    one, three = runner(images, 1), runner(images, 3)
+    results: list[Any] = [call() for call in (one, three, one)]
+    assert [int(result.stage.sum()) for result in results] == [1, 3, 1]
+    assert model.exit_rule is rule
+
+
+def test_eager_is_the_network_itself(model: CoarseToFineViT) -> None:
+    assert prepare(model.backbone, "eager") is model.backbone
+
+
+# Rows
+
+
+def _by(rows: Sequence[Row], name: str, mode: Mode, share: float | None = None) -> Row:
+    (row,) = [
+        row
+        for row in rows
+        if (row.name, row.mode) == (name, mode) and (share is None or row.fine_share == pytest.approx(share))
+    ]
+    return row
 
 
 def test_rows_follow_from_the_times_and_the_macs(
-    model: CoarseToFineViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
 ) -> None:
-    timings: dict[str, Timing] = {}
-
-    def record(*arguments: Any) -> dict[str, Timing]:
-        timings.update(time_in_turn(*arguments))
-        return timings
-
-    monkeypatch.setattr(bench_module, "time_in_turn", record)
-    rows = bench(model, images, 0.25, rounds=2)
+    drifting = [1.0, 1.01, 0.99, 1.0, 1.0, 1.01, 0.99, 1.0]
+    factors = {"backbone, eager": 8, "backbone, accelerated": 4, "predictor, accelerated": 2, "matrix product": 0.5}
+    timed["seconds"] = lambda name: [
+        drift * next((factor for start, factor in factors.items() if name.startswith(start)), 1) for drift in drifting
+    ]
+    batch = measure_batch(model, methods, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
     macs = count_macs(model)
-    assert [row.name for row in rows] == ["backbone", "coarse", "both", "predictor, 25% fine"]
-    costs = [macs.backbone, macs.coarse, macs.both, macs.coarse + macs.fine / 4]
-    for row, cost, timing in zip(rows, costs, timings.values(), strict=True):
-        assert row == BenchRow(
-            name=row.name,
-            batch_size=4,
-            images_per_second=4 / timing.median,
-            speedup=timings["backbone"].median / timing.median,
-            macs_ratio=macs.backbone / cost,
-            spread=timing.slowest / timing.fastest,
-        )
+    assert [row.label for row in batch.rows][:6] == [
+        "backbone",
+        "backbone",
+        "coarse stage",
+        "both stages",
+        "predictor, 25% fine",
+        "predictor, 50% fine",
+    ]
+    row = _by(batch.rows, "predictor", "accelerated", 0.25)
+    cost = macs.coarse + macs.fine / 4
+    assert row.gmacs == cost / 1e9
+    assert row.images_per_second == pytest.approx(4 / 2)
+    assert row.p50_ms == pytest.approx(2000)
+    assert (row.p95_ms, row.p99_ms, row.peak_megabytes, row.rounds) == (None, None, None, 8)
+    assert (row.ratio.value, row.eager_ratio.value) == pytest.approx((2, 4))
+    assert row.macs_ratio == macs.backbone / cost
+    assert row.telling
+    rate = measure_module.MATRIX_SIDES["cpu"] ** 3 / 0.5
+    assert batch.matrix_gmacs_per_second == pytest.approx(rate / 1e9)
+    assert row.matrix_share == pytest.approx(cost * 4 / 2 / rate)
+    assert _by(batch.rows, "backbone", "accelerated").eager_ratio.value == pytest.approx(2)
+    port = _by(batch.rows, "literal port", "eager", 0.25)
+    assert (port.ratio.value, port.eager_ratio.value) == pytest.approx((8, 8)), "beside the backbone in its own mode"
 
 
-def test_each_row_times_what_it_names(model: CoarseToFineViT, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    results: dict[str, Any] = {}
-
-    def call_each(calls: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
-        results.update({name: call() for name, call in calls.items()})
-        return time_in_turn({name: lambda: None for name in calls}, rounds, device)
-
-    monkeypatch.setattr(bench_module, "time_in_turn", call_each)
-    bench(model, images, 0.5)
-    with torch.no_grad():
-        both, plain = model(images), model.backbone(images)
-    torch.testing.assert_close(results["backbone"], plain)
-    torch.testing.assert_close(results["coarse"].logits, both.coarse)
-    torch.testing.assert_close(results["both"], both)
-    assert results["predictor"].stage.sum() == 2
-    hard = results["predictor"].stage == 1
-    torch.testing.assert_close(results["predictor"].logits, torch.where(hard[:, None], both.fine, both.coarse))
-
-
-def test_the_share_is_that_of_whole_images(model: CoarseToFineViT, images: Tensor) -> None:
-    assert bench(model, images[:1], 0.25, rounds=1)[-1].name == "predictor, 0% fine"
-    (*_, predictor) = bench(model, images[:3], 0.25, rounds=1)
-    assert predictor.name == "predictor, 33% fine"
-    assert predictor.macs_ratio == pytest.approx(count_macs(model).backbone / count_macs(model).expected(1 / 3))
-
-
-def test_figures_that_are_at_hand_are_not_counted_again(
-    model: CoarseToFineViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+def test_the_reference_and_the_port_are_there_once_in_eager_mode(
+    model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
 ) -> None:
-    macs = count_macs(model)
-    monkeypatch.setattr(bench_module, "count_macs", lambda model: pytest.fail("counted again"))
-    assert bench(model, images, 0.5, rounds=1, macs=macs)[1].macs_ratio == macs.backbone / macs.coarse
+    plan = Plan(("eager", "accelerated"), (0.5,), 1, 1)
+    pairs = [(row.name, row.mode) for row in measure_batch(model, methods, random_images(model, 2), plan).rows]
+    everywhere = NAMES[:-1]
+    assert sorted(pairs) == sorted(
+        [("literal port", "eager"), *((name, mode) for name in everywhere for mode in ("eager", "accelerated"))]
+    )
+    assert pairs[0] == ("backbone", "eager")
 
 
-def test_the_model_is_left_as_a_predictor_needs_it(model: CoarseToFineViT, images: Tensor) -> None:
-    before = Predictor(model, 1)(images).logits
-    bench(model.train(), images, 0.5, rounds=1)
+def test_single_images_are_a_mean_over_those_that_exit_and_those_that_go_on(
+    model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
+) -> None:
+    timed["seconds"] = lambda name: [4.0 if name.endswith(", 1 on") else 1.0] * 100
+    batch = measure_batch(model, methods[:4], random_images(model, 1), Plan(("eager",), (0.25, 0.75), 100, 1))
+    assert [name for name in timed["calls"] if name.startswith("predictor")] == [
+        "predictor, eager, 0 on",
+        "predictor, eager, 1 on",
+    ]
+    rare, often = (_by(batch.rows, "predictor", "eager", share) for share in (0.25, 0.75))
+    assert rare.images_per_second == pytest.approx(1 / 1.75)
+    assert often.images_per_second == pytest.approx(1 / 3.25)
+    assert (rare.p50_ms, rare.p95_ms, often.p50_ms) == (1000, 4000, 4000)
+    assert rare.gmacs == pytest.approx(count_macs(model).expected(0.25) / 1e9)
+
+
+def test_a_reference_that_drifts_makes_nothing_telling(
+    model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
+) -> None:
+    timed["seconds"] = lambda name: [1.0] * 4 + [1.2] * 4 if name.startswith("backbone") else [1.0] * 8
+    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    assert not batch.steady
+    assert not any(row.telling for row in batch.rows)
+    assert "20% slower in one half" in doubts_of(batch)[0]
+
+
+def test_a_contender_whose_times_vary_is_not_told(
+    model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
+) -> None:
+    timed["seconds"] = lambda name: [1.0, 1.2] * 4 if name.startswith("both") else [1.0] * 8
+    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    assert [row.telling for row in batch.rows] == [True, True, False]
+    (doubt,) = doubts_of(batch)
+    assert "1 of 3 ratios" in doubt
+    assert [cells(row)[7].endswith("?") for row in batch.rows] == [False, False, True]
+
+
+def test_few_rounds_tell_nothing(model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]) -> None:
+    timed["seconds"] = lambda name: [1.0] * 5
+    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    assert not any(row.telling for row in batch.rows)
+    assert "5 rounds are too few" in doubts_of(batch)[0]
+
+
+def test_random_images_are_the_same_in_every_run_and_of_the_models_precision(model: CoarseToFineViT) -> None:
+    images = random_images(model, 3)
+    assert images.shape == (3, 3, *model.image_size)
+    assert torch.equal(images, random_images(model, 3))
+    assert random_images(load("deit_tiny_imagenette").bfloat16(), 1).dtype == torch.bfloat16
+
+
+def test_bfloat16_is_timed(make_model: Callable[..., CoarseToFineViT]) -> None:
+    model = make_model().bfloat16().requires_grad_(False)
+    batch = measure_batch(model, methods_of(model, peers=True), random_images(model, 2), QUICK)
+    assert len(batch.rows) == len(NAMES)
+
+
+def test_compared_with_the_backbone_alone(model: CoarseToFineViT) -> None:
+    before = Predictor(model, 1)(random_images(model, 2)).logits
+    plain, predictor = compare_with_backbone(model.train(), 4, 0.25, rounds=2)
+    assert (plain.name, predictor.label) == ("backbone", "predictor, 25% fine")
+    assert plain.ratio.value == 1
     assert not model.training
-    assert torch.equal(Predictor(model, 1)(images).logits, before)
+    assert torch.equal(Predictor(model, 1)(random_images(model, 2)).logits, before)
+
+
+# Real images
+
+
+def test_real_images_go_through_the_model_at_its_own_eta(
+    colour_model: Path, colours: Path, timed: dict[str, Any]
+) -> None:
+    model, source = load(colour_model).requires_grad_(False), open_images(str(colours))
+    assert model.threshold is not None
+    batch = measure_real(model, source, 5, Plan(("accelerated",), (0.1,), 8, 1))
+    images = read_images(source, model, 5)
+    assert images.count == 20
+    stages = torch.cat([Predictor(model)(pixels).stage for pixels in images.resident])
+    assert [(row.name, row.mode, row.scope) for row in batch.rows] == [
+        (name, mode, scope)
+        for name, mode in (("backbone", "eager"), ("backbone", "accelerated"), ("predictor", "accelerated"))
+        for scope in SCOPES
+    ]
+    share = float(stages.float().mean())
+    assert 0 < share < 1
+    assert batch.rows[-1].fine_share == share
+    assert batch.rows[-1].gmacs == pytest.approx(count_macs(model).expected(share) / 1e9)
+    assert batch.rows[-1].images_per_second == pytest.approx(20)
+    assert batch.rows[-1].p50_ms == pytest.approx(1000 / 4), "of a call, of which a round has four"
+
+
+def test_all_scopes_give_the_same_answers(colour_model: Path, colours: Path, timed: dict[str, Any]) -> None:
+    model = load(colour_model).requires_grad_(False)
+    measure_real(model, open_images(str(colours)), 8, dataclasses.replace(QUICK, modes=("accelerated",)))
+    for name in ("backbone", "predictor"):
+        computed, *others = (timed["results"][f"{name}, accelerated, {scope}"] for scope in SCOPES)
+        expected = [logits.argmax(dim=-1).tolist() for logits in computed]
+        assert len(expected) == 2
+        assert others == [expected] * 3
+
+
+def test_a_scope_does_its_own_work_within_the_call(
+    colour_model: Path, colours: Path, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: Counter[tuple[str, str]] = Counter()
+    decode, transform = real_module.open_image, real_module.eval_transform
+
+    def count(work: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def run(given: Any) -> Any:
+            done[work, timed.get("running", "before").split(", ")[-1]] += 1
+            return function(given)
+
+        return run
+
+    monkeypatch.setattr(real_module, "open_image", count("decode", decode))
+    monkeypatch.setattr(real_module, "eval_transform", lambda config: count("resize", transform(config)))
+    measure_real(load(colour_model).requires_grad_(False), open_images(str(colours)), 16, QUICK)
+    within = {key: times for key, times in done.items() if key[1] != "before"}
+    times = 16 * 2
+    assert within == dict.fromkeys(
+        [("resize", "with resizing"), ("resize", "with decoding"), ("decode", "with decoding")], times
+    )
+
+
+def test_few_images_are_used_again_and_unreadable_ones_left_out(
+    colour_model: Path, make_colours: Callable[..., Path], fails: Fails
+) -> None:
+    folder = make_colours(per_class=1)
+    (folder / "red" / "0.png").write_bytes(b"no image")
+    model = load(colour_model)
+    images = read_images(open_images(str(folder)), model, 32)
+    assert [len(batch) for batch in images.files] == [32]
+    assert len(set(images.files[0])) == 2
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no image")
+    with fails("none of the images can be read"):
+        read_images(open_images(str(folder)), model, 4)
+
+
+def test_real_images_need_an_eta(model: CoarseToFineViT, colours: Path, fails: Fails) -> None:
+    with fails("cfvit calibrate"):
+        _run(model, source=open_images(str(colours)))
+
+
+# Reports
+
+
+def _run(model: CoarseToFineViT, **options: Any) -> Bench:
+    given = {"name": "tiny", "command": "cfvit bench", "random_weights": True, "peers": True, **options}
+    return run_bench(model, (1, 3), QUICK, **given)
+
+
+def _row(**changes: Any) -> Row:
+    values: dict[str, Any] = {
+        "name": "predictor",
+        "mode": "accelerated",
+        "images": "random",
+        "scope": "computing",
+        "batch_size": 4,
+        "fine_share": 0.25,
+        "gmacs": 1.2345,
+        "rounds": 20,
+        "images_per_second": 123.45,
+        "p50_ms": 32.4,
+        "p95_ms": 40.0,
+        "p99_ms": None,
+        "spread": 0.03,
+        "ratio": Estimate(1.8, 1.75, 1.85),
+        "eager_ratio": Estimate(3.0, 2.0, 4.0),
+        "macs_ratio": 2.5,
+        "matrix_share": 0.42,
+        "peak_megabytes": None,
+        "steady": True,
+    }
+    return Row(**(values | changes))
+
+
+def test_cells_of_a_row() -> None:
+    ratios = ["1.80 (1.75 to 1.85)", "2.50", "3.00 (2.00 to 4.00) ?"]
+    times = ["32.40", "40.00", "-"]
+    assert cells(_row()) == ["predictor, 25% fine", "accelerated", "1.234", "123.5", *times, *ratios, "42%", "3%", "-"]
+    few = cells(_row(ratio=Estimate(1.8, 0, math.inf), peak_megabytes=12.3, scope="with decoding"))
+    assert (few[0], few[7], few[-1]) == ("predictor, 25% fine, with decoding", "1.80 ?", "12")
+
+
+def _bench(rows: Sequence[Row], **changes: Any) -> Bench:
+    conditions = Conditions("cfvit bench", "a machine", "float32", "versions", "abc", "today")
+    batch = Batch(4, list(rows), 100.0, 1.0)
+    given = {"backbone": "deit_small_patch16_224", "grid": (7, 7), "plan": Plan(("accelerated",), (0.24,), 1, 1)}
+    return Bench(conditions, "model", random_weights=True, notes=("a note",), batches=(batch,), **(given | changes))
+
+
+def test_beside_the_papers_table() -> None:
+    """Its throughput of DeiT-S and of CF-ViT at eta 0.5, 0.75 and 1."""
+    rows = [
+        _row(name="backbone", mode="eager", fine_share=None, images_per_second=10.0),
+        _row(name="backbone", fine_share=None, images_per_second=20.0, ratio=Estimate(1, 1, 1)),
+        _row(name="both stages", fine_share=None, images_per_second=25.0, ratio=Estimate(1.25, 1.2, 1.3)),
+        _row(fine_share=0.25, images_per_second=36.0),
+    ]
+    assert papers_comparison(_bench(rows)) == [
+        ["plain", "-", "2601", "1.00", "20", "1.00"],
+        ["0.5", "24%", "4903", "1.89", "36", "1.80"],
+        ["0.75", "51%", "3701", "1.42", "-", "-"],
+        ["1.0", "100%", "2760", "1.06", "25", "1.25"],
+    ]
+    assert papers_comparison(_bench(rows, grid=(9, 9))) == []
+    assert "Beside the paper" in to_markdown(_bench(rows))
+    assert "Beside the paper" not in to_markdown(_bench(rows, backbone="vit_small_patch16_224"))
+
+
+def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_path: Path) -> None:
+    seen: list[Batch] = []
+    bench = _run(model, watch=seen.append)
+    assert tuple(seen) == bench.batches
+    assert [batch.batch_size for batch in bench.batches] == [1, 3]
+    assert bench.conditions.dtype == "float32"
+    said = " ".join(bench.sentences)
+    for word in ("weights are random", "memory was not measured", "random images, batch size 1: 1 rounds are too few"):
+        assert word in said
+    written = json.loads(json.dumps(to_json(bench), allow_nan=False))
+    assert written["batches"][1]["rows"][0]["ratio"] == {"value": 1, "low": 0, "high": None}
+    page = to_markdown(bench)
+    for batch in bench.batches:
+        for row in batch.rows:
+            assert f"| {' | '.join(cells(row))} |" in page
+    draw(bench, tmp_path / "bench.png")
+    with Image.open(tmp_path / "bench.png") as image:
+        image.verify()
+
+
+def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
+    bench = _run(make_model(reg_tokens=1))
+    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:4])
+    assert any(note.startswith("without peers: ") for note in bench.notes)
+
+
+# Command
+
+
+def _json(outcome: Outcome) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in outcome.out]
+
+
+def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, colour_model: Path) -> None:
+    arguments = ("bench", "--model", colour_model, "--batch-sizes", "1", "4", "--fine-share", "0.5", "--rounds", "1")
+    outcome = cfvit_main(*arguments, "--json")
+    assert outcome.status == 0, outcome.err
+    rows = _json(outcome)
+    names = ["backbone", *NAMES]
+    assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
+    macs = count_macs(load(colour_model))
+    assert [row["macs_ratio"] for row in rows[-8:-6]] == [macs.backbone / cost for cost in (macs.coarse, macs.both)]
+
+    outcome = cfvit_main(*arguments, "--no-peers", "--mode", "eager")
+    assert outcome.status == 0, outcome.err
+    told = [line.split()[0].rstrip(",") for line in outcome.out if "eager" in line and "GMACs" not in line]
+    assert told == ["backbone", "coarse", "both", "predictor"] * 2
+
+
+def test_the_command_writes_its_report_with_real_images(
+    cfvit_main: Cli, colour_model: Path, colours: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", colour_model, "--batch-sizes", "4", "--rounds", "1", "--no-peers")
+    outcome = cfvit_main("bench", *arguments, "--data", colours, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.md", "bench.png"}
+    written = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert {(row["images"], row["scope"]) for row in written["real"][0]["rows"]} == {("real", s) for s in SCOPES}
+    assert "Real images, batch size 4" in (tmp_path / "out" / "bench.md").read_text()
+
+
+def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
+    arguments = ("--backbone", "test_vit", "--coarse-grid", "2x3", "--batch-sizes", "1", "--rounds", "1", "--no-peers")
+    outcome = cfvit_main("bench", *arguments, "--precision", "bfloat16", "--mode", "eager", "--json")
+    assert outcome.status == 0, outcome.err
+    assert [row["name"] for row in _json(outcome)] == ["backbone", "coarse stage", "both stages"] + ["predictor"] * 2
+    assert any("weights are random" in line for line in outcome.err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--coarse-grid", "7"], "--coarse-grid .* give it with --backbone"),
+        (["--backbone", "test_vit", "--data", "x"], "--backbone has random weights"),
+        (["--backbone", "test_vit", "--model", "x"], "--backbone has random weights"),
+        (["--mode", "fast"], "fast.*eager"),
+        (["--seconds", "0"], "--seconds"),
+        (["--fine-share", "0.5", "2"], "--fine-share.*<= 1"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(arguments: list[str], message: str, cfvit_main: Cli) -> None:
+    outcome = cfvit_main("bench", *arguments)
+    assert (outcome.status, outcome.out, len(outcome.err)) == (2, [], 1)
+    assert re.search(message, outcome.err[0])

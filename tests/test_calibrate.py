@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tarfile
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -35,6 +36,7 @@ from cfvit import (
     load,
     save,
 )
+from cfvit.benchmark.measure import compare_with_backbone
 from cfvit.calibration import (
     Accuracy,
     Drop,
@@ -46,11 +48,11 @@ from cfvit.calibration import (
     Target,
     check_drift,
 )
-from cfvit.checkpoints import apply_calibration, read_calibration
+from cfvit.checkpoints import apply_calibration, read_calibration, weights_digest
 from cfvit.confidence import ExitRule, Measure, confidence_of, fit_temperature
 from cfvit.data import EvalImages, eval_transform, find_images, open_data, open_image, open_images, split_holdout
 from cfvit.evaluation import calibrate as calibrate_module
-from cfvit.evaluation.bench import bench
+from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
 from cfvit.evaluation.explain import explain
 from cfvit.evaluation.overlap import shared_images
 from cfvit.inference import goes_on
@@ -60,7 +62,6 @@ Cli = Callable[..., Outcome]
 Images = tuple[Tensor, Tensor, Tensor]
 MEASURES: tuple[Measure, ...] = ("max_probability", "margin", "entropy", "energy")
 QUICK = ("--workers", 0)
-UNKNOWN = "the training images are not known and were not compared with these: name them with --train-data"
 
 
 def _error(outcome: Outcome, status: int) -> str:
@@ -144,10 +145,11 @@ def _run(cfvit_main: Cli, model: Path | str, data: Path | str, *more: object) ->
 
 
 def _assert_alike(found: Calibration, expected: Calibration) -> None:
-    """Up to rounding, as batches are cut otherwise, and to where it comes from."""
+    """Up to rounding, as batches are cut otherwise, and to where it comes from, which only the command knows."""
     for each in (found, expected):
         assert isinstance(each, Calibration)
-    _assert_close(replace(found, origin=None).to_dict(), replace(expected, origin=None).to_dict())
+    said = replace(expected, origin=None, warnings=(*expected.warnings, NOT_COMPARED))
+    _assert_close(replace(found, origin=None).to_dict(), said.to_dict())
 
 
 def _assert_close(found: Any, expected: Any) -> None:
@@ -194,7 +196,7 @@ def test_each_target_gives_what_calibrate_gives_for_the_logits(
 
     def time_stages(model: CoarseToFineViT, images: Tensor) -> StageLatency:
         timed.append(tuple(images.shape))
-        return StageLatency(1, 3)
+        return StageLatency(1, 3)  # whatever the batch, so that all sizes lie on one line
 
     monkeypatch.setattr(calibrate_module, "time_stages", time_stages)
     target = target or GmacsBudget(_budget(network))
@@ -202,7 +204,7 @@ def test_each_target_gives_what_calibrate_gives_for_the_logits(
     outcome = _run(cfvit_main, model, colours, *flags, "--batch-size", 5)
     assert outcome.status == 0, outcome.err
     latency = StageLatency(1, 3) if isinstance(target, LatencyBudget) else None
-    assert timed == ([(5, 3, *network.image_size)] if latency else [])
+    assert timed == ([(size, 3, *network.image_size) for size in (1, 2, 3, 5)] if latency else [])
     expected = calibrate(*images, _macs(network), target, latency=latency)
     _assert_alike(read_calibration(model), expected)
 
@@ -212,6 +214,21 @@ def test_latency_is_measured_on_the_model(cfvit_main: Cli, model: Path, colours:
     chosen = read_calibration(model)
     assert chosen.latency is not None
     assert 0 < chosen.latency.low <= chosen.latency.value <= chosen.latency.high
+
+
+def test_a_few_hard_images_are_timed_as_such(network: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    fine = {1: 4.0, 2: 6.0, 4: 5.0, 8: 16.0}  # ms of a batch; the third is a disturbance
+
+    def time_stages(model: CoarseToFineViT, images: Tensor) -> StageLatency:
+        coarse = 0.5 if len(images) == 8 else 1.0
+        return StageLatency(coarse, coarse + fine[len(images)] / len(images))
+
+    monkeypatch.setattr(calibrate_module, "time_stages", time_stages)
+    found = measure_latency(network, 8)
+    assert (found.coarse, found.both) == (0.5, 2.5)
+    assert found.between == pytest.approx([0.5 + ms / 8 for ms in (4, 6, 6, 6, 8.5, 11, 13.5)])
+    monkeypatch.setattr(calibrate_module, "time_stages", lambda *arguments: StageLatency(1, 3))
+    assert measure_latency(network, 1) == StageLatency(1, 3)
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -244,7 +261,7 @@ def test_the_measure_is_chosen_stored_and_used(
 def test_only_the_calibration_is_written_and_says_where_it_is_from(cfvit_main: Cli, model: Path, colours: Path) -> None:
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     outcome = _run(cfvit_main, model, colours, "--max-drop", 1)
-    assert outcome.err == [UNKNOWN, f"written to {model / 'calibration.json'}"]
+    assert outcome.err == [NOT_COMPARED, f"written to {model / 'calibration.json'}"]
     after = {path.name: path.read_bytes() for path in model.iterdir()}
     written = json.loads(after.pop("calibration.json"))
     assert after == before
@@ -277,6 +294,15 @@ def test_json_is_the_calibration(cfvit_main: Cli, model: Path, colours: Path) ->
     assert Calibration.from_dict(json.loads(line)) == read_calibration(model)
 
 
+def test_whether_training_images_were_looked_for_is_among_the_warnings(
+    cfvit_main: Cli, model: Path, colours: Path
+) -> None:
+    for flags, said in (((), True), (("--train-data", colours), False)):
+        (line,) = _run(cfvit_main, model, colours, "--max-drop", 1, "--json", *flags).out
+        assert (NOT_COMPARED in json.loads(line)["warnings"]) is said
+        assert (NOT_COMPARED in read_calibration(model).warnings) is said
+
+
 def test_temperatures_are_fitted_on_other_images_than_eta_is_chosen_on(
     cfvit_main: Cli, model: Path, network: CoarseToFineViT, colours: Path, images: Images
 ) -> None:
@@ -305,6 +331,26 @@ def test_temperatures_are_fitted_on_other_images_than_eta_is_chosen_on(
     assert again.out == outcome.out
 
 
+@pytest.mark.parametrize(("blues", "fitted"), [(4, True), (5, False)])
+def test_a_class_that_only_one_half_has_is_told(
+    blues: int, fitted: bool, cfvit_main: Cli, model: Path, make_colours: Callable[..., Path]
+) -> None:
+    data = make_colours(per_class=9)
+    for i in range(1, 9):
+        (data / "green" / f"{i}.png").unlink()
+    for i in range(blues, 9):
+        (data / "blue" / f"{i}.png").unlink()
+    outcome = _run(cfvit_main, model, data, "--max-drop", 1, "--temperature-scaling", "--json")
+    (line,) = map(json.loads, outcome.out)
+    other = (blues + 10) // 2
+    half = (
+        f"{blues + 10 - other} images, so nothing is known of them"
+        if fitted
+        else f"{other} images that temperatures were fitted on: give more of them"
+    )
+    assert [warning for warning in line["warnings"] if "class" in warning] == [f"class 'green' has none of the {half}"]
+
+
 def test_unreadable_images_are_reported_and_left_out(
     cfvit_main: Cli, model: Path, make_colours: Callable[..., Path]
 ) -> None:
@@ -314,6 +360,31 @@ def test_unreadable_images_are_reported_and_left_out(
     assert outcome.status == 1
     assert "1.png cannot be read and is not counted" in outcome.err[0]
     assert read_calibration(model).images == 11
+
+
+# what is printed
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_predict_shows_only_shares_in_percent(
+    measure: Measure, cfvit_main: Cli, model: Path, colours: Path, calibration: Calibration
+) -> None:
+    chosen = replace(calibration, measure=measure, threshold=0.99996)
+    (model / "calibration.json").write_text(json.dumps(chosen.to_dict()))
+    photo = colours / "val" / "red" / "0.png"
+    outcome = cfvit_main("predict", photo, "--model", model)
+    (row,) = map(json.loads, cfvit_main("predict", photo, "--model", model, "--json").out)
+    form = ".1%" if measure in ("max_probability", "margin") else ".4f"
+    assert outcome.out[0].split()[2] == f"{row['confidence']:{form}}"
+    assert "(eta 0.99996), " in outcome.err[-1]
+
+
+@pytest.mark.parametrize(("eta", "text"), [("0", "0"), ("0.5534", "0.553"), ("0.9999", "0.9999"), ("1", "1")])
+def test_eta_has_the_digits_that_it_needs(eta: str, text: str, cfvit_main: Cli, model: Path, colours: Path) -> None:
+    photo = colours / "val" / "red" / "0.png"
+    assert f"(eta {text}), " in cfvit_main("predict", photo, "--model", model, "--threshold", eta).err[-1]
+    outcome = cfvit_main("eval", "--data", colours, "--model", model, "--thresholds", eta, *QUICK)
+    assert text in [line.split()[0] for line in outcome.out if line.strip()]
 
 
 # --out and --calibration
@@ -400,6 +471,55 @@ def test_a_calibration_of_other_classes_is_refused(
     assert _error(outcome, 1).startswith("logits of 7 classes, calibrated on 3")
 
 
+# weights that it was not made with
+
+OTHER = "calibration.json was made with other weights than this model's: calibrate this model, "
+
+
+def _changed(model: Path, change: Callable[[Tensor], Tensor]) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["feature_reuse.norm.bias"] = change(weights["feature_reuse.norm.bias"])
+    save_file(weights, model / "model.safetensors")
+
+
+def test_a_calibration_of_other_weights_is_a_warning(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    assert _run(cfvit_main, model, colours, "--max-drop", 1).status == 0
+    file = model / "calibration.json"
+    origin = read_calibration(model).origin
+    assert origin is not None
+    assert re.fullmatch("[0-9a-f]{16}", origin.weights)
+    words = ("predict", colours / "val", "--model", model, "--json")
+    before = cfvit_main(*words)
+    assert len(before.err) == 1
+    _changed(model, lambda bias: bias + 1e-6)
+    after = cfvit_main(*words)
+    assert (after.status, len(after.out)) == (0, len(before.out))
+    assert [line.startswith("cfvit: ") and OTHER in line for line in after.err] == [True, False]
+    with pytest.warns(UserWarning, match=re.escape(OTHER)):
+        assert load(model).calibration is not None
+
+    kept = file.rename(model.parent / "calibration.json")
+    assert OTHER in cfvit_main(*words, "--calibration", kept).err[0]
+    outcome = cfvit_main("eval", "--data", colours, "--against", kept, "--model", model, *QUICK)
+    assert (outcome.status, len(outcome.err)) == (0, 1)
+    assert OTHER in outcome.err[0]
+
+
+def test_the_same_weights_in_another_precision_or_an_older_calibration_are_no_warning(
+    cfvit_main: Cli, model: Path, colours: Path
+) -> None:
+    loaded = load(model).bfloat16()
+    assert weights_digest(loaded) == weights_digest(loaded.float()) != weights_digest(load(model))
+    assert _run(cfvit_main, model, colours, "--max-drop", 1).status == 0
+    content = json.loads((model / "calibration.json").read_text())
+    del content["origin"]["weights"]
+    (model / "calibration.json").write_text(json.dumps(content))
+    _changed(model, lambda bias: bias + 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(model).calibration is not None
+
+
 # what is refused
 
 
@@ -450,6 +570,40 @@ def test_out_of_reach_is_told_with_the_nearest(
 ) -> None:
     assert re.search(message, _error(_run(cfvit_main, model, colours, *flags), 1))
     assert not (model / "calibration.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gmacs", "1e-6"], "^1e-06 GMACs is out of reach: the coarse stage alone takes "),
+        (["--saving", "99.9%"], "^a saving of 99.9% is out of reach: the most is "),
+        (["--latency-ms", "1e-9"], "^1e-09 ms is out of reach: the coarse stage alone takes "),
+        (["--max-drop", "1", "--out", "file/mine.json"], "^cannot write file/mine.json "),
+        (
+            ["--latency-ms", "1", "--batch-size", str(10**12)],
+            "^a batch of 1000000000000 images does not fit into memory",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_what_needs_no_images_is_refused_before_they_are_read(
+    flags: list[str], message: str, cfvit_main: Cli, model: Path, colours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    Path("file").write_text("in the way")
+    for name in ("collect_with_progress", "refuse_training_images"):
+        monkeypatch.setattr(calibrate_module, name, lambda *arguments: pytest.fail("images were read"))
+    outcome = _run(cfvit_main, model, colours, *flags, "--train-data", colours)
+    assert re.search(message, _error(outcome, 1))
+
+
+def test_other_errors_while_timing_are_not_said_to_be_of_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_stages(model: CoarseToFineViT, images: Tensor) -> StageLatency:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(calibrate_module, "time_stages", time_stages)
+    with pytest.raises(RuntimeError, match="illegal"):
+        measure_latency(load(model), 2)
 
 
 def test_a_missing_class_is_named(cfvit_main: Cli, model: Path, make_colours: Callable[..., Path]) -> None:
@@ -557,13 +711,13 @@ def test_the_recipe_tells_the_training_images_but_for_the_hold_out(
         if name == "kept":
             assert f"1 image is among the training images, red/copy{kept[0]}.png first" in _error(outcome, 1)
         else:
-            assert (outcome.status, UNKNOWN in outcome.err) == (0, False)
+            assert (outcome.status, NOT_COMPARED in outcome.err) == (0, False)
 
 
 def test_a_recipe_whose_data_is_gone_tells_nothing(cfvit_main: Cli, model: Path, colours: Path) -> None:
     (model / "recipe.yaml").write_text(DIGITS.replace({"data": "gone"}).to_yaml())
     outcome = _run(cfvit_main, model, colours, "--max-drop", 1)
-    assert (outcome.status, outcome.err[0]) == (0, UNKNOWN)
+    assert (outcome.status, outcome.err[0]) == (0, NOT_COMPARED)
 
 
 def test_a_recipe_that_cannot_be_read_is_an_error_unless_the_images_are_named(
@@ -696,20 +850,21 @@ def test_pictures_and_sweeps_follow_the_rule(
 
 
 def test_bench_sends_on_as_many_as_asked_for(
-    model: Path, calibration: Calibration, pixels: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load(model)
     loaded.use_calibration(calibration)
     sent: set[int] = set()
-    original = loaded.fine
+    original = CoarseToFineViT.fine
 
-    def fine(images: Tensor, state: CoarseState, **options: Any) -> Tensor:
-        sent.add(len(images))
-        return original(images, state, **options)
+    def fine(self: CoarseToFineViT, images: Tensor, state: CoarseState, **options: Any) -> Tensor:
+        if not images.is_meta:  # where costs are counted
+            sent.add(len(images))
+        return original(self, images, state, **options)
 
-    monkeypatch.setattr(loaded, "fine", fine)
-    bench(loaded, pixels[:10], 0.3, rounds=1, macs=_macs(loaded))
-    assert sent == {10, 3}
+    monkeypatch.setattr(CoarseToFineViT, "fine", fine)
+    compare_with_backbone(loaded, 10, 0.3, rounds=1)
+    assert sent == {3}
 
 
 @pytest.mark.parametrize(

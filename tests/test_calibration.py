@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -33,7 +34,7 @@ from cfvit.calibration import (
     rank_images,
 )
 from cfvit.calibration.binomial import binomial_cdf, images_needed, paired_difference, share_estimate, upper_bound
-from cfvit.calibration.choice import TESTED, choose_eta
+from cfvit.calibration.choice import TESTED, choose_eta, require_reachable
 from cfvit.calibration.drift import _distance_p, _same_share_p
 from cfvit.confidence import Measure, confidence_of, fit_temperature
 from cfvit.inference import goes_on
@@ -267,6 +268,27 @@ def test_what_is_out_of_reach_names_what_is_not(target: Target, message: str, fa
         assert _calibrate(_simulate(20, 0), reachable).fine_share.value == 0
 
 
+@pytest.mark.parametrize("target", [Accuracy(1), Drop(1), Risk(0.1), GmacsBudget(1), Saving(80), LatencyBudget(2)])
+def test_what_may_be_within_reach_is_not_refused_without_images(target: Target) -> None:
+    require_reachable(target, MACS, LATENCY)
+
+
+def test_times_of_ragged_batches_are_averaged_over_how_many_images_go_on() -> None:
+    times = (2.0, 7.0, 8.0, 9.5)
+    latency = StageLatency(times[0], times[-1], times[1:-1])
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        chances = [share ** sum(hard) * (1 - share) ** (3 - sum(hard)) for hard in itertools.product((0, 1), repeat=3)]
+        each = [times[sum(hard)] for hard in itertools.product((0, 1), repeat=3)]
+        assert latency.expected(share) == pytest.approx(sum(c * t for c, t in zip(chances, each, strict=True)))
+    images = _simulate(60, 0)
+    straight = _calibrate(images, LatencyBudget(6), latency=StageLatency(2, 9.5))
+    ragged = _calibrate(images, LatencyBudget(6), latency=latency)
+    assert ragged.fine_share.value < straight.fine_share.value
+    assert ragged.latency is not None
+    assert ragged.latency.value == pytest.approx(latency.expected(ragged.fine_share.value))
+    assert ragged.latency.value <= 6
+
+
 def test_a_latency_wish_needs_measured_times(fails: Callable[..., Any]) -> None:
     with fails("pass latency="):
         _calibrate(_simulate(20, 0), LatencyBudget(5), latency=None)
@@ -348,6 +370,18 @@ def test_calibrate_gives_the_promise_in_words_and_the_figures_of_its_images() ->
         assert estimate.value == pytest.approx(value), name
         assert estimate.low < value < estimate.high, name
     assert "none" in _calibrate(images, Drop(1)).promise
+
+
+@pytest.mark.parametrize(("target", "share"), [(GmacsBudget(1), 0), (Drop(0), 1)])
+def test_how_many_go_on_is_certain_at_the_ends(target: Target, share: int) -> None:
+    right, labels = 9 * torch.eye(2), torch.tensor([0, 1])
+    chosen = _calibrate((right.flip(0), right, labels), target)
+    certain = {"fine_share": share, "gmacs": 1 + 3 * share, "saving": 80 - 60 * share, "latency": 2 + 8 * share}
+    assert chosen.threshold == share
+    for name, value in certain.items():
+        found = getattr(chosen, name)
+        assert (found.low, found.value, found.high) == (pytest.approx(value),) * 3, name
+    assert chosen.accuracy.low < chosen.accuracy.high
 
 
 def test_warnings_say_what_cannot_be_known() -> None:
@@ -590,6 +624,7 @@ def test_images_that_cannot_be_used_are_refused(images: Images, message: str, fa
         (lambda: Risk(0.1, 0.9, "luck"), "method of the risk is 'luck'"),  # type: ignore[arg-type]
         (lambda: StageLatency(0, 1), "coarse latency is 0"),
         (lambda: StageLatency(2, 1), "both stages take 1 ms and the coarse one 2 ms"),
+        (lambda: StageLatency(1, 3, (2.5, 2)), "fewer images of a batch that go on take longer than more"),
         (lambda: confidence_of(LOGITS, "hope"), "measure is 'hope'"),  # type: ignore[arg-type]
         (lambda: confidence_of(LOGITS, temperature=0), "temperature is 0"),
         (lambda: confidence_of(LOGITS[:, :1], "entropy"), "of 1 class"),

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cfvit import CoarseToFineViT, checkpoints, load, save
 from cfvit.checkpoints import atomic_write, bundled_models, initialise, load_authors_checkpoint
+from cfvit.variants import Reuse
 from cfvit.weights import read_weights
 
 Make = Callable[..., CoarseToFineViT]
@@ -67,6 +68,31 @@ def test_a_saved_model_comes_back_whole(
     images = make_images(model, 2)
     assert torch.equal(_logits(loaded, images), _logits(model, images))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "variant", [{"selection": "negative"}, *({"feature_reuse": reuse} for reuse in get_args(Reuse))]
+)
+def test_variants_come_back_as_such(
+    variant: dict[str, str], make_model: Make, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    model = make_model(**variant)
+    save(model, tmp_path)
+    loaded = load(tmp_path)
+    assert loaded.config == model.config
+    images = make_images(model, 2)
+    assert torch.equal(_logits(loaded, images), _logits(model, images))
+
+
+def test_folders_from_before_the_variants_are_the_papers(
+    model: CoarseToFineViT, folder: Path, make_images: Callable[..., Tensor]
+) -> None:
+    for name in ("selection", "feature_reuse"):
+        _edit_config(folder, lambda c, name=name: {**c, "model": {k: v for k, v in c["model"].items() if k != name}})
+    loaded = load(folder)
+    assert (loaded.config.selection, loaded.config.feature_reuse) == ("attention", "mlp")
+    images = make_images(model, 2)
+    assert torch.equal(_logits(loaded, images), _logits(model, images))
 
 
 def test_weights_can_be_stored_in_half(
@@ -153,6 +179,7 @@ def test_authors_checkpoint_gives_their_logits(
         expected = torch.stack([state.logits, reference.fine(images, state)])
     torch.testing.assert_close(_logits(loaded, images), expected, atol=1e-4, rtol=1e-4)
     assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert (loaded.config.selection, loaded.config.feature_reuse) == ("attention", "mlp")
     assert (loaded.class_names is not None) == (model.config.num_classes == 1000)
     assert loaded.data_config["crop_pct"] == 0.875
     save(loaded, tmp_path / "converted")
@@ -281,6 +308,8 @@ def _truncate(folder: Path) -> None:
         pytest.param(_without("threshold"), "describes no cfvit model", id="no-threshold"),
         pytest.param(_with_model(depht=3), "describes no cfvit model.*depht", id="unknown-field"),
         pytest.param(_with_model(num_classes="many"), "describes no cfvit model", id="wrong-type"),
+        pytest.param(_with_model(selection="best"), "selection is 'best': give one of attention", id="selection"),
+        pytest.param(_with_model(feature_reuse="linear"), r"missing feature_reuse\.mlp\.weight", id="other-reuse"),
         pytest.param(_with_model(num_classes=8), r"backbone\.head\.weight is \[7, 48\] where \[8, 48\]", id="classes"),
         pytest.param(_with_model(coarse_grid=3), "coarse_pos_embed is", id="grid"),
         pytest.param(_with_model(backbone="resnet18", timm_kwargs={}), "resnet18", id="backbone"),

@@ -110,7 +110,7 @@ def test_threshold_0_and_1_force_a_stage(stage: int, cfvit_main: Cli, colour_mod
     outcome = cfvit_main("predict", *photos, "--model", colour_model, "--threshold", stage, "--json")
     assert {row["stage"] for row in _json(outcome)} == {stage}
     exits = 0 if stage else len(photos)
-    assert f" {exits} answered at the coarse stage (eta {stage:.2f})" in outcome.err[-1]
+    assert f" {exits} answered at the coarse stage (eta {stage})" in outcome.err[-1]
 
 
 def test_a_dear_model_is_said_to_cost_more(cfvit_main: Cli, colour_model: Path, photos: list[Path]) -> None:
@@ -188,7 +188,6 @@ def test_pictures_that_cannot_be_written(cfvit_main: Cli, colour_model: Path, ph
         (["predict"], "PATHS"),
         (["eval"], "--data"),
         (["eval", "--data", "x", "--thresholds", "0.5", "2"], "--thresholds.*<= 1"),
-        (["bench", "--fine-share", "2"], "--fine-share.*<= 1"),
         (["train", "--epoch", "3"], "--epoch.*--epochs"),
         (["train", "--epochs", "three"], "--epochs.*three"),
         (["train", "--epochs", "0"], "epochs is 0: give at least 1"),
@@ -401,7 +400,7 @@ def test_convert_names_a_missing_weight(cfvit_main: Cli, authors_file: Path, tmp
     assert not (tmp_path / "folder").exists()
 
 
-# models and bench
+# models
 
 
 def test_models_lists_what_is_bundled(cfvit_main: Cli) -> None:
@@ -413,27 +412,6 @@ def test_models_lists_what_is_bundled(cfvit_main: Cli) -> None:
         size = "x".join(map(str, model.image_size))
         for value in (size, model.config.num_classes, f"{count_macs(model).coarse / 1e9:.2f}"):
             assert str(value) in line.split()
-
-
-def test_bench_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, colour_model: Path) -> None:
-    arguments = ("bench", "--model", colour_model, "--batch-sizes", 1, 4, "--fine-share", 0.5, "--rounds", 1)
-    outcome = cfvit_main(*arguments, "--json")
-    assert (outcome.status, outcome.err) == (0, [])
-    rows = _json(outcome)
-    assert [row["batch_size"] for row in rows] == [1] * 4 + [4] * 4
-    assert [row["name"] for row in rows[4:]] == ["backbone", "coarse", "both", "predictor, 50% fine"]
-    macs = count_macs(load(colour_model))
-    costs = [macs.backbone, macs.coarse, macs.both, macs.expected(0.5)]
-    assert [row["macs_ratio"] for row in rows[4:]] == pytest.approx([macs.backbone / cost for cost in costs])
-
-    outcome = cfvit_main(*arguments)
-    assert (outcome.status, outcome.err) == (0, [])
-    assert [line.split()[1].rstrip(",") for line in outcome.out[1:]] == [
-        "backbone",
-        "coarse",
-        "both",
-        "predictor",
-    ] * 2
 
 
 # train

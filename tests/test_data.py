@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
@@ -126,6 +128,65 @@ def test_photos_are_upright() -> None:
     assert image.size == (16, 32)
     assert np.abs(np.asarray(image)[4, 8].astype(int) - RED).max() < 8
     assert np.abs(np.asarray(image)[28, 8].astype(int) - BLUE).max() < 8
+
+
+class TestLeast:
+    """A JPEG decoded in part keeps as many pixels as were asked for."""
+
+    @staticmethod
+    def _photo(size: tuple[int, int], kind: str = "JPEG", mode: str = "RGB", **options: Any) -> bytes:
+        return _encode(Image.new(mode, size), kind, **options)
+
+    @settings(max_examples=60, deadline=None)
+    @given(width=st.integers(8, 700), height=st.integers(8, 700), least=st.integers(1, 300))
+    def test_the_shorter_side_never_falls_below(self, width: int, height: int, least: int) -> None:
+        size = open_image(self._photo((width, height)), least).size
+        ratio = next(ratio for ratio in (1, 2, 4, 8) if size == (-(-width // ratio), -(-height // ratio)))
+        assert min(size) >= min(least, width, height)
+        if ratio < 8:
+            assert min(width, height) < 2 * ratio * least
+
+    @pytest.mark.parametrize(
+        ("least", "size"),
+        [
+            (None, (1600, 1200)),
+            (1201, (1600, 1200)),
+            (601, (1600, 1200)),
+            (600, (800, 600)),
+            (301, (800, 600)),
+            (300, (400, 300)),
+            (150, (200, 150)),
+            (20, (200, 150)),
+        ],
+    )
+    @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+    def test_a_jpeg_is_decoded_at_the_smallest_size_that_will_do(
+        self, mode: str, least: int | None, size: tuple[int, int]
+    ) -> None:
+        image = open_image(self._photo((1600, 1200), mode=mode), least)
+        assert (image.mode, image.size) == ("RGB", size)
+
+    @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP"])
+    def test_other_formats_are_decoded_in_full(self, kind: str) -> None:
+        assert open_image(self._photo((640, 480), kind), 16).size == (640, 480)
+
+    def test_an_upright_photo_keeps_as_much(self) -> None:
+        assert open_image(self._photo((1600, 1200), exif=_exif(6)), 300).size == (300, 400)
+
+    @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+    def test_the_colours_are_the_same(self, mode: str) -> None:
+        gradient = Image.linear_gradient("L").resize((800, 800))
+        content = _encode(Image.merge("RGB", [gradient, gradient.rotate(90), gradient]).convert(mode), "JPEG")
+        whole, part = open_image(content), open_image(content, 100)
+        assert part.size == (100, 100)
+        difference = np.asarray(whole.reduce(8)).astype(int) - np.asarray(part)
+        assert np.abs(difference).max() <= 6
+
+    def test_a_truncated_photo_is_refused_all_the_same(self) -> None:
+        noise = Image.effect_noise((800, 600), 80)
+        content = _encode(noise, "JPEG")
+        with pytest.raises(ImageError, match="truncated"):
+            open_image(content[: len(content) // 2], 75)
 
 
 def test_first_frame_of_an_animation() -> None:

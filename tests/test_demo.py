@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +16,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cfvit import demo
+from cfvit.benchmark.measure import compare_with_backbone
+from cfvit.calibration import Estimate
 from cfvit.demo import Comparison, run_demo, verdict, write_digits
-from cfvit.evaluation.bench import BenchRow, bench
 
 Fails = Callable[..., AbstractContextManager[None]]
 
@@ -49,7 +53,7 @@ def test_a_digit_is_its_scan_in_the_folder_of_its_class(digits: Path) -> None:
 
 def _comparison(accuracy: float, gmacs: float, speedup: float) -> Comparison:
     """Beside a plain ViT of 95% and 2 GMACs."""
-    rows = [BenchRow(name, 256, 100.0, factor, 1.0, 1.0) for name, factor in (("backbone", 1), ("predictor", speedup))]
+    rows: list[Any] = [SimpleNamespace(ratio=Estimate(factor, factor, factor)) for factor in (1, speedup)]
     return Comparison(accuracy=accuracy, plain_accuracy=95.0, exit_share=0.5, gmacs=gmacs, plain_gmacs=2.0, speed=rows)
 
 
@@ -88,7 +92,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "_sklearn_datasets", lambda: Fewer)
     monkeypatch.setattr(demo, "BENCH_BATCH", 8)
-    monkeypatch.setattr(demo, "bench", lambda model, images, share: bench(model, images, share, rounds=1))
+    monkeypatch.setattr(demo, "compare_with_backbone", partial(compare_with_backbone, rounds=1))
 
 
 @pytest.mark.usefixtures("small")

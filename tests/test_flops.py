@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit import CfvitError, CoarseToFineViT, StageMacs, count_macs, create_model
+from cfvit.variants import Reuse
 
 PAPER = {0.4: 3.7, 0.5: 4.0, 0.6: 4.4, 0.7: 4.7, 0.8: 5.1, 0.9: 5.5}
 """alpha to GMACs of both stages (Tab. 6)."""
+
+WIDTH, REUSE = 48, 2 * 48 * 192
+"""Channels of the tiny model's tokens, and MACs of one token's feature reuse; its patches have 4 pixels a side."""
 
 
 def _deit_small(ratio: float = 0.5) -> StageMacs:
@@ -41,11 +46,12 @@ def test_both_stages_at_other_ratios(ratio: float) -> None:
     assert round(_deit_small(ratio).both_in_paper / 1e9, 1) == PAPER[ratio]
 
 
+@pytest.mark.parametrize("reuse", get_args(Reuse))
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_equals_the_count_on_real_tensors(
-    ratio: float, make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+    ratio: float, reuse: str, make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
 ) -> None:
-    model = make_model(informative_ratio=ratio)
+    model = make_model(informative_ratio=ratio, feature_reuse=reuse)
     image = make_images(model, 1)
     with torch.no_grad():
         state = model.coarse(image)
@@ -56,13 +62,40 @@ def test_equals_the_count_on_real_tensors(
     assert macs.both == _counted(lambda: model(image))
 
 
+@pytest.mark.parametrize(
+    ("reuse", "extra"),
+    [
+        ("linear", 4 * (WIDTH**2 - REUSE)),
+        ("none", -4 * REUSE),
+        ("class_token", REUSE),
+        ("uninformative", 12 * REUSE),
+    ],
+)
+def test_variants_cost_more_or_less_reuse(reuse: str, extra: int, make_model: Callable[..., CoarseToFineViT]) -> None:
+    """Of 16 cells 4 are split: a linear layer for each of them, nothing, one more token, or 12 more."""
+    paper, variant = (count_macs(make_model(informative_ratio=0.25, feature_reuse=name)) for name in ("mlp", reuse))
+    assert variant.fine - paper.fine == extra
+    assert (variant.coarse, variant.backbone) == (paper.coarse, paper.backbone)
+
+
+@pytest.mark.parametrize("selection", ["negative", "random"])
+def test_which_cells_are_split_costs_nothing(selection: str, make_model: Callable[..., CoarseToFineViT]) -> None:
+    assert count_macs(make_model(selection=selection)) == count_macs(make_model())
+
+
+@pytest.mark.parametrize(("reuse", "of_a_cell"), [("linear", WIDTH**2), ("none", 0), ("uninformative", 0)])
+def test_spared_of_variants(reuse: str, of_a_cell: int, make_model: Callable[..., CoarseToFineViT]) -> None:
+    """Where uninformative cells are served too, none of the reuse is dropped."""
+    macs = count_macs(make_model(feature_reuse=reuse))
+    assert macs.spared == 8 * (4 * 3 * 4**2 * WIDTH + of_a_cell)
+
+
 @pytest.mark.parametrize(("ratio", "others"), [(0.0, 16), (0.5, 8), (1.0, 0)])
 def test_spared_is_embedding_and_reuse_of_the_unsplit_cells(
     ratio: float, others: int, make_model: Callable[..., CoarseToFineViT]
 ) -> None:
-    width, hidden, patch = 48, 192, 4
     macs = count_macs(make_model(informative_ratio=ratio))
-    assert macs.spared == others * (4 * 3 * patch**2 * width + 2 * width * hidden)
+    assert macs.spared == others * (4 * 3 * 4**2 * WIDTH + REUSE)
     assert macs.both_in_paper == macs.coarse + macs.fine + macs.spared
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import itertools
+import re
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from cfvit import CfvitError, CoarseState, CoarseToFineOutput, CoarseToFineViT, Prediction, Predictor
-from cfvit.inference import COARSE, FINE, goes_on
+from cfvit import CfvitError, CoarseState, CoarseToFineOutput, CoarseToFineViT, Prediction, Predictor, load
+from cfvit.inference import COARSE, FINE, PATIENCE, StreamedPrediction, _Hard, _Queue, goes_on
+from cfvit.tokens import coarse_image
 
 COUNT = 6
 
@@ -178,6 +189,363 @@ def test_the_calibrated_threshold_is_the_default(model: CoarseToFineViT) -> None
     assert Predictor(model, 0.7).threshold == 0.7
 
 
-def test_images_of_another_shape_are_refused(model: CoarseToFineViT) -> None:
-    with pytest.raises(CfvitError, match=r"\[2, 3, 16, 16\]"):
-        Predictor(model, 0.5)(torch.zeros(2, 3, 16, 16))
+class _Counted:
+    """Batches of images, each its own tensor, that says how far it was read and which batches still live."""
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches, self.read, self.closed = batches, 0, False
+        self.alive: list[weakref.ref[Tensor]] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        try:
+            for batch in self.batches:
+                self.read += len(batch)
+                self.alive.append(weakref.ref(batch))
+                yield batch
+                del batch
+        finally:
+            self.closed = True
+
+    def living(self) -> int:
+        return sum(reference() is not None for reference in self.alive)
+
+
+def _joined(answers: Iterable[StreamedPrediction]) -> StreamedPrediction:
+    """All answers by rising index."""
+    listed = list(answers)
+    parts = (torch.cat([getattr(answer, f.name) for answer in listed]) for f in fields(StreamedPrediction))
+    joined = StreamedPrediction(*parts)
+    return joined[joined.index.argsort()]
+
+
+def _batches(images: Tensor, sizes: Iterable[int]) -> list[Tensor]:
+    return list(images.split(list(sizes)))
+
+
+def _assert_streamed(answers: Iterable[StreamedPrediction], expected: Prediction) -> None:
+    """Every image's answer once, and the one that the predictor gives of all at once."""
+    joined = _joined(answers)
+    assert joined.index.tolist() == list(range(len(expected.stage)))
+    _check(joined, expected.logits, expected.stage)
+
+
+MANY = 24
+
+
+@pytest.fixture(scope="module")
+def steady(make_model: Callable[..., CoarseToFineViT]) -> CoarseToFineViT:
+    return make_model(depth=4)
+
+
+@pytest.fixture(scope="module")
+def many(steady: CoarseToFineViT) -> Tensor:
+    return torch.randn(MANY, 3, *steady.image_size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def middle(steady: CoarseToFineViT, many: Tensor) -> float:
+    """A threshold that a part of the images reaches, and none comes close to."""
+    with torch.no_grad():
+        ordered = _confidence(steady.coarse(many).logits).sort().values
+    widest = MANY // 3 + int(ordered[MANY // 3 : -MANY // 3].diff().argmax())
+    assert ordered[widest + 1] - ordered[widest] > 1e-4
+    return float(ordered[widest : widest + 2].mean())
+
+
+def _hard_first(predictor: Predictor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """One hard and one easy image."""
+    stage = predictor(images).stage
+    return images[stage == FINE][:1], images[stage == COARSE][:1]
+
+
+class TestStream:
+    """The hard images of many batches go on together, and nothing else changes."""
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        sizes=st.lists(st.integers(0, 6), max_size=8),
+        fine_batch=st.none() | st.integers(1, 9),
+        ordered=st.booleans(),
+        threshold=st.sampled_from([0.0, None, 1.0]),
+    )
+    def test_every_image_is_answered_once_and_as_in_a_batch(
+        self,
+        steady: CoarseToFineViT,
+        many: Tensor,
+        middle: float,
+        sizes: list[int],
+        fine_batch: int | None,
+        ordered: bool,
+        threshold: float | None,
+    ) -> None:
+        predictor = Predictor(steady, middle if threshold is None else threshold)
+        images = many.repeat(2, 1, 1, 1)[: sum(sizes)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(predictor, "_fine", _recording(predictor._fine, calls := []))
+            answers = list(predictor.stream(_batches(images, sizes), fine_batch=fine_batch, ordered=ordered))
+        if not answers:
+            assert sum(sizes) == 0
+            return
+        _assert_streamed(answers, predictor(images))
+        if ordered:
+            assert torch.cat([answer.index for answer in answers]).tolist() == list(range(len(images)))
+        full = fine_batch or next(size for size in sizes if size)
+        assert all(count == full for count in calls[:-1])
+        assert all(0 < count <= full for count in calls[-1:])
+
+    def test_without_batches_there_is_no_answer(self, steady: CoarseToFineViT) -> None:
+        assert list(Predictor(steady, 0.5).stream([])) == []
+
+    def test_fine_batches_of_a_long_stream_are_full(self, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
+        predictor = Predictor(steady, middle)
+        predictor._fine = _recording(predictor._fine, calls := [])
+        answered = sum(len(answer.index) for answer in predictor.stream(many[:5] for _ in range(60)))
+        assert answered == 300
+        assert len(calls) > 10
+        assert sum(calls) / (5 * len(calls)) >= 0.95
+
+    def test_an_empty_first_batch_does_not_make_small_fine_batches(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        predictor = Predictor(steady, 1)
+        predictor._fine = _recording(predictor._fine, calls := [])
+        list(predictor.stream([many[:0], many[:4], many[4:8]]))
+        assert calls == [4, 4]
+
+    def test_a_hard_image_of_an_endless_stream_waits_for_a_bounded_number(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        predictor = Predictor(steady, middle)
+        hard, easy = _hard_first(predictor, many)
+        source = _Counted(itertools.chain([torch.cat([hard, easy])], (easy.clone() for _ in itertools.count())))
+        for answer in predictor.stream(source, fine_batch=2):
+            if answer.stage[0] == FINE:
+                assert answer.index.tolist() == [0]
+                break
+        assert PATIENCE * 2 < source.read <= PATIENCE * 2 + 2
+
+    def test_in_order_what_is_behind_a_hard_image_waits_with_it(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        predictor = Predictor(steady, middle)
+        hard, easy = _hard_first(predictor, many)
+        source = _Counted(itertools.chain([hard.clone()], (easy.clone() for _ in itertools.count())))
+        first = next(iter(predictor.stream(source, fine_batch=1, ordered=True)))
+        assert first.index.tolist() == [0]
+        source = _Counted(itertools.chain([hard.clone()], (easy.clone() for _ in itertools.count())))
+        following = itertools.islice(predictor.stream(source, fine_batch=3, ordered=True), 2)
+        assert torch.cat([answer.index for answer in following]).tolist() == list(range(source.read))
+        assert source.read <= PATIENCE * 3 + 2
+
+    @pytest.mark.parametrize("ordered", [False, True])
+    def test_images_are_let_go(self, ordered: bool, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
+        predictor = Predictor(steady, middle)
+        source = _Counted(many[i % 20 : i % 20 + 3].clone() for i in range(60))
+        most = max(source.living() for _ in predictor.stream(source, fine_batch=4, ordered=ordered))
+        assert source.read == 180
+        assert most <= 2
+
+    def test_a_few_that_wait_do_not_keep_a_large_batch(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        queue = _Queue()
+        with torch.inference_mode():
+            queue.put(_Hard(many.clone(), steady.coarse(many), torch.arange(MANY)))
+        taken = queue.take(MANY - 1)
+        assert (len(taken.index), queue.count, queue.parts[0].index.tolist()) == (MANY - 1, 1, [MANY - 1])
+        waiting = queue.parts[0]
+        for tensor in (waiting.images, *(getattr(waiting.state, f.name) for f in fields(CoarseState))):
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+    def test_the_queue_keeps_its_order(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        queue = _Queue()
+        with torch.inference_mode():
+            for index in torch.arange(MANY).split([5, 0, 1, 12, 6]):
+                queue.put(_Hard(many[index], steady.coarse(many[index]), index))
+        assert queue.waits_since(30) == 30
+        taken = [queue.take(most) for most in (7, 7, 1, 100)]
+        assert [len(part.index) for part in taken] == [7, 7, 1, 9]
+        assert torch.cat([part.index for part in taken]).tolist() == list(range(MANY))
+        assert torch.equal(torch.cat([part.images for part in taken]), many)
+        assert (queue.count, queue.waits_since(30)) == (0, 0)
+
+    @pytest.mark.parametrize("ordered", [False, True])
+    def test_a_consumer_may_stop_early(
+        self, ordered: bool, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        source = _Counted(many[:3].clone() for _ in itertools.count())
+        answers = Predictor(steady, middle).stream(source, ordered=ordered)
+        next(iter(answers))
+        read = source.read
+        answers.close()  # type: ignore[attr-defined]
+        gc.collect()
+        assert source.closed
+        assert source.read == read
+        assert list(answers) == []
+        assert torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled()
+
+    def test_nothing_is_read_before_the_first_answer_is_asked_for(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        source = _Counted([many])
+        Predictor(steady, 1).stream(source)
+        assert source.read == 0
+
+    def test_between_answers_gradients_flow_as_before(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        for _ in Predictor(steady, middle).stream([many[:4], many[4:8]]):
+            assert not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+
+    @pytest.mark.parametrize("ordered", [False, True])
+    @pytest.mark.parametrize("fine_batch", [1, 4, 100])
+    def test_if_the_source_fails_what_came_before_is_answered_first(
+        self, fine_batch: int, ordered: bool, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        failure = OSError("the camera is gone")
+
+        def batches() -> Iterator[Tensor]:
+            yield from many.split(5)
+            raise failure
+
+        predictor, answers = Predictor(steady, middle), []
+        with pytest.raises(OSError) as caught:
+            answers.extend(predictor.stream(batches(), fine_batch=fine_batch, ordered=ordered))
+        assert caught.value is failure
+        answers.clear()
+        with contextlib.suppress(OSError):
+            for answer in predictor.stream(batches(), fine_batch=fine_batch, ordered=ordered):
+                answers.append(answer)
+        _assert_streamed(answers, predictor(many))
+
+    @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 1, 32, 32), (3, 32, 32), (2, 3, 16, 16)])
+    def test_a_batch_of_another_shape_is_refused_when_the_others_are_answered(
+        self, shape: tuple[int, ...], steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        predictor, answers = Predictor(steady, middle), []
+        source = _Counted([many[:4], many[4:8], torch.zeros(shape), many[8:]])
+        with pytest.raises(CfvitError, match=re.escape(str(list(shape)))):
+            for answer in predictor.stream(source, fine_batch=3):
+                answers.append(answer)
+        _assert_streamed(answers, predictor(many[:8]))
+
+    def test_a_failure_of_the_fine_stage_is_raised_at_once(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        def whole(places: list[int]) -> Tensor:
+            raise OSError(f"no {places}")
+
+        answers = Predictor(steady, 1).stream([coarse_image(many[:4])], fine_batch=2, whole=whole)
+        with pytest.raises(OSError, match=r"no \[0, 1\]"):
+            next(iter(answers))
+
+    def test_whole_images_are_asked_for_by_the_places_of_those_that_go_on(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        predictor, asked = Predictor(steady, middle), []
+
+        def whole(places: list[int]) -> Tensor:
+            asked.extend(places)
+            return many[places]
+
+        answers = predictor.stream(map(coarse_image, many.split(5)), fine_batch=3, whole=whole)
+        expected = predictor(many)
+        _assert_streamed(answers, expected)
+        assert asked == expected.stage.nonzero().flatten().tolist()
+
+    def test_whole_images_come_in_the_right_number(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        answers = Predictor(steady, 1).stream([coarse_image(many[:4])], whole=lambda places: many[places[1:]])
+        with pytest.raises(CfvitError, match="3 images with the state of 4"):
+            list(answers)
+
+    def test_where_whole_images_are_to_come_batches_have_half_their_sides(
+        self, steady: CoarseToFineViT, many: Tensor
+    ) -> None:
+        answers = Predictor(steady, 0).stream([many], whole=lambda places: many[places])
+        with pytest.raises(CfvitError, match=r"\[24, 3, 32, 32\]: give normalised \[B, 3, 16, 16\]"):
+            list(answers)
+
+    @pytest.mark.parametrize("fine_batch", [0, -1])
+    def test_a_fine_batch_of_none_is_refused_before_anything_is_read(
+        self, fine_batch: int, steady: CoarseToFineViT
+    ) -> None:
+        with pytest.raises(CfvitError, match=rf"^fine_batch is {fine_batch}: give at least 1"):
+            Predictor(steady, 1).stream([], fine_batch=fine_batch)
+
+    def test_an_image_that_is_not_a_number_goes_on_and_spoils_no_other(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        predictor = Predictor(steady, middle)
+        straight, spoilt = predictor(many), many.clone()
+        place = int(straight.stage.argmin())
+        spoilt[place] = torch.nan
+        joined = _joined(predictor.stream(spoilt.split(5), fine_batch=4))
+        assert (joined.stage[place], joined.confidence[place]) == (FINE, -1)
+        others = torch.arange(MANY) != place
+        torch.testing.assert_close(joined.logits[others], straight.logits[others], atol=1e-5, rtol=1e-5)
+
+    def test_lower_precision(self, make_model: Callable[..., CoarseToFineViT], many: Tensor) -> None:
+        predictor = Predictor(make_model(depth=4).to(torch.bfloat16), 1)
+        joined = _joined(predictor.stream(many.split(5), fine_batch=4))
+        assert joined.logits.dtype == torch.bfloat16
+        assert joined.confidence.dtype == torch.float32
+
+    @pytest.mark.parametrize("accelerated", [None, False])
+    def test_the_bundled_model_streams_what_it_answers(self, accelerated: bool | None) -> None:
+        model = load("deit_tiny_imagenette").float()
+        smooth = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0))
+        images = torch.nn.functional.interpolate(smooth, model.image_size, mode="bilinear")
+        with torch.inference_mode():
+            ordered = model.exit_rule.coarse(model.coarse(images).logits).sort().values
+        widest = 2 + int(ordered[2:6].diff().argmax())
+        predictor = Predictor(model, float(ordered[widest : widest + 2].mean()), compile=accelerated)
+        joined = _joined(predictor.stream(images.split(3), ordered=True))
+        expected = predictor(images)
+        assert torch.equal(joined.stage, expected.stage)
+        assert 0 < joined.stage.sum() < 8
+        torch.testing.assert_close(joined.logits, expected.logits, atol=1e-4, rtol=0)
+        torch.testing.assert_close(joined.confidence, expected.confidence, atol=1e-4, rtol=0)
+
+
+def _recording(run: Callable[[Tensor, CoarseState], Tensor], counts: list[int]) -> Callable[..., Tensor]:
+    """The same fine stage, which notes how many images it is given each time."""
+
+    def fine(images: Tensor, state: CoarseState) -> Tensor:
+        counts.append(len(images))
+        return run(images, state)
+
+    return fine
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts what is compiled from now on, by a backend that has nothing to do."""
+    counter = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    return counter
+
+
+def test_compiled_stages_answer_alike_and_take_any_number_of_images(
+    make_model: Callable[..., CoarseToFineViT], many: Tensor, graphs: CompileCounterWithBackend
+) -> None:
+    model = make_model(depth=1)
+    with torch.no_grad():
+        threshold = float(model.coarse(many).confidence.sort().values[MANY // 2 - 1 : MANY // 2 + 1].mean())
+    compiled, plain = Predictor(model, threshold, compile=True), Predictor(model, threshold, compile=False)
+    expected = plain(many)
+    _check(compiled(many), expected.logits, expected.stage)
+    _assert_streamed(compiled.stream(many.split(7), fine_batch=4), expected)
+    ready = graphs.frame_count
+    assert ready >= 2
+    _assert_streamed(compiled.stream(many.split(6), fine_batch=3), expected)
+    assert graphs.frame_count == ready
+
+
+def test_nothing_is_compiled_unless_asked_for(
+    model: CoarseToFineViT, images: Tensor, graphs: CompileCounterWithBackend
+) -> None:
+    for choice in (None, False):
+        Predictor(model, 1, compile=choice)(images)
+    assert graphs.frame_count == 0
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_images_at_half_their_sides_are_refused_whether_any_goes_on_or_not(
+    threshold: float, model: CoarseToFineViT
+) -> None:
+    with pytest.raises(CfvitError, match=r"\[2, 3, 16, 16\]: give normalised \[B, 3, 32, 32\]"):
+        Predictor(model, threshold)(torch.zeros(2, 3, 16, 16))

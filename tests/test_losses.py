@@ -72,6 +72,25 @@ def test_soft_targets_are_not_smoothed_again(output: CoarseToFineOutput, soft: T
     assert coarse_to_fine_loss(output, soft, label_smoothing=0.2).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_coarse_stage_may_learn_from_the_label(output: CoarseToFineOutput, hard: Tensor, soft: Tensor) -> None:
+    """CE + CE (Eq. 15)."""
+    for target, smoothing, by_hand in (
+        (hard, 0.0, _one_hot(hard)),
+        (hard, 0.2, _one_hot(hard, 0.2)),
+        (soft, 0.2, soft.tolist()),
+    ):
+        expected = _cross_entropy(output.fine, by_hand) + _cross_entropy(output.coarse, by_hand)
+        assert coarse_to_fine_loss(output, target, smoothing, "ce").item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_stage_then_learns_from_the_label_alone(output: CoarseToFineOutput, hard: Tensor) -> None:
+    coarse_to_fine_loss(output, hard, coarse_loss="ce").backward()
+    for logits in output:
+        expected = (logits.softmax(-1) - torch.tensor(_one_hot(hard))).detach() / BATCH
+        assert logits.grad is not None
+        torch.testing.assert_close(logits.grad, expected)
+
+
 def test_divergence_is_zero_only_between_equals(output: CoarseToFineOutput) -> None:
     assert distillation_loss(output.coarse, output.coarse).item() == pytest.approx(0, abs=1e-6)
     assert distillation_loss(output.coarse, output.fine).item() > 0.1

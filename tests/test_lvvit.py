@@ -331,8 +331,8 @@ def test_authors_checkpoint_gives_their_logits(
     assert (loaded.grid, loaded.image_size) == ((grid, grid), (2 * grid * patch, 2 * grid * patch))
     assert (loaded.class_names is not None) == (classes == 1000)
     images = _images(loaded, 1)
-    sizes = {"heads": width // 64, "grid": grid, "patch": patch}
-    reference = LVViTReference(_by_reference_names(weights), **sizes, ratio=0.5, momentum=0.99, skip_lam=2.0)
+    heads = width // 64
+    reference = LVViTReference(_by_reference_names(weights), heads, grid, patch, 0.5, 0.99, skip_lam=2.0)
     expected = torch.stack(_expected(reference, images))
     with torch.no_grad():
         logits = torch.stack(list(loaded(images)))

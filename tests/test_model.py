@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,9 +16,25 @@ from torch import Tensor, nn
 
 from cfvit import CfvitError, CoarseState, CoarseToFineViT, create_model
 from cfvit.training.losses import coarse_to_fine_loss
+from cfvit.variants import Reuse
 
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]
+
+
+VARIANTS: list[dict[str, str]] = [
+    {"selection": "negative"},
+    {"feature_reuse": "linear"},
+    {"feature_reuse": "none"},
+    {"feature_reuse": "class_token"},
+    {"feature_reuse": "uninformative"},
+    {"selection": "negative", "feature_reuse": "uninformative"},
+]
+"""Of Tables 4 and 5, as overrides of ``create_model``; random cells have tests of their own."""
+
+
+def _in_words(variant: dict[str, str]) -> str:
+    return "-".join(variant.values())
 
 
 def _assert_states_equal(actual: CoarseState, expected: CoarseState) -> None:
@@ -45,6 +61,8 @@ class TestReference:
             patch=model.image_size[0] // (2 * model.grid[0]),
             ratio=config.informative_ratio,
             momentum=config.attention_momentum,
+            selection=config.selection,
+            reuse=config.feature_reuse,
         )
         with torch.no_grad():
             state = model.coarse(images)
@@ -54,9 +72,13 @@ class TestReference:
     def _check(self, model: CoarseToFineViT, images: Tensor) -> None:
         state, fine, expected, expected_fine = self._both(model, images)
         torch.testing.assert_close(state.logits, expected.logits, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(state.tokens, expected.tokens[:, 1:], atol=1e-5, rtol=1e-5)
+        prefix = expected.tokens.shape[1] - state.tokens.shape[1]
+        assert prefix == model.backbone.num_prefix_tokens
+        torch.testing.assert_close(state.class_token, expected.tokens[:, 0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(state.tokens, expected.tokens[:, prefix:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(state.embedding, expected.embedding, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(state.class_attention, expected.class_attention, atol=0, rtol=1e-5)
+        ranked_by = -state.class_attention if model.config.selection == "negative" else state.class_attention
+        torch.testing.assert_close(ranked_by, expected.class_attention, atol=0, rtol=1e-5)
         torch.testing.assert_close(fine, expected_fine, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
@@ -73,12 +95,42 @@ class TestReference:
         model = make_model(coarse_grid=3, patch_size=16, depth=7, seed=1)
         self._check(model, make_images(model, 3))
 
+    @pytest.mark.parametrize(("grid", "ratio"), [(3, 0.5), (4, 0.25), (3, 1.0)], ids=["ceil", "exact", "all"])
+    @pytest.mark.parametrize("variant", VARIANTS, ids=_in_words)
+    def test_the_papers_variants(
+        self, variant: dict[str, str], grid: int, ratio: float, make_model: MakeModel, make_images: MakeImages
+    ) -> None:
+        model = make_model(coarse_grid=grid, informative_ratio=ratio, **variant)
+        self._check(model, make_images(model, 2))
+
+    @pytest.mark.parametrize("reuse", ["mlp", "class_token", "uninformative"])
+    @pytest.mark.parametrize(
+        "prefix", [{"backbone": "deit_tiny_distilled_patch16_224"}, {"reg_tokens": 2}], ids=["distilled", "registers"]
+    )
+    def test_other_tokens_in_front_get_no_reuse(
+        self, prefix: dict[str, Any], reuse: str, make_model: MakeModel, make_images: MakeImages
+    ) -> None:
+        model = make_model(coarse_grid=3, feature_reuse=reuse, **prefix)
+        self._check(model, make_images(model, 2))
+
+    def test_random_cells_are_split_as_others_are(self, make_model: MakeModel, make_images: MakeImages) -> None:
+        """The reference ranks by the numbers that were drawn."""
+        model = make_model(coarse_grid=3, selection="random")
+        images = make_images(model, 2)
+        reference = Reference(model.state_dict(), heads=3, grid=3, patch=4, ratio=0.5, momentum=0.99)
+        with torch.no_grad():
+            state = model.coarse(images)
+            expected = replace(reference.coarse(images), class_attention=state.class_attention)
+            torch.testing.assert_close(
+                model.fine(images, state), reference.fine(images, expected), atol=1e-5, rtol=1e-5
+            )
+
     def test_the_reference_sees_each_choice(self, make_model: MakeModel, make_images: MakeImages) -> None:
         """Parity proves something only if these settings matter to the reference's answer."""
         model = make_model()
         images = make_images(model, 2)
         answer = self._both(model, images)[3]
-        for override in ({"informative_ratio": 0.3}, {"attention_momentum": 0.0}):
+        for override in ({"informative_ratio": 0.3}, {"attention_momentum": 0.0}, *VARIANTS):
             other = self._both(make_model(**override), images)
             assert (other[3] - answer).abs().max() > 1e-3, override
         without_reuse = self._both(_without_feature_reuse(make_model()), images)
@@ -140,8 +192,9 @@ class TestStages:
             some, all_of_them = model.fine(images[hard], state[hard]), model.fine(images, state)
         torch.testing.assert_close(some, all_of_them[hard], atol=1e-5, rtol=1e-5)
 
-    def test_gradients_reach_every_parameter(self, make_model: MakeModel, make_images: MakeImages) -> None:
-        model = make_model().train()
+    @pytest.mark.parametrize("reuse", get_args(Reuse))
+    def test_gradients_reach_every_parameter(self, reuse: str, make_model: MakeModel, make_images: MakeImages) -> None:
+        model = make_model(feature_reuse=reuse).train()
         coarse_to_fine_loss(model(make_images(model, 2)), torch.tensor([1, 5])).backward()
         unreached = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert unreached == []
@@ -152,6 +205,48 @@ class TestStages:
         assert names >= {"coarse_pos_embed", "backbone.pos_embed", "backbone.cls_token"}
         lacking_here = {"backbone.dist_token", "backbone.reg_token"}  # named by timm for every ViT
         assert names - lacking_here <= dict(model.named_parameters()).keys()
+
+
+class TestVariants:
+    """What is not a matter of the reference."""
+
+    def test_random_cells_follow_torchs_generator(self, make_model: MakeModel, make_images: MakeImages) -> None:
+        model = make_model(selection="random")
+        images = make_images(model, 2)
+
+        def coarse(seed: int) -> CoarseState:
+            torch.manual_seed(seed)
+            return model.coarse(images)
+
+        with torch.no_grad():
+            state, again, other = coarse(0), coarse(0), coarse(1)
+            _assert_states_equal(again, state)
+            assert torch.equal(other.logits, state.logits)
+            fine = model.fine(images, state)
+            assert (model.fine(images, other) - fine).abs().max() > 1e-3
+            assert torch.equal(model.fine(images, state), fine), "the state alone decides"
+        assert not torch.equal(*state.class_attention.argsort()), "each image has cells of its own"
+
+    @pytest.mark.parametrize("reuse", get_args(Reuse))
+    def test_order_of_cells_changes_nothing(self, reuse: str, make_model: MakeModel, make_images: MakeImages) -> None:
+        model = make_model(feature_reuse=reuse)
+        images = make_images(model, 2)
+        with torch.no_grad():
+            state = model.coarse(images)
+            split = torch.zeros(2, 16).scatter(1, state.class_attention.topk(8).indices, 1)
+            shuffled = replace(state, class_attention=split + torch.rand(2, 16) / 2)
+            assert not torch.equal(shuffled.class_attention.argsort(), state.class_attention.argsort())
+            ranked, any_order = model.fine(images, state), model.fine(images, shuffled)
+        torch.testing.assert_close(any_order, ranked, atol=1e-5, rtol=1e-5)
+
+    def test_without_reuse_there_are_no_weights_for_it(self, make_model: MakeModel) -> None:
+        def names(reuse: str) -> set[str]:
+            return {n for n in make_model(feature_reuse=reuse).state_dict() if n.startswith("feature_reuse.")}
+
+        assert names("none") == set()
+        norm = {"feature_reuse.norm.weight", "feature_reuse.norm.bias"}
+        assert names("linear") == norm | {"feature_reuse.mlp.weight", "feature_reuse.mlp.bias"}
+        assert names("mlp") == names("class_token") == names("uninformative") > norm
 
 
 class TestPrecision:
@@ -323,6 +418,11 @@ class TestErrors:
             ({"coarse_grid": 0}, "coarse_grid is 0"),
             ({"attention_momentum": 1.0}, "attention_momentum is 1.0"),
             ({"num_classes": 0}, "num_classes is 0"),
+            ({"selection": "best"}, "selection is 'best': give one of attention, negative, random"),
+            (
+                {"feature_reuse": None},
+                "feature_reuse is None: give one of mlp, linear, none, class_token, uninformative",
+            ),
         ],
     )
     def test_value_out_of_range(self, override: dict[str, Any], got: str, make_model: MakeModel) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import Outcome
+from PIL import Image
 from torch import Tensor
 
-from cfvit import Predictor, count_macs, eval_transform, load, open_image
+from cfvit import CfvitError, Predictor, count_macs, eval_transform, load, open_image
+from cfvit.inference import FINE
 from cfvit.prediction import FileAnswer, FileFailure, classify_files
 
 
@@ -91,3 +98,216 @@ def test_a_model_without_class_names_gives_numbers(photos: list[Path], colour_mo
     model = load(colour_model)
     model.class_names = None
     assert {answer.label for answer in _answers(photos, Predictor(model), 100)} <= {"0", "1", "2"}
+
+
+def test_failures_keep_their_place_among_images_that_wait_for_the_fine_stage(
+    photos: list[Path], predictor: Predictor, tmp_path: Path
+) -> None:
+    missing = [tmp_path / f"{i}.png" for i in range(len(photos))]
+    paths = [path for pair in zip(photos, missing, strict=True) for path in pair]
+    macs = count_macs(predictor.model)
+    alone = {result.path: result for path in photos for result in classify_files([path], predictor, macs=macs)}
+    stages = [result.stage for result in alone.values() if isinstance(result, FileAnswer)]
+    assert 0 < sum(stages) < len(photos) == len(stages)
+    results = list(classify_files(paths, predictor, 4, macs=macs))
+    assert [result.path for result in results] == paths
+    for result in results:
+        if isinstance(result, FileAnswer):
+            same = alone[result.path]
+            assert isinstance(same, FileAnswer)
+            assert (result.label, result.stage, result.gmacs) == (same.label, same.stage, same.gmacs)
+            assert result.confidence == pytest.approx(same.confidence, abs=1e-5)
+        else:
+            assert result.error == "no such file"
+            assert result.path in missing
+
+
+def test_a_file_named_twice_is_answered_twice(photos: list[Path], predictor: Predictor) -> None:
+    paths = [photos[0], photos[1], photos[0], photos[0]]
+    assert [answer.path for answer in _answers(paths, predictor, 2)] == paths
+
+
+def test_an_error_of_watch_comes_after_the_answers_before_it(photos: list[Path], predictor: Predictor) -> None:
+    def watch(paths: list[Path], images: Tensor) -> None:
+        if photos[4] in paths:
+            raise CfvitError("the disk is full")
+
+    results = []
+    with pytest.raises(CfvitError, match="the disk is full"):
+        for result in classify_files(photos, predictor, 4, watch=watch):
+            results.append(result.path)
+    assert results == photos[:4]
+
+
+def test_who_stops_early_gets_no_error(photos: list[Path], predictor: Predictor) -> None:
+    seen: list[Path] = []
+    answers = classify_files(photos, predictor, 4, watch=lambda paths, images: seen.extend(paths))
+    assert next(answers).path == photos[0]
+    before = len(seen)
+    answers.close()  # type: ignore[attr-defined]
+    assert len(seen) == before < len(photos)
+
+
+class TestScaledDecode:
+    """Large JPEGs are decoded in part for the coarse stage, and in full for the fine one."""
+
+    @staticmethod
+    def _smooth(seed: int, size: tuple[int, int] = (1600, 1200), mode: str = "RGB") -> Image.Image:
+        """A photo without fine detail, of which a part of the pixels says as much as all."""
+        pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+    @pytest.fixture
+    def large(self, tmp_path: Path) -> list[Path]:
+        """JPEGs of several kinds, and PNGs between them."""
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        kinds: list[tuple[str, str, dict[str, Any]]] = [
+            ("plain.jpg", "RGB", {}),
+            ("grey.jpg", "L", {}),
+            ("picture.png", "RGB", {}),
+            ("cmyk.jpg", "CMYK", {}),
+            ("turned.jpg", "RGB", {"exif": exif}),
+            ("progressive.jpg", "RGB", {"progressive": True}),
+            ("another.png", "RGB", {}),
+            ("unsampled.jpg", "RGB", {"subsampling": 0}),
+        ]
+        for seed, (name, mode, options) in enumerate(kinds):
+            quality = {"quality": 95} if name.endswith("jpg") else {}
+            self._smooth(seed, mode=mode).save(tmp_path / name, **quality, **options)
+        return [tmp_path / name for name, _, _ in kinds]
+
+    @staticmethod
+    def _between(paths: list[Path], colour_model: Path) -> Predictor:
+        """A threshold that some of the images reach, and none comes close to."""
+        model = load(colour_model)
+        transform = eval_transform(model.data_config)
+        with torch.inference_mode():
+            images = torch.stack([transform(open_image(path)) for path in paths])
+            ordered = model.exit_rule.coarse(model.coarse(images).logits).sort().values
+        widest = 1 + int(ordered[1:-1].diff().argmax())
+        assert ordered[widest + 1] - ordered[widest] > 0.02
+        return Predictor(model, float(ordered[widest : widest + 2].mean()))
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 32])
+    def test_answers_are_those_of_whole_images(self, batch_size: int, large: list[Path], colour_model: Path) -> None:
+        predictor = self._between(large, colour_model)
+        whole = list(classify_files(large, predictor, batch_size))
+        scaled = list(classify_files(large, predictor, batch_size, scaled_decode=True))
+        assert len(whole) == len(scaled) == len(large)
+        for one, other in zip(whole, scaled, strict=True):
+            assert isinstance(one, FileAnswer)
+            assert isinstance(other, FileAnswer)
+            assert (one.path, one.label, one.stage, one.gmacs) == (other.path, other.label, other.stage, other.gmacs)
+            assert other.confidence == pytest.approx(one.confidence, abs=0.05)
+        assert {answer.stage for answer in whole if isinstance(answer, FileAnswer)} == {0, 1}
+
+    def test_jpegs_are_read_in_part_first_and_in_full_if_they_go_on(
+        self, large: list[Path], colour_model: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        read: list[tuple[Path, bool, tuple[int, int]]] = []
+
+        def record(path: Path, least: int | None = None) -> Image.Image:
+            image = open_image(path, least)
+            read.append((path, least is None, image.size))
+            return image
+
+        monkeypatch.setattr("cfvit.prediction.open_image", record)
+        predictor = self._between(large, colour_model)
+        answers = list(classify_files(large, predictor, scaled_decode=True))
+        hard = [answer.path for answer in answers if isinstance(answer, FileAnswer) and answer.stage == FINE]
+        assert sorted(path for path, full, _ in read if full) == sorted(hard)
+        sides = {path.name: min(size) for path, full, size in read if not full}
+        assert {side for name, side in sides.items() if name.endswith("png")} == {1200}
+        assert {side for name, side in sides.items() if name.endswith("jpg")} == {150}
+
+    def test_watch_gets_images_of_the_coarse_size(self, large: list[Path], colour_model: Path) -> None:
+        seen: list[tuple[list[Path], Tensor]] = []
+        predictor = Predictor(load(colour_model), 1)
+        list(
+            classify_files(
+                large, predictor, 5, watch=lambda paths, images: seen.append((paths, images)), scaled_decode=True
+            )
+        )
+        assert [paths for paths, _ in seen] == [large[:5], large[5:]]
+        assert [tuple(images.shape) for _, images in seen] == [(5, 3, 16, 16), (3, 3, 16, 16)]
+
+    def test_photos_are_upright(self, tmp_path: Path, colour_model: Path) -> None:
+        halves = Image.new("RGB", (1600, 1600), (255, 0, 0))
+        halves.paste((0, 0, 255), (800, 0, 1600, 1600))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        halves.save(tmp_path / "turned.jpg", exif=exif)
+        seen: list[Tensor] = []
+        predictor = Predictor(load(colour_model), 0)
+        list(
+            classify_files(
+                [tmp_path / "turned.jpg"],
+                predictor,
+                watch=lambda paths, images: seen.append(images[0]),
+                scaled_decode=True,
+            )
+        )
+        red, blue = seen[0][0], seen[0][2]
+        assert (red[:6] > blue[:6]).all()
+        assert (red[-6:] < blue[-6:]).all()
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 32])
+    def test_a_truncated_one_fails_alone_and_in_its_place(
+        self, batch_size: int, large: list[Path], colour_model: Path, tmp_path: Path
+    ) -> None:
+        cut, missing = tmp_path / "cut.jpg", tmp_path / "missing.jpg"
+        cut.write_bytes(large[0].read_bytes()[: large[0].stat().st_size // 2])
+        paths = [missing, *large[:2], cut, *large[2:], cut, missing]
+        results = list(classify_files(paths, self._between(large, colour_model), batch_size, scaled_decode=True))
+        assert [result.path for result in results] == paths
+        failed = {i: result.error for i, result in enumerate(results) if isinstance(result, FileFailure)}
+        assert sorted(failed) == [0, 3, len(paths) - 2, len(paths) - 1]
+        assert failed[0] == "no such file"
+        assert "truncated" in failed[3]
+
+    @pytest.mark.parametrize("gone", [[1], [0, 2], [0, 1, 2, 3, 4, 5, 6, 7]])
+    def test_one_that_is_gone_when_it_is_to_be_read_in_full_fails_alone(
+        self, gone: list[int], large: list[Path], colour_model: Path
+    ) -> None:
+        def watch(paths: list[Path], images: Tensor) -> None:
+            for i in gone:
+                large[i].unlink(missing_ok=True)
+
+        results = list(classify_files(large, Predictor(load(colour_model), 1), watch=watch, scaled_decode=True))
+        assert [result.path for result in results] == large
+        assert [i for i, result in enumerate(results) if isinstance(result, FileFailure)] == gone
+        assert {result.error for result in results if isinstance(result, FileFailure)} == {"no such file"}
+
+    def test_one_that_is_gone_and_was_named_twice_fails_twice(self, large: list[Path], colour_model: Path) -> None:
+        paths = [large[0], large[1], large[0]]
+        results = list(
+            classify_files(
+                paths,
+                Predictor(load(colour_model), 1),
+                watch=lambda read, images: large[0].unlink(),
+                scaled_decode=True,
+            )
+        )
+        assert [isinstance(result, FileFailure) for result in results] == [True, False, True]
+
+    def test_from_the_command_line(
+        self, large: list[Path], colour_model: Path, cfvit_main: Callable[..., Outcome]
+    ) -> None:
+        given = ("predict", *large, "--model", colour_model, "--threshold", "1", "--json")
+        whole, scaled = cfvit_main(*given), cfvit_main(*given, "--scaled-decode")
+        assert whole.status == scaled.status == 0
+        for one, other in zip(map(json.loads, whole.out), map(json.loads, scaled.out), strict=True):
+            assert other.pop("confidence") == pytest.approx(one.pop("confidence"), abs=0.1)
+            assert other == one
+        assert len(whole.out) == len(large)
+
+    def test_pictures_and_scaled_decoding_exclude_each_other(
+        self, large: list[Path], tmp_path: Path, colour_model: Path, cfvit_main: Callable[..., Outcome]
+    ) -> None:
+        outcome = cfvit_main(
+            "predict", large[0], "--model", colour_model, "--scaled-decode", "--explain", tmp_path / "pictures"
+        )
+        assert outcome.status == 2
+        assert "--scaled-decode" in outcome.err[-1]
+        assert not (tmp_path / "pictures").exists()

@@ -26,7 +26,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TINY_BACKBONE = ["--backbone", "test_vit"]
 TINY_LVVIT = shlex.split("--timm-kwargs.embed-dim 32 --timm-kwargs.depth 4 --timm-kwargs.num-heads 2")
 TINY_TRAINING = ["--coarse-grid", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
-TINY_BENCH = ["--rounds", "1", "--batch-sizes", "2"]
+TINY_BENCH = ["--rounds", "1", "--batch-sizes", "2", "--no-peers"]
 
 
 def _blocks(page: Path, language: str) -> list[str]:
@@ -100,7 +100,12 @@ def _in_small(words: Sequence[str]) -> list[str]:
     elif command == "token-labels":
         arguments[arguments.index("--teacher") + 1] = "resnet10t"
         arguments += ["--weights", "teacher.safetensors", "--workers", "0"]
+    elif command == "reproduce":
+        arguments = [{"2h": "1s"}.get(word, word) for word in arguments]
+        arguments += [*TINY_BACKBONE, *TINY_TRAINING]
     elif command == "bench":
+        if "--backbone" in arguments:
+            arguments[arguments.index("--backbone") + 1] = "test_vit"
         arguments += TINY_BENCH
     elif command in ("eval", "calibrate"):
         arguments += ["--workers", "0"]

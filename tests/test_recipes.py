@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Outcome
 
 from cfvit.errors import UsageError
 from cfvit.training.recipes import RECIPES, Recipe, load_recipe, read_value
@@ -41,6 +42,26 @@ def test_yaml_holds_awkward_values(yaml_file: Callable[[str], Path]) -> None:
     text = recipe.to_yaml()
     assert len(text.splitlines()) == len(Recipe.__dataclass_fields__)
     assert load_recipe("deit", yaml_file(text)) == recipe
+
+
+def test_yaml_holds_the_papers_variants(yaml_file: Callable[[str], Path]) -> None:
+    """Among them ``none``, which is a word and not nothing."""
+    changes = {"selection": "random", "feature_reuse": "none", "coarse_loss": "ce", "stages": "coarse"}
+    recipe = Recipe().replace(changes)
+    loaded = load_recipe("digits", yaml_file(recipe.to_yaml()))
+    assert loaded == recipe
+    assert {name: getattr(loaded, name) for name in changes} == changes
+
+
+def test_print_recipe_shows_the_papers_variants(
+    cfvit_main: Callable[..., Outcome], yaml_file: Callable[[str], Path]
+) -> None:
+    flags = ["--selection", "negative", "--feature-reuse", "none", "--coarse-loss", "ce", "--stages", "coarse"]
+    outcome = cfvit_main("train", "--recipe", "digits", "--print-recipe", *flags)
+    assert outcome.status == 0, outcome.err
+    printed = load_recipe("deit", yaml_file("\n".join(outcome.out)))
+    words = {flag[2:].replace("-", "_"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
+    assert printed == RECIPES["digits"].replace(words)
 
 
 def test_flags_override_yaml_and_yaml_the_recipe(yaml_file: Callable[[str], Path]) -> None:
@@ -86,6 +107,10 @@ def test_mistyped_fields_are_recognised(fails: Callable[..., Any]) -> None:
         ("compile", 1, "give bool"),
         ("backbone", 5, "give str"),
         ("precision", "float8", "give .*bfloat16"),
+        ("selection", "best", "give attention, negative, random"),
+        ("feature_reuse", None, "give mlp, linear, none, class_token, uninformative"),
+        ("coarse_loss", "mse", "give kl, ce"),
+        ("stages", "fine", "give both, coarse, backbone"),
         ("timm_kwargs", 4, "give dict"),
     ],
 )

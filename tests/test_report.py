@@ -22,10 +22,11 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, StageMacs
-from cfvit.calibration import Risk, calibrate
-from cfvit.confidence import ExitRule
+from cfvit.calibration import Risk, calibrate, rank_images
+from cfvit.confidence import ExitRule, confidence_of
 from cfvit.data import DataSource
-from cfvit.evaluation.breakdown import class_scores, judge, reliability_of, surest
+from cfvit.evaluation import metrics
+from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
 from cfvit.evaluation.metrics import Collected
 from cfvit.evaluation.report import write_report
 from cfvit.inference import goes_on
@@ -261,7 +262,7 @@ def test_the_examples_are_the_surest_of_their_kind(write: Write, model: CoarseTo
     assert [int(file) for file in files] == expected
     split = f"{-(-model.grid[0] * model.grid[1] // 2)} of {model.grid[0] * model.grid[1]} cells split"
     for alt, place in zip(alts, expected, strict=True):
-        answers = [f"{stage[place].argmax()}, {_confidence(stage[place]):.0%}" for stage in (coarse, fine)]
+        answers = [f"{stage[place].argmax()}, {_confidence(stage[place]):.1%}" for stage in (coarse, fine)]
         start = f"{collected.labels[place]} (image {place})"
         assert alt == f"{start}: coarse stage {answers[0]}, fine stage {answers[1]}; {split}"
 
@@ -338,6 +339,53 @@ def test_a_calibrated_eta_comes_with_its_promise(write: Write, model: CoarseToFi
     model.use_calibration(calibration)
     page = parse(write(collected, threshold=calibration.threshold))
     assert f"What was promised of this eta: {calibration.promise}." in page.words
+
+
+@pytest.mark.parametrize(("eta", "exits"), [(0.0, 100), (1.0, 0)])
+def test_how_many_exit_is_certain_at_the_ends(eta: float, exits: int) -> None:
+    collected = make_collected(30, 7)
+    coarse, fine = collected.logits
+    operation = operate(rank_images(coarse, fine, collected.labels), eta, MACS)
+    gmacs = 1.0 if eta == 0 else 4.0
+    for estimate, value in (
+        (operation.exit_share, exits),
+        (operation.gmacs, gmacs),
+        (operation.saving, 100 - 20 * gmacs),
+    ):
+        assert (estimate.low, estimate.value, estimate.high) == (pytest.approx(value),) * 3
+    assert operation.accuracy.low < operation.accuracy.value < operation.accuracy.high
+
+
+def test_captions_show_only_shares_in_percent(write: Write, model: CoarseToFineViT) -> None:
+    model.exit_rule = ExitRule("entropy")
+    collected = make_collected(5, 7)
+    for image in parse(write(collected)).all("img"):
+        place = int(re.findall(r"\(image (\d+)\)", str(image["alt"]))[0])
+        sure = [float(confidence_of(stage[place], "entropy")) for stage in collected.logits]
+        assert re.findall(r"stage \d, ([^,;]+)", str(image["alt"])) == [f"{value:.4f}" for value in sure]
+
+
+@pytest.mark.parametrize("problem", ["file in the way", "no matplotlib"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_model_runs(
+    problem: str,
+    cfvit_main: Callable[..., Any],
+    colour_model: Path,
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, message = tmp_path / "new" / "report", "install cfvit[plots]"
+    if problem == "no matplotlib":
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    else:
+        (tmp_path / "new").write_text("in the way")
+        message = f"cannot write {folder / 'report.html'} ("
+    monkeypatch.setattr(metrics, "evaluate_model", lambda *arguments: pytest.fail("the model was run"))
+    before = list(tmp_path.iterdir())
+    outcome = cfvit_main("eval", "--data", colours, "--model", colour_model, "--report", folder, "--workers", 0)
+    assert (outcome.status, outcome.out, len(outcome.err)) == (1, [], 1)
+    assert message in outcome.err[0]
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_surest_takes_the_first_of_equals() -> None:

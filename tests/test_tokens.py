@@ -118,6 +118,31 @@ def test_rank_cells_ranks_each_image_by_itself() -> None:
     assert others.tolist() == [[2, 0], [2, 1]]
 
 
+@few
+@given(attention=st.lists(st.integers(0, 3), min_size=1, max_size=20), data=st.data())
+def test_negative_selection_takes_the_lowest(attention: list[int], data: st.DataObject) -> None:
+    k = data.draw(st.integers(0, len(attention)))
+    scores = tokens.score_cells(torch.tensor([attention], dtype=torch.float32), "negative")
+    rising = sorted(range(len(attention)), key=lambda cell: (attention[cell], cell))
+    assert tokens.rank_cells(scores, k)[0].tolist() == [rising[:k]]
+
+
+def test_scores_of_the_papers_selection_are_the_attention() -> None:
+    attention = _random(2, 9)
+    assert torch.equal(tokens.score_cells(attention, "attention"), attention)
+
+
+def test_random_scores_are_new_in_each_call_and_for_each_image() -> None:
+    attention = torch.zeros(500, 9)
+    torch.manual_seed(0)
+    scores, others = tokens.score_cells(attention, "random"), tokens.score_cells(attention, "random")
+    torch.manual_seed(0)
+    assert torch.equal(tokens.score_cells(attention, "random"), scores)
+    assert not torch.equal(others, scores)
+    counts = tokens.rank_cells(scores, 3)[0].flatten().bincount(minlength=9)
+    assert ((counts > 110) & (counts < 225)).all(), "each cell in a third of the images, 167, within five deviations"
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_gather_tokens_picks_for_each_image(batch: int) -> None:
     """One row of tokens, such as a position embedding, serves all images."""

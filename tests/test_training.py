@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,13 +13,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
@@ -32,7 +37,7 @@ from cfvit.training import loop, preparation, step
 from cfvit.training.loop import Stopped, train
 from cfvit.training.losses import token_label_loss
 from cfvit.training.mixing import draw_mixed_cells
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipes import DIGITS, Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -125,6 +130,12 @@ def _signal_at_step(process: subprocess.Popen[str], out: Path, step: int, number
     return process.communicate(timeout=PATIENCE)[1]
 
 
+def _assert_weights_equal(run: Path, other: Path) -> None:
+    expected = load_file(other / "model.safetensors")
+    for name, tensor in load_file(run / "model.safetensors").items():
+        assert torch.equal(tensor, expected[name]), name
+
+
 def test_learns_what_is_easy(recipe: Recipe, tmp_path: Path) -> None:
     figures = train(recipe.replace({"epochs": 4}), tmp_path / "run")
     losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
@@ -164,9 +175,7 @@ def test_killed_run_resumes_as_if_nothing_had_happened(restless: Recipe, tmp_pat
     for event in ("train", "eval"):
         assert _log(killed, event) == _log(whole, event)
     assert [line["step"] for line in _log(killed, "train")] == list(range(1, 21))
-    expected = load_file(whole / "model.safetensors")
-    for name, tensor in load_file(killed / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    _assert_weights_equal(killed, whole)
 
 
 @pytest.mark.parametrize("step", [5, 7])
@@ -178,9 +187,7 @@ def test_resumes_anywhere_in_an_epoch(step: int, restless: Recipe, tmp_path: Pat
     train(muon, tmp_path / "stopped", resume=True)
     for event in ("train", "eval"):
         assert _log(tmp_path / "stopped", event) == _log(tmp_path / "whole", event)
-    expected = load_file(tmp_path / "whole" / "model.safetensors")
-    for name, tensor in load_file(tmp_path / "stopped" / "model.safetensors").items():
-        assert torch.equal(tensor, expected[name]), name
+    _assert_weights_equal(tmp_path / "stopped", tmp_path / "whole")
 
 
 def _stop_at(step: int) -> Callable[[], bool]:
@@ -405,7 +412,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("stages", ["both", "backbone"])
+@pytest.mark.parametrize("stages", ["both", "coarse", "backbone"])
 def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, stages: str) -> None:
     model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
     changed = recipe.replace({"optimizer": optimizer, "stages": stages, "weight_decay": 0.05})
@@ -416,9 +423,175 @@ def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, 
     expected = {
         name: 0.0 if parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token")) else 0.05
         for name, parameter in model.named_parameters()
-        if name.startswith("backbone.") or stages == "both"
+        if stages == "both"
+        or (stages == "coarse" and not _is_of_the_fine_stage(name))
+        or (stages == "backbone" and name.startswith("backbone."))
     }
     assert decay == expected
+
+
+def _is_of_the_fine_stage(name: str) -> bool:
+    """Whether the coarse stage does without this weight."""
+    return name.startswith("feature_reuse.") or name == "backbone.pos_embed"
+
+
+def test_coarse_stage_alone_learns(recipe: Recipe, tmp_path: Path) -> None:
+    figures = train(recipe.replace({"stages": "coarse", "epochs": 4}), tmp_path / "run")
+    losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert set(figures) == {f"{images}_coarse_top{k}" for images in ("holdout", "validation") for k in (1, 5)}
+    assert figures["validation_coarse_top1"] > 60
+    assert load(tmp_path / "run").threshold == 0.0
+
+
+def test_coarse_stage_alone_gives_the_fine_one_no_gradient(recipe: Recipe) -> None:
+    model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
+    trained = preparation.assemble(recipe.replace({"stages": "coarse", "ema_decay": 0.9}), model, 80, CPU)
+    trained.network(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in model.named_parameters() if not _is_of_the_fine_stage(name)}
+
+
+def test_coarse_stage_alone_resumes(restless: Recipe, tmp_path: Path) -> None:
+    coarse = restless.replace({"stages": "coarse", "epochs": 2})
+    train(coarse, tmp_path / "whole")
+    with pytest.raises(Stopped, match="stopped at step 7"):
+        train(coarse, tmp_path / "stopped", stop=_stop_at(7))
+    train(coarse, tmp_path / "stopped", resume=True)
+    assert _log(tmp_path / "stopped", "eval") == _log(tmp_path / "whole", "eval")
+    _assert_weights_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_two_processes_train_the_coarse_stage_alone(recipe: Recipe, colours: Path, tmp_path: Path) -> None:
+    """Processes wait for the gradient of every weight that is to have one."""
+    out = tmp_path / "run"
+    _train_with_two_processes(recipe.replace({"stages": "coarse", "epochs": 1, "batch_size": 8}), out)
+    (figures,) = _log(out, "eval")
+    trained = load(out)
+    evaluation = evaluate_model(trained, open_data(str(colours), "validation"), [], 16, 0, CPU)
+    coarse = next(score for score in evaluation.stages if score.stage == "coarse")
+    assert figures["validation_coarse_top1"] == pytest.approx(coarse.top1, abs=1e-3)
+    untrained = preparation.prepare(recipe, CPU)[1].state_dict()
+    moved = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, untrained[name])}
+    assert moved == {name for name in untrained if not _is_of_the_fine_stage(name)}
+
+
+@pytest.fixture
+def forkable(restless: Recipe) -> Recipe:
+    """Two epochs of which the first splits all cells."""
+    return restless.replace({"epochs": 2, "all_cells_share": 0.5})
+
+
+def test_fork_by_the_same_recipe_is_the_same_run(forkable: Recipe, tmp_path: Path) -> None:
+    train(forkable, tmp_path / "whole")
+    train(forkable.replace({"log_interval": 2}), tmp_path / "fork", fork=tmp_path / "whole")
+    assert [line["step"] for line in _log(tmp_path / "fork", "train")] == [6, 8, 10]
+    assert _log(tmp_path / "fork", "eval") == _log(tmp_path / "whole", "eval")[1:]
+    _assert_weights_equal(tmp_path / "fork", tmp_path / "whole")
+    assert (tmp_path / "fork" / "recipe.yaml").read_text() == forkable.replace({"log_interval": 2}).to_yaml()
+
+
+@pytest.fixture
+def forked_at(forkable: Recipe, tmp_path: Path) -> Path:
+    """A run to fork, stopped in the step after it split all cells for the last time."""
+    with pytest.raises(Stopped, match="stopped at step 6"):
+        train(forkable, tmp_path / "trunk", stop=_stop_at(6))
+    return tmp_path / "trunk"
+
+
+def test_forks_part_ways(forkable: Recipe, forked_at: Path, tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"informative_ratio": 0.25},
+        {"attention_momentum": 0.0},
+        {"selection": "negative"},
+    ]
+    heads = []
+    for number, change in enumerate(changes):
+        train(forkable.replace(change), tmp_path / str(number), fork=forked_at)
+        heads.append(load_file(tmp_path / str(number) / "model.safetensors")["backbone.head.weight"])
+        config = load(tmp_path / str(number)).config
+        assert all(getattr(config, name) == value for name, value in change.items())
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(heads, 2))
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr_base", 1e-3), ("feature_reuse", "none"), ("seed", 1)])
+def test_forks_of_another_recipe_are_refused(
+    name: str, value: Any, forkable: Recipe, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    """The recipe is compared before anything else is looked at."""
+    trunk = tmp_path / "trunk"
+    trunk.mkdir()
+    torch.save({"recipe": asdict(forkable), "world": 1}, trunk / "all_cells.pt")
+    was = getattr(forkable, name)
+    allowed = "a fork may change attention_momentum, informative_ratio, selection"
+    with fails(f"the run in {trunk} has {name} {was!r}, not {value!r}: give that; {allowed}$"):
+        train(forkable.replace({name: value}), tmp_path / "fork", fork=trunk)
+
+
+def test_runs_that_cannot_be_forked(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    with fails(f"{tmp_path} holds no all_cells.pt: fork a run that is through the epochs that split all cells"):
+        train(recipe, tmp_path / "fork", fork=tmp_path)
+    (tmp_path / "all_cells.pt").write_bytes(b"garbage")
+    with fails("all_cells.pt is damaged"):
+        train(recipe, tmp_path / "fork", fork=tmp_path)
+    assert not (tmp_path / "fork" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("fork_again", [False, True])
+def test_forked_run_resumes(fork_again: bool, forkable: Recipe, forked_at: Path, tmp_path: Path) -> None:
+    """Whether it is told again where it began or not."""
+    changed = forkable.replace({"selection": "random", "informative_ratio": 0.75})
+    train(changed, tmp_path / "whole", fork=forked_at)
+    with pytest.raises(Stopped, match="stopped at step 8"):
+        train(changed, tmp_path / "stopped", fork=forked_at, stop=_stop_at(3))
+    train(changed, tmp_path / "stopped", resume=True, fork=forked_at if fork_again else None)
+    for event in ("train", "eval"):
+        assert _log(tmp_path / "stopped", event) == _log(tmp_path / "whole", event)
+    _assert_weights_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 of scikit-learn's digits to learn from and 200 others. Only to be read."""
+    folder = tmp_path_factory.mktemp("few_digits")
+    scans: Any = load_digits()
+    for place, i in enumerate(np.random.default_rng(0).permutation(len(scans.target))[:600].tolist()):
+        target = folder / ("train" if place % 3 else "val") / str(scans.target[i])
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((scans.images[i] * 255 / 16).astype(np.uint8)).save(target / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("selection", "negative"),
+        ("selection", "random"),
+        ("attention_momentum", 0.0),
+        ("feature_reuse", "none"),
+        ("feature_reuse", "linear"),
+        ("feature_reuse", "class_token"),
+        ("feature_reuse", "uninformative"),
+        ("coarse_loss", "ce"),
+    ],
+)
+def test_the_papers_variants_learn_digits(name: str, value: Any, few_digits: Path, tmp_path: Path) -> None:
+    brief = {
+        "data": str(few_digits),
+        "holdout": 0.0,
+        "timm_kwargs": {"patch_size": 4, "depth": 4},
+        "epochs": 12,
+        "batch_size": 16,
+        "warmup_epochs": 0.5,
+        "ema_decay": 0.0,
+        "crop_scale_min": 1.0,
+        "color_jitter": 0.0,
+        "eval_interval": 12,
+    }
+    figures = train(DIGITS.replace({**brief, name: value}), tmp_path / "run")
+    assert figures["validation_coarse_top1"] > 25, "chance is 10"
+    assert figures["validation_fine_top1"] > 40
 
 
 def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> None:
@@ -444,13 +617,16 @@ def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> Non
         torch.testing.assert_close(weights[name], tensor, msg=name)
 
 
-def test_two_processes_count_every_image_once(recipe: Recipe, colours: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    brief = recipe.replace({"epochs": 1, "lr_base": 1e-6, "min_lr": 0.0, "batch_size": 8})
+def _train_with_two_processes(recipe: Recipe, out: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, *_command(brief, out, tmp_path / "recipe.yaml")]
+    command = [*launcher, *_command(recipe, out, out.with_suffix(".yaml"))]
     ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_two_processes_count_every_image_once(recipe: Recipe, colours: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    _train_with_two_processes(recipe.replace({"epochs": 1, "lr_base": 1e-6, "min_lr": 0.0, "batch_size": 8}), out)
     assert [line["step"] for line in _log(out, "train")] == [1, 2, 3, 4, 5]
     (figures,) = _log(out, "eval")
     evaluation = evaluate_model(load(out), open_data(str(colours), "validation"), [], 16, 0, CPU)

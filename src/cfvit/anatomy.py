@@ -32,7 +32,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cfvit.tokens import CHILDREN, class_attention_row, coarse_image, cut_children, gather_tokens
+from cfvit.tokens import CHILDREN, class_attention_row, cut_children, gather_tokens
 
 Backbone = VisionTransformer | Eva
 ATTENTIONS = (Attention, EvaAttention, AttentionRope)
@@ -57,9 +57,9 @@ def mlp_width(backbone: Backbone) -> int:
 
 
 def embed_coarse(backbone: Backbone, images: Tensor) -> Tensor:
-    """Coarse patches of full images, without positions: ``[B, C, H, W] -> [B, N, D]``."""
+    """Coarse patches of images at half their sides, without positions: ``[B, C, H/2, W/2] -> [B, N, D]``."""
     embed: Any = backbone.patch_embed
-    return _norm(embed)(embed.proj(_features(embed, coarse_image(images))).flatten(2).transpose(1, 2))
+    return _norm(embed)(embed.proj(_features(embed, images)).flatten(2).transpose(1, 2))
 
 
 def embed_children(backbone: Backbone, images: Tensor, cells: Tensor, sources: Tensor | None = None) -> Tensor:
@@ -313,11 +313,11 @@ def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         head_dim = parts[0].shape[-1] // attention.num_heads
         query, key, value = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in parts)
         return query, key, value
-    bias = attention.qkv.bias
-    if getattr(attention, "q_bias", None) is not None:
-        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-    qkv = F.linear(x, attention.qkv.weight, bias).unflatten(-1, (3, attention.num_heads, -1))
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if getattr(attention, "q_bias", None) is None:
+        qkv = attention.qkv(x)
+    else:
+        qkv = F.linear(x, attention.qkv.weight, torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]))
+    query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
 
 

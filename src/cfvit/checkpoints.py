@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from importlib import resources
@@ -56,13 +59,30 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise CfvitError(
-            f"cannot write {path} ({reason}): make room or choose another place; nothing was changed"
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> CfvitError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return CfvitError(f"cannot write {path} ({reason}): make room or choose another place; nothing was changed")
+
+
+def require_writable(path: Path) -> None:
+    """Finds out before long work whether `atomic_write` can begin, by a file that is gone at once.
+
+    Raises:
+        CfvitError: a folder is in its place, or its folder can be neither made nor written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -129,8 +149,39 @@ def read_calibration(path: Path) -> Calibration:
         raise CfvitError(f"{path} is damaged or no calibration ({first_line(error)}): {mend}") from error
 
 
+def weights_digest(model: CoarseToFineViT) -> str:
+    """16 hexadecimal digits that another model's weights hardly ever give: a SHA-256 of them by name.
+
+    Of their values as float32, so that neither the device nor a precision that loses nothing matters. The
+    blocks' matrices are left out, which would slow down loading: training changes the norms and biases too.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".blocks." in name and tensor.ndim > 1:
+            continue
+        values = tensor.detach().float() if tensor.is_floating_point() else tensor
+        digest.update(name.encode())
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
+    """Warns if a calibration was made with other weights; no error, as a converted copy may do as well.
+
+    Args:
+        source: where the calibration was read.
+    """
+    made_with = calibration.origin.weights if calibration.origin else ""
+    if made_with and made_with != weights_digest(model):
+        warnings.warn(
+            f"{source} was made with other weights than this model's: calibrate this model, "
+            "unless it is a copy whose answers are nearly the same",
+            stacklevel=2,
+        )
+
+
 def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
-    """Reads a calibration and has the model use it.
+    """Reads a calibration and has the model use it, with a warning if it was made with other weights.
 
     Raises:
         CfvitError: it cannot be read, or is of another number of classes.
@@ -140,6 +191,7 @@ def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
         model.use_calibration(calibration)
     except CfvitError as error:
         raise CfvitError(f"{path} does not fit: {error}") from error
+    warn_of_other_weights(model, calibration, path)
 
 
 def load(path_or_name: str | Path) -> CoarseToFineViT:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json as _json
 import os
+import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.validators import Number
@@ -17,15 +20,19 @@ from cyclopts.validators import Number
 import cfvit
 from cfvit.errors import CfvitError, UsageError
 from cfvit.training.recipes import RECIPES, Recipe, load_recipe, read_value
+from cfvit.variants import Mode
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from cfvit.benchmark.measure import Batch
     from cfvit.calibration import Calibration, Drift, Target
     from cfvit.data import DataSource
     from cfvit.evaluation.metrics import Evaluation
     from cfvit.model import CoarseToFineViT
     from cfvit.prediction import FileAnswer
+    from cfvit.reproduction.rows import Row
+    from cfvit.reproduction.studies import Study
 
 app = App(
     name="cfvit",
@@ -118,6 +125,7 @@ def _print(text: str) -> None:
 
 
 STAGES = ("coarse", "fine")
+REPORT_FILE = "report.html"
 
 
 def _print_json(**values: Any) -> None:
@@ -134,6 +142,9 @@ def predict(
     calibration: CalibrationFile = None,
     json: Json = False,
     explain: Annotated[Path | None, Parameter(help="write a picture per image to this folder")] = None,
+    scaled_decode: Annotated[
+        bool, Parameter(negative="", help="decode large JPEGs in part for the coarse stage: quicker, other pixels")
+    ] = False,
     batch_size: BatchSize = 32,
 ) -> int:
     """Classify images: label, confidence, the stage that answered and what it cost.
@@ -142,11 +153,14 @@ def predict(
     status is 1 at the end.
     """
     from cfvit.data import find_images
+    from cfvit.evaluation.breakdown import shown_confidence
     from cfvit.flops import count_macs
     from cfvit.inference import Predictor
     from cfvit.prediction import FileFailure, classify_files
     from cfvit.processes import best_device
 
+    if explain is not None and scaled_decode:
+        raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
     predictor = Predictor(_load(model, calibration).to(best_device()), threshold)
     files = find_images(paths)
     if explain is not None and any(file.resolve().parent == explain.resolve() for file in files):
@@ -161,7 +175,7 @@ def predict(
         watch["watch"] = PictureFolder(explain, predictor.model, predictor.threshold)
     width = max(len(str(path)) for path in files)
     answers: list[FileAnswer] = []
-    for result in classify_files(files, predictor, batch_size, macs=macs, **watch):
+    for result in classify_files(files, predictor, batch_size, macs=macs, scaled_decode=scaled_decode, **watch):
         if isinstance(result, FileFailure):
             _say(f"cfvit: {result.path}: {result.error}")
             if json:
@@ -172,7 +186,8 @@ def predict(
             _print_json(**{**dataclasses.asdict(result), "path": str(result.path)})
         else:
             stage = STAGES[result.stage]
-            answer = f"{result.label:24} {result.confidence:6.1%}  {stage:6}  {result.gmacs:.3f} GMACs"
+            sure = shown_confidence(result.confidence, predictor.model.exit_rule.measure)
+            answer = f"{result.label:24} {sure:>6}  {stage:6}  {result.gmacs:.3f} GMACs"
             _print(f"{result.path!s:{width}}  {answer}")
     if answers:
         _say(_summary(answers, macs.backbone / 1e9, predictor.threshold))
@@ -182,19 +197,37 @@ def predict(
 def _load(model: str, calibration: Path | None) -> CoarseToFineViT:
     from cfvit.checkpoints import apply_calibration, load
 
-    network = load(model)
-    if calibration is not None:
-        apply_calibration(network, calibration)
+    with _warnings_said():
+        network = load(model)
+        if calibration is not None:
+            apply_calibration(network, calibration)
     return network
+
+
+@contextlib.contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Gives each warning a line on standard error, without the place in the code that Python adds."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for warning in caught:
+        _say(f"cfvit: {' '.join(str(warning.message).split())}")
 
 
 def _summary(answers: Sequence[FileAnswer], plain: float, threshold: float) -> str:
     easy = sum(answer.stage == 0 for answer in answers)
     mean = sum(answer.gmacs for answer in answers) / len(answers)
     return (
-        f"{len(answers)} image{'s' * (len(answers) > 1)}: {easy} answered at the coarse stage (eta {threshold:.2f}), "
+        f"{len(answers)} image{'s' * (len(answers) > 1)}: {easy} answered at the coarse stage (eta {_eta(threshold)}), "
         f"{mean:.3f} GMACs each, plain backbone {plain:.3f}: {_saving(mean, plain)}"
     )
+
+
+def _eta(value: float) -> str:
+    """Three digits, or as many more as tell it from 1, which no image would pass."""
+    digits = 3
+    while value < 1 == float(f"{value:.{digits}g}"):
+        digits += 1
+    return f"{value:.{digits}g}"
 
 
 def _saving(spent: float, plain: float) -> str:
@@ -234,6 +267,7 @@ def evaluate(
     processes, each counted once.
     """
     from cfvit.evaluation.metrics import evaluate_model, labelled_images
+    from cfvit.evaluation.report import require_report
     from cfvit.processes import join_processes
 
     if against is not None and (report is not None or calibration is not None):
@@ -248,12 +282,14 @@ def evaluate(
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
     source = labelled_images(network, data)
     with join_processes() as process:
+        if report is not None and process.leads:
+            require_report(report / REPORT_FILE)
         result = evaluate_model(network, source, thresholds, batch_size, workers, process)
         if process.leads:
             _print_evaluation(result, as_json=json)
             _report_unreadable(result.unreadable)
             if report is not None:
-                _write_report(report / "report.html", network, source, result, model or DEFAULT_MODEL, data)
+                _write_report(report / REPORT_FILE, network, source, result, model or DEFAULT_MODEL, data)
     return int(bool(result.unreadable))
 
 
@@ -284,7 +320,7 @@ def _report_unreadable(names: Sequence[str]) -> None:
 def _tell_drift(
     network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
 ) -> int:
-    from cfvit.checkpoints import read_calibration
+    from cfvit.checkpoints import read_calibration, warn_of_other_weights
     from cfvit.data import open_images
     from cfvit.evaluation.calibrate import check_drift_of
     from cfvit.processes import join_processes
@@ -296,6 +332,9 @@ def _tell_drift(
         if process.leads:
             _print_drift(drift, before, as_json)
             _report_unreadable(unreadable)
+            if network.calibration != before:  # else it was said on loading
+                with _warnings_said():
+                    warn_of_other_weights(network, before, against)
     return int(bool(unreadable))
 
 
@@ -305,7 +344,7 @@ def _print_drift(drift: Drift, before: Calibration, as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table(f"eta {before.threshold:.3g}", "calibration", "now", "p", box=None)
+    table = Table(f"eta {_eta(before.threshold)}", "calibration", "now", "p", box=None)
     table.add_row("images", str(before.images), str(drift.images), "")
     exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
     table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
@@ -334,7 +373,7 @@ def _print_evaluation(result: Evaluation, as_json: bool) -> None:
         mark = " (the model's)" if point.threshold == result.calibrated else ""
         cost = _saving(point.gmacs, result.backbone_gmacs)
         trade.add_row(
-            f"{point.threshold:.3g}{mark}",
+            f"{_eta(point.threshold)}{mark}",
             f"{point.accuracy:.2f}",
             f"{point.exit_share:.1%}",
             f"{point.gmacs:.3f}",
@@ -441,30 +480,27 @@ def calibrate(
     """
     wanted = target.chosen()
     path = _calibration_path(model, out)
-    from cfvit.checkpoints import load, write_calibration
+    from cfvit.checkpoints import require_writable, write_calibration
     from cfvit.confidence import ExitRule
-    from cfvit.data import open_data
-    from cfvit.evaluation.calibrate import Wish, calibrate_model
+    from cfvit.evaluation.calibrate import NOT_COMPARED, Wish, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
-    from cfvit.evaluation.overlap import refuse_training_images
     from cfvit.processes import Process, best_device
 
     checked = _as_usage(lambda: ExitRule(typing.cast(typing.Any, measure))).measure
-    network = load(model)
+    require_writable(path)
+    network = _load(model, None)
     source = labelled_images(network, data)
     training = _training_images(model, train_data)
-    if training is not None:
-        refuse_training_images(open_data(data, "validation"), *training)
     wish = Wish(wanted, checked, temperature_scaling, allow_missing_classes)
     process = Process(0, 1, best_device())
-    calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process)
+    calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process, training)
     try:
         write_calibration(calibration, path)
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     _report_unreadable(unreadable)
     if training is None:
-        _say("the training images are not known and were not compared with these: name them with --train-data")
+        _say(NOT_COMPARED)
     _say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
     return int(bool(unreadable))
 
@@ -585,10 +621,7 @@ def train(
     Needs --data and --out. The recipe is overridden by --config, and that by the flags below;
     --print-recipe shows what results. Run it under torchrun for several GPUs or machines.
     """
-    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    if "timm_kwargs" in given:
-        given["timm_kwargs"] = {k.replace("-", "_"): read_value(text) for k, text in given["timm_kwargs"].items()}
-    final = load_recipe(recipe, config, given)
+    final = load_recipe(recipe, config, _given_fields(overrides))
     if print_recipe:
         sys.stdout.write(final.to_yaml())
         return
@@ -598,6 +631,75 @@ def train(
 
     run(final, out, resume=resume)
     _say(f"the model is in {out}")
+
+
+def _given_fields(overrides: Overrides) -> dict[str, Any]:
+    """The fields of a recipe that were given as flags."""
+    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
+    if "timm_kwargs" in given:
+        given["timm_kwargs"] = {k.replace("-", "_"): read_value(text) for k, text in given["timm_kwargs"].items()}
+    return given
+
+
+@app.command
+def reproduce(
+    name: Annotated[str, Parameter(help="table1 ... table8, fig1a, fig1b, fig5 ... fig9, or all")],
+    /,
+    *,
+    recipe: Annotated[str, Parameter(help=f"by which all runs are trained: {', '.join(RECIPES)}")] = "deit",
+    config: Annotated[Path | None, Parameter(help="YAML of recipe fields, such as a run's recipe.yaml")] = None,
+    model: Annotated[
+        str | None,
+        Parameter(help="train nothing: a saved folder, .pth or bundled name; for fig1a and fig1b also a timm ViT"),
+    ] = None,
+    out: Annotated[Path, Parameter(help="folder for tables, pictures and runs")] = Path("reproduction"),
+    seeds: Annotated[
+        tuple[int, ...] | None,
+        Parameter(help="repeat each run with these; by default the recipe's", consume_multiple=True, negative=""),
+    ] = None,
+    budget: Annotated[str | None, Parameter(help="time for training, such as 2h, 90m or 300s")] = None,
+    speed: Annotated[bool, Parameter(help="whether table2 measures images per second")] = True,
+    json: Json = False,
+    overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
+) -> None:
+    """Make a table or figure of the paper on your own data, the paper's own figures beside it.
+
+    Needs --data. Trains what is not there yet, each run once whatever needs it; writes NAME.csv, NAME.png and
+    NAME.md with what was run. The same command goes on where it was stopped; what does not fit into the
+    budget is left out and told.
+    """
+    from cfvit.reproduction.budget import parse_budget
+    from cfvit.reproduction.studies import find_studies
+
+    find_studies(name)
+    given = _given_fields(overrides)
+    final = load_recipe(recipe, config, given)
+    seconds = None if budget is None else parse_budget(budget)
+    from cfvit.reproduction.command import command_line
+    from cfvit.reproduction.reproduce import Request, reproduce
+    from cfvit.reproduction.writing import as_json, print_table
+
+    flags = {"recipe": recipe, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
+    request = Request(
+        name=name,
+        recipe=final,
+        recipe_name=recipe,
+        out=out,
+        seeds=tuple(dict.fromkeys(seeds or (final.seed,))),
+        budget=seconds,
+        model=model,
+        speed=speed,
+        command=command_line(name, {**flags, "speed": None if speed else False, **given}),
+    )
+
+    def show(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
+        if json:
+            for row in rows:
+                _print_json(**as_json(study, row))
+        else:
+            print_table(study, rows, notes)
+
+    reproduce(request, show, _say)
 
 
 @app.command
@@ -721,41 +823,100 @@ def cost(
 @app.command
 def bench(
     *,
-    model: Model = DEFAULT_MODEL,
+    model: Annotated[
+        str | None, Parameter(help=f"as of predict; by default {DEFAULT_MODEL}", show_default=False)
+    ] = None,
+    backbone: Annotated[
+        str | None, Parameter(help="instead of a model, one on this timm ViT with random weights")
+    ] = None,
+    coarse_grid: Annotated[
+        str | None, Parameter(help="with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7")
+    ] = None,
     batch_sizes: Annotated[
         tuple[int, ...], Parameter(validator=Number(gte=1), help="images per call", consume_multiple=True, negative="")
     ] = (1, 8, 32),
-    fine_share: Annotated[Share, Parameter(help="share of images that go on to the fine stage")] = 0.25,
-    rounds: Annotated[int, Parameter(validator=Number(gte=1), help="timed calls of each")] = 10,
+    fine_share: Annotated[
+        tuple[Share, ...],
+        Parameter(help="shares of images that go on to the fine stage, forced", consume_multiple=True, negative=""),
+    ] = (0.24, 0.51),
+    mode: Annotated[
+        tuple[Mode, ...],
+        Parameter(help="how all are prepared; timm's eager backbone always runs", consume_multiple=True, negative=""),
+    ] = ("accelerated",),
+    peers: Annotated[bool, Parameter(help="time ToMe, EViT, a cascade and the paper's early exit as well")] = True,
+    data: Annotated[
+        str | None, Parameter(help="real images as well, at the model's own eta, with and without decoding")
+    ] = None,
+    precision: Annotated[Literal["float32", "bfloat16"], Parameter(help="of weights and images")] = "float32",
+    rounds: Annotated[int, Parameter(validator=Number(gte=1), help="timed calls of each, at most")] = 100,
+    seconds: Annotated[float, Parameter(validator=Number(gt=0), help="for each batch size, about")] = 20,
+    out: Annotated[Path | None, Parameter(help="folder for bench.json, bench.md and bench.png")] = None,
     json: Json = False,
 ) -> None:
-    """Time the plain backbone, each stage and the predictor in turn, on random images."""
-    import torch
-    from rich.table import Table
+    """Time the plain backbone, both stages, the predictor and its peers in turn, on random and on real images.
 
+    Every ratio stands beside what the MACs promise, with its interval from paired rounds; where the
+    machine was too noisy to tell, that is said.
+    """
+    if backbone is None and coarse_grid is not None:
+        raise UsageError("--coarse-grid is a model's own: give it with --backbone")
+    if backbone is not None and (model is not None or data is not None):
+        raise UsageError("--backbone has random weights: give it without --model and --data")
+    import torch
+
+    from cfvit.benchmark.measure import Plan
+    from cfvit.benchmark.report import write_report
+    from cfvit.benchmark.run import run_bench
     from cfvit.checkpoints import load
-    from cfvit.evaluation.bench import bench as run
+    from cfvit.data import open_images
+    from cfvit.evaluation.explain import require_matplotlib
+    from cfvit.model import create_model
     from cfvit.processes import join_processes
 
-    network = load(model)
-    table = Table("batch", "what", "images/s", "speed-up", "by MACs", "slowest/fastest", box=None)
+    if out is not None:
+        require_matplotlib()
+        out.mkdir(parents=True, exist_ok=True)
+    if backbone is None:
+        network = load(model or DEFAULT_MODEL)
+    else:
+        network = create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
+    source = None if data is None else open_images(data)
+
+    def show(batch: Batch) -> None:
+        if json:
+            for row in batch.rows:
+                _print_json(**row.to_dict())
+        else:
+            _print_batch(batch)
+
     with join_processes() as process:
-        network.to(process.device)
-        for size in batch_sizes:
-            images = torch.randn(size, 3, *network.image_size, device=process.device)
-            for row in run(network, images, fine_share, rounds):
-                if json:
-                    _print_json(**dataclasses.asdict(row))
-                table.add_row(
-                    str(size),
-                    row.name,
-                    f"{row.images_per_second:.1f}",
-                    f"{row.speedup:.2f}",
-                    f"{row.macs_ratio:.2f}",
-                    f"{row.spread:.2f}",
-                )
-    if not json:
-        _show(table)
+        found = run_bench(
+            network.to(process.device, getattr(torch, precision)),
+            batch_sizes,
+            Plan(mode, fine_share, rounds, seconds),
+            name=backbone or model or DEFAULT_MODEL,
+            command=shlex.join(["cfvit", *sys.argv[1:]]),
+            random_weights=backbone is not None,
+            peers=peers,
+            source=source,
+            watch=show,
+        )
+    for sentence in found.sentences:
+        _say(sentence)
+    if out is not None:
+        write_report(found, out)
+        _say(f"written to {out}")
+
+
+def _print_batch(batch: Batch) -> None:
+    from rich.table import Table
+
+    from cfvit.benchmark.report import COLUMNS, cells, heading
+
+    table = Table(*COLUMNS, title=heading(batch), box=None, title_justify="left")
+    for row in batch.rows:
+        table.add_row(*cells(row))
+    _show(table)
 
 
 @app.command

@@ -53,11 +53,15 @@ class ImageError(CfvitError):
     """One image cannot be read; the message says why, without the file's name."""
 
 
-def open_image(source: str | Path | IO[bytes] | bytes) -> Image.Image:
+def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None) -> Image.Image:
     """Decodes an image to 8-bit RGB as a person would see it.
 
     The first frame of an animation; upright by its EXIF orientation; transparency on white;
     CMYK, palette, greyscale and 16-bit images converted.
+
+    Args:
+        least: a JPEG may be decoded at a half, a quarter or an eighth of its size if its shorter side
+            keeps so many pixels; others are decoded in full.
 
     Raises:
         ImageError: no such file, not an image, truncated, larger than `MAX_PIXELS`, longer than `MAX_ASPECT`.
@@ -74,6 +78,8 @@ def open_image(source: str | Path | IO[bytes] | bytes) -> Image.Image:
                     )
                 if max(image.size) > MAX_ASPECT * min(image.size):
                     raise ImageError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT} to 1: cut it")
+                if least is not None:
+                    image.draft(None, (least, least))
                 image.load()
                 return _to_rgb(_upright(image))
     except ImageError:

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from cfvit.benchmark.measure import Row, compare_with_backbone
 from cfvit.checkpoints import atomic_write, bundled_models, load
 from cfvit.data import EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
-from cfvit.evaluation.bench import BenchRow, bench
 from cfvit.evaluation.explain import PictureFolder, require_matplotlib
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
 from cfvit.inference import Predictor
@@ -46,7 +46,7 @@ class Comparison:
     exit_share: float
     gmacs: float
     plain_gmacs: float
-    speed: list[BenchRow]
+    speed: list[Row]
 
 
 def run_demo(out: Path, epochs: int | None = None) -> None:
@@ -122,14 +122,13 @@ def _score(model: CoarseToFineViT, digits: Path) -> Evaluation:
 
 def _compare(model: CoarseToFineViT, evaluation: Evaluation, plain_accuracy: float) -> Comparison:
     point = next(point for point in evaluation.sweep if point.threshold == evaluation.calibrated)
-    images = torch.randn(BENCH_BATCH, 3, *model.image_size)
     return Comparison(
         accuracy=point.accuracy,
         plain_accuracy=plain_accuracy,
         exit_share=point.exit_share,
         gmacs=point.gmacs,
         plain_gmacs=evaluation.backbone_gmacs,
-        speed=bench(model, images, 1 - point.exit_share),
+        speed=compare_with_backbone(model, BENCH_BATCH, 1 - point.exit_share),
     )
 
 
@@ -158,7 +157,7 @@ def verdict(comparison: Comparison) -> str:
     """Whether coarse-to-fine kept the accuracy, saved half of the MACs and saved time, in plain words."""
     saved = 1 - comparison.gmacs / comparison.plain_gmacs
     drop = comparison.plain_accuracy - comparison.accuracy
-    speedup = comparison.speed[-1].speedup
+    speedup = comparison.speed[-1].ratio.value
     kept = (
         f"keeps the plain ViT's accuracy ({-drop:+z.1f} points)"
         if drop <= 0.5

@@ -72,18 +72,19 @@ def count_macs(model: CoarseToFineViT) -> StageMacs:
     def embed_and_reuse(count: int) -> None:
         chosen = torch.empty(1, count, dtype=torch.long, device="meta")
         embed_children(model.backbone, images, chosen)
-        if model.feature_reuse is not None:
+        if model.feature_reuse is not None and model.config.feature_reuse != "uninformative":  # which drops none
             model.feature_reuse(gather_tokens(state.tokens, chosen))
 
     return StageMacs(
-        coarse=_macs(lambda: model.coarse(images)),
-        fine=_macs(lambda: model.fine(images, state)),
-        backbone=_macs(lambda: model.backbone(images)),
-        spared=_macs(lambda: embed_and_reuse(cells)) - _macs(lambda: embed_and_reuse(informative)),
+        coarse=macs_of(lambda: model.coarse(images)),
+        fine=macs_of(lambda: model.fine(images, state)),
+        backbone=macs_of(lambda: model.backbone(images)),
+        spared=macs_of(lambda: embed_and_reuse(cells)) - macs_of(lambda: embed_and_reuse(informative)),
     )
 
 
-def _macs(run: Callable[[], Any]) -> int:
+def macs_of(run: Callable[[], Any]) -> int:
+    """The MACs of what a call runs: every matrix product and convolution, and nothing else."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops() // 2

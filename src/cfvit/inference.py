@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, fields
+from threading import Lock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from cfvit.acceleration import accelerate, may_be_packed
 from cfvit.errors import CfvitError
-from cfvit.model import CoarseToFineViT
+from cfvit.model import CoarseState, CoarseToFineViT
 
 COARSE, FINE = 0, 1
+PATIENCE = 32
+"""Batches of the fine stage after which a hard image of a stream waits no longer for company."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +31,32 @@ class Prediction:
     logits: Tensor
     confidence: Tensor
     stage: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedPrediction(Prediction):
+    """Answers from a stream.
+
+    Attributes:
+        index: ``[n]``, which image of the stream each answer is of, counted from 0; on the CPU.
+    """
+
+    index: Tensor
+
+    def __getitem__(self, rows: slice | Tensor) -> StreamedPrediction:
+        return StreamedPrediction(*(getattr(self, f.name)[rows] for f in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Hard:
+    """Images that wait for the fine stage, what the coarse stage knows of them, and their places in the stream."""
+
+    images: Tensor
+    state: CoarseState
+    index: Tensor
+
+    def __getitem__(self, rows: slice) -> _Hard:
+        return _Hard(self.images[rows], self.state[rows], self.index[rows])
 
 
 def goes_on(confidence: Tensor, threshold: float) -> Tensor:
@@ -49,12 +80,15 @@ class Predictor:
         threshold: eta in [0, 1]; by default the model's calibrated one. Either is compared with the
             confidence that ``model.exit_rule`` measures, the highest softmax probability unless the
             model was calibrated for another.
+        compile: None for what suits the device (`cfvit.acceleration.accelerate`), which costs no waiting; True for
+            ``torch.compile`` of both stages, with any number of images; False for the model as it is. The answers
+            are the same up to rounding.
 
     Raises:
         CfvitError: a threshold outside [0, 1], or none given and none calibrated.
     """
 
-    def __init__(self, model: CoarseToFineViT, threshold: float | None = None) -> None:
+    def __init__(self, model: CoarseToFineViT, threshold: float | None = None, *, compile: bool | None = None) -> None:
         eta = model.threshold if threshold is None else threshold
         if eta is None:
             raise CfvitError("the model has no calibrated threshold: give one between 0 and 1")
@@ -62,6 +96,18 @@ class Predictor:
             raise CfvitError(f"threshold is {eta}: give a confidence between 0 (coarse only) and 1 (always fine)")
         self.model = model.eval()
         self.threshold = float(eta)
+        self._fast = _Fast(self.model) if compile is None else None
+        self._coarse: Callable[[Tensor], CoarseState] = self._run_coarse
+        self._fine: Callable[[Tensor, CoarseState], Tensor] = self._run_fine
+        if compile:
+            self._coarse = torch.compile(self._run_coarse, dynamic=True)
+            self._fine = torch.compile(self._run_fine, dynamic=True)
+
+    def _run_coarse(self, images: Tensor) -> CoarseState:
+        return (self.model if self._fast is None else self._fast()).coarse(images)
+
+    def _run_fine(self, images: Tensor, state: CoarseState) -> Tensor:
+        return (self.model if self._fast is None else self._fast()).fine(images, state)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
@@ -70,16 +116,176 @@ class Predictor:
         Raises:
             CfvitError: images of another shape.
         """
-        parameter = next(self.model.parameters())
-        images = images.to(parameter.device, parameter.dtype)
-        state = self.model.coarse(images)
+        images = self._placed(images, self.model.image_size)
+        state = self._coarse(images)
         logits, rule = state.logits, self.model.exit_rule
         confidence = rule.coarse(logits)
         hard = goes_on(confidence, self.threshold).nonzero().flatten()
-        if len(hard):
-            logits, confidence = logits.clone(), confidence.clone()
-            logits[hard] = self.model.fine(images[hard], state[hard])
-            confidence[hard] = rule.fine(logits[hard])
         stage = torch.full_like(confidence, COARSE, dtype=torch.long)
-        stage[hard] = FINE
+        if len(hard):
+            every = len(hard) == len(images)
+            fine = self._fine(images, state) if every else self._fine(images[hard], state[hard])
+            logits, confidence = logits.index_copy(0, hard, fine), confidence.index_copy(0, hard, rule.fine(fine))
+            stage[hard] = FINE
         return Prediction(logits, confidence, stage)
+
+    def _placed(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        self.model.check_images(images, size)  # at once, and not only when one of them goes on
+        parameter = next(self.model.parameters())
+        return images.to(parameter.device, parameter.dtype, non_blocking=True)
+
+    def stream(
+        self,
+        batches: Iterable[Tensor],
+        *,
+        fine_batch: int | None = None,
+        ordered: bool = False,
+        whole: Callable[[list[int]], Tensor] | None = None,
+    ) -> Iterator[StreamedPrediction]:
+        """Classifies a stream of batches, gathering the hard images of many batches into full ones for the fine stage.
+
+        Easy images are answered at once, hard ones when ``fine_batch`` of them have come together, or
+        `PATIENCE` times as many images have passed, or the stream ends; so it may be endless. Besides the batch in
+        hand, fewer than ``fine_batch`` plus a batch of images are kept. If ``batches`` raises, the images that it
+        gave before are answered first.
+
+        Args:
+            batches: normalised images, ``[B, 3, S, S]`` each, of any number.
+            fine_batch: images in a batch of the fine stage; by default as many as in the first batch that is not empty.
+            ordered: give the answers in the order of the images, those behind a hard one waiting with it.
+            whole: where ``batches`` are at half their sides (``model.coarse_size``): what gives the whole images
+                ``[n, 3, S, S]`` of those that go on, by their places in the stream.
+
+        Yields:
+            Each image's answer once, some at a time.
+
+        Raises:
+            CfvitError: images of another shape.
+        """
+        if fine_batch is not None and fine_batch < 1:
+            raise CfvitError(f"fine_batch is {fine_batch}: give at least 1, or None for the first batch's")
+        answers = self._answers(batches, fine_batch, whole)
+        return _in_order(answers) if ordered else answers
+
+    def _answers(
+        self, batches: Iterable[Tensor], fine_batch: int | None, whole: Callable[[list[int]], Tensor] | None
+    ) -> Iterator[StreamedPrediction]:
+        queue = _Queue()
+        size = self.model.image_size if whole is None else self.model.coarse_size
+        seen, failure = 0, None
+        source = iter(batches)
+        while True:
+            try:
+                images = next(source)
+                easy, hard = self._glance(images, seen, size)
+            except StopIteration:
+                break
+            except Exception as error:  # what came before it is answered first
+                failure = error
+                break
+            seen += len(images)
+            fine_batch = fine_batch or len(images)
+            queue.put(hard)
+            if len(easy.index):
+                yield easy
+            del images, easy, hard  # they would live until the next batch has come and been looked at
+            while queue.count and (queue.count >= fine_batch or queue.waits_since(seen) > PATIENCE * fine_batch):
+                yield self._look_again(queue.take(fine_batch), whole)
+        while queue.count:
+            yield self._look_again(queue.take(fine_batch or 1), whole)
+        if failure is not None:
+            raise failure
+
+    @torch.inference_mode()
+    def _glance(self, images: Tensor, first: int, size: tuple[int, int]) -> tuple[StreamedPrediction, _Hard]:
+        """The coarse stage: answers for easy images, and the others."""
+        images = self._placed(images, size)
+        state = self._coarse(images)
+        confidence = self.model.exit_rule.coarse(state.logits)
+        on = goes_on(confidence, self.threshold)
+        easy, hard = (~on).nonzero().flatten(), on.nonzero().flatten()
+        stage = torch.full_like(easy, COARSE)
+        answered = StreamedPrediction(state.logits[easy], confidence[easy], stage, first + easy.cpu())
+        return answered, _Hard(images[hard], state[hard], first + hard.cpu())
+
+    @torch.inference_mode()
+    def _look_again(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
+        """The fine stage."""
+        images = hard.images if whole is None else self._placed(whole(hard.index.tolist()), self.model.image_size)
+        logits = self._fine(images, hard.state)
+        stage = torch.full((len(logits),), FINE, device=logits.device)
+        return StreamedPrediction(logits, self.model.exit_rule.fine(logits), stage, hard.index)
+
+
+class _Fast:
+    """The accelerated twin of a model, made when it is first needed and anew when the weights have changed."""
+
+    def __init__(self, model: CoarseToFineViT) -> None:
+        self.model, self.lock = model, Lock()
+        self.twin, self.made_from = model, None
+
+    def __call__(self) -> CoarseToFineViT:
+        if not may_be_packed(self.model) or torch.is_autocast_enabled("cpu"):
+            return self.model
+        with self.lock:  # threads that share a predictor share one twin
+            now = _fingerprint(self.model)
+            if now != self.made_from:
+                self.twin, self.made_from = accelerate(self.model), now
+            return self.twin
+
+    def __reduce__(self) -> tuple[type[_Fast], tuple[CoarseToFineViT]]:
+        """Copied and pickled without the twin, whose packed weights cannot be."""
+        return _Fast, (self.model,)
+
+
+def _fingerprint(model: CoarseToFineViT) -> tuple[object, ...]:
+    """Changes whenever a parameter is moved, converted, replaced or written to (but through ``.data``)."""
+    parameters = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
+    versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
+    return model.config, versions, *(parameter.data_ptr() for parameter in parameters)
+
+
+class _Queue:
+    """Hard images in the order in which they came."""
+
+    def __init__(self) -> None:
+        self.parts: list[_Hard] = []
+        self.count = 0
+
+    def put(self, hard: _Hard) -> None:
+        if len(hard.index):
+            self.parts.append(hard)
+            self.count += len(hard.index)
+
+    def waits_since(self, seen: int) -> int:
+        """How many images have come since the first one that waits."""
+        return seen - int(self.parts[0].index[0]) if self.parts else 0
+
+    def take(self, most: int) -> _Hard:
+        """The first images, at most so many."""
+        joined = self.parts[0] if len(self.parts) == 1 else _join(self.parts)
+        rest = joined[most:]
+        self.parts, self.count = [], 0
+        self.put(_join([rest]) if len(rest.index) < most else rest)  # a view that stays would keep all of them
+        return joined[:most]
+
+
+def _join(parts: list[_Hard]) -> _Hard:
+    state = CoarseState(*(torch.cat([getattr(p.state, f.name) for p in parts]) for f in fields(CoarseState)))
+    return _Hard(torch.cat([p.images for p in parts]), state, torch.cat([p.index for p in parts]))
+
+
+def _in_order(answers: Iterable[StreamedPrediction]) -> Iterator[StreamedPrediction]:
+    """The same answers by rising index, as soon as none is missing."""
+    waiting: dict[int, StreamedPrediction] = {}
+    following = 0
+    for answer in answers:
+        waiting |= {place: answer[row : row + 1] for row, place in enumerate(answer.index.tolist())}
+        ready = []
+        while following in waiting:
+            ready.append(waiting.pop(following))
+            following += 1
+        if ready:
+            yield StreamedPrediction(
+                *(torch.cat([getattr(one, f.name) for one in ready]) for f in fields(StreamedPrediction))
+            )

@@ -26,6 +26,7 @@ from cfvit.errors import CfvitError
 from cfvit.tokens import (
     accumulate_attention,
     child_positions,
+    coarse_image,
     gather_tokens,
     mirrored_sources,
     num_informative,
@@ -206,6 +207,7 @@ class CoarseToFineViT(nn.Module):
         self.config = config
         self.grid = config.grid
         self.image_size = (2 * self.grid[0] * patch[0], 2 * self.grid[1] * patch[1])
+        self.coarse_size = (self.image_size[0] // 2, self.image_size[1] // 2)
         self.backbone = backbones.create_backbone(
             config.backbone,
             img_size=self.image_size,
@@ -259,7 +261,8 @@ class CoarseToFineViT(nn.Module):
         """The first stage: every image at half its side (Eqs. 5 to 9).
 
         Args:
-            images: normalised, ``[B, 3, H, W]`` with ``(H, W) = image_size``.
+            images: normalised, ``[B, 3, H, W]`` with ``(H, W) = image_size``, which are halved as the paper does;
+                or already of ``coarse_size``, for instance from a JPEG decoded at a part of its size.
 
         Raises:
             CfvitError: images of another shape.
@@ -275,9 +278,10 @@ class CoarseToFineViT(nn.Module):
         self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
     ) -> CoarseState:
         """The coarse stage, with ``head`` for what makes its logits of the sequence after the final norm."""
-        self._check(images)
+        self.check_images(images, self.image_size, self.coarse_size)
         backbone, positions = self.backbone, self.coarse_pos_embed
-        embedding = anatomy.embed_coarse(backbone, images)
+        small = images if images.shape[-2:] == self.coarse_size else coarse_image(images)
+        embedding = anatomy.embed_coarse(backbone, small)
         if sources is not None:
             embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
         if positions is not None:
@@ -312,7 +316,7 @@ class CoarseToFineViT(nn.Module):
         Raises:
             CfvitError: images of another shape or number than the state's, a ratio out of range.
         """
-        self._check(images)
+        self.check_images(images, self.image_size)
         if len(images) != len(state.logits):
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
@@ -398,10 +402,15 @@ class CoarseToFineViT(nn.Module):
         answers = state.logits, backbone.class_logits(fine), backbone.token_logits(fine)
         return TokenOutput(*answers, informative, others)
 
-    def _check(self, images: Tensor) -> None:
-        height, width = self.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, height, width):
-            raise CfvitError(f"images of shape {list(images.shape)}: give normalised [B, 3, {height}, {width}]")
+    def check_images(self, images: Tensor, *sizes: tuple[int, int]) -> None:
+        """Images are ``[B, 3, H, W]`` with one of these heights and widths.
+
+        Raises:
+            CfvitError: they are not.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
+            allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
+            raise CfvitError(f"images of shape {list(images.shape)}: give normalised {allowed}")
 
 
 def create_model(

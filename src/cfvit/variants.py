@@ -13,3 +13,6 @@ CoarseLoss = Literal["kl", "ce"]
 
 Stages = Literal["both", "coarse", "backbone"]
 """What a run trains: both stages; the coarse one alone, a plain ViT of the coarse grid; or the plain ViT itself."""
+
+Mode = Literal["eager", "accelerated", "compiled"]
+"""How a network is timed: as torch runs it, through `cfvit.acceleration.accelerate`, through ``torch.compile``."""

@@ -39,6 +39,15 @@ class Estimate:
         return Estimate(change(self.value), ends[0], ends[1])
 
 
+def binomial_probabilities(count: int, share: float) -> np.ndarray:
+    """``P(X = k)`` for k from 0 to ``count`` and X binomial: ``[count + 1]`` in float64.
+
+    Args:
+        share: probability of each of ``count`` events, in (0, 1).
+    """
+    return np.exp(_log_probabilities(count, share))
+
+
 def binomial_cdf(count: int, share: float) -> np.ndarray:
     """``P(X <= k)`` for k from 0 to ``count`` and X binomial: ``[count + 1]`` in float64.
 
@@ -60,7 +69,7 @@ def _log_probabilities(count: int, share: float) -> np.ndarray:
 
 
 def _tail(hits: int, count: int, share: float) -> float:
-    return float(np.exp(_log_probabilities(count, share)[: hits + 1]).sum())
+    return float(binomial_probabilities(count, share)[: hits + 1].sum())
 
 
 def upper_bound(hits: int, count: int, alpha: float) -> float:

@@ -64,12 +64,14 @@ class Origin:
         date: when it was made, in ISO 8601.
         cfvit: version of this package.
         temperature_images: on how many other images the temperatures were fitted, 0 if they were not.
+        weights: digest of the model's, see `cfvit.checkpoints.weights_digest`; empty if it was not kept.
     """
 
     data: str
     date: str
     cfvit: str
     temperature_images: int
+    weights: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ def _figures(trade: TradeOff, eta: float, macs: StageMacs, level: float) -> dict
     count = trade.images
     go_on = int(trade.gone_on(np.array([eta]))[0])
     right, worse, better = (int(column[go_on]) for column in (trade.right, trade.worse, trade.better))
-    share = share_estimate(go_on, count, level)
+    share = trade.fine_share(eta, level)
 
     def percent(hits: int) -> Estimate:
         return share_estimate(hits, count, level).mapped(lambda value: 100 * value)

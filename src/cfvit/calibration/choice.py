@@ -46,29 +46,50 @@ def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: flo
     return trade.threshold(_fewest_without_drop(trade, max_drop))
 
 
-def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageLatency | None = None) -> float:
-    """The eta that grants a wish on these images.
+def require_reachable(target: Target, macs: StageMacs, latency: StageLatency | None = None) -> None:
+    """Refuses a budget that not even the coarse stage alone keeps to, which no image is needed to tell.
 
     Raises:
         CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
     """
     match target:
         case GmacsBudget(gmacs):
-            least = f"the coarse stage alone takes {_up(macs.coarse / 1e9)} GMACs at eta 0"
-            return _within(trade, _costs(trade, macs) / 1e9, gmacs, f"{gmacs:g} GMACs", least)
+            cost = macs.coarse / 1e9
+            _refuse_above(cost, gmacs, f"{gmacs:g} GMACs", f"the coarse stage alone takes {_up(cost)} GMACs")
         case Saving(percent):
-            saved = 100 * (1 - macs.coarse / macs.backbone)
-            most = f"the most is {_down(saved)}% at eta 0"
-            spent = 100 * _costs(trade, macs) / macs.backbone
-            return _within(trade, spent, 100 - percent, f"a saving of {percent:g}%", most)
+            spent = 100 * macs.coarse / macs.backbone
+            _refuse_above(spent, 100 - percent, f"a saving of {percent:g}%", f"the most is {_down(100 - spent)}%")
         case LatencyBudget(milliseconds):
-            if latency is None:
-                raise CfvitError(
-                    "a latency is asked for and none was measured: pass latency=StageLatency(coarse, both)"
-                )
-            least = f"the coarse stage alone takes {_up(latency.coarse)} ms at eta 0"
-            times = latency.expected(1) * _shares(trade) + latency.coarse * (1 - _shares(trade))
-            return _within(trade, times, milliseconds, f"{milliseconds:g} ms", least)
+            time = _measured(latency).coarse
+            _refuse_above(time, milliseconds, f"{milliseconds:g} ms", f"the coarse stage alone takes {_up(time)} ms")
+
+
+def _refuse_above(least: float, budget: float, asked: str, nearest: str) -> None:
+    if least > budget + _SLACK * abs(budget):
+        raise CfvitError(f"{asked} is out of reach: {nearest} at eta 0; ask for no more than that")
+
+
+def _measured(latency: StageLatency | None) -> StageLatency:
+    if latency is None:
+        raise CfvitError("a latency is asked for and none was measured: pass latency=StageLatency(coarse, both)")
+    return latency
+
+
+def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageLatency | None = None) -> float:
+    """The eta that grants a wish on these images.
+
+    Raises:
+        CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
+    """
+    require_reachable(target, macs, latency)
+    match target:
+        case GmacsBudget(gmacs):
+            return _within(trade, _costs(trade, macs) / 1e9, gmacs)
+        case Saving(percent):
+            return _within(trade, 100 * _costs(trade, macs) / macs.backbone, 100 - percent)
+        case LatencyBudget(milliseconds):
+            measured = _measured(latency)
+            return _within(trade, np.array([measured.expected(share) for share in _shares(trade)]), milliseconds)
         case Accuracy(percent):
             return _cheapest_with_accuracy(trade, percent)
         case Drop(points):
@@ -88,11 +109,9 @@ def _costs(trade: TradeOff, macs: StageMacs) -> np.ndarray:
     return macs.coarse + _shares(trade) * macs.fine
 
 
-def _within(trade: TradeOff, costs: np.ndarray, budget: float, asked: str, nearest: str) -> float:
-    """The most accurate split within a budget, and the cheapest of equally accurate ones."""
+def _within(trade: TradeOff, costs: np.ndarray, budget: float) -> float:
+    """The most accurate split within a budget, which at least the first is; the cheapest of equally accurate ones."""
     affordable = trade.reachable[costs <= budget + _SLACK * abs(budget)]
-    if len(affordable) == 0:
-        raise CfvitError(f"{asked} is out of reach: {nearest}; ask for no more than that")
     return trade.threshold(int(affordable[trade.right[affordable].argmax()]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cfvit.errors import CfvitError
@@ -31,7 +31,7 @@ def to_json(record: Any) -> dict[str, Any]:
 
 
 def from_json(kind: type[Record], data: object, name: str) -> Record:
-    """A dataclass from what `to_json` gave.
+    """A dataclass from what `to_json` gave, now or before a field with a default was added.
 
     Args:
         name: what to call the data in an error.
@@ -42,11 +42,12 @@ def from_json(kind: type[Record], data: object, name: str) -> Record:
     if not isinstance(data, dict):
         raise CfvitError(f"{name} is {_shown(data)}: give what to_dict returned, with its keys")
     hints = get_type_hints(kind)
-    missing, unknown = [key for key in hints if key not in data], [str(key) for key in data if key not in hints]
+    needed = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
+    missing, unknown = [key for key in needed if key not in data], [str(key) for key in data if key not in hints]
     if missing or unknown:
         problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
         raise CfvitError(f"{name} {problem}: give what to_dict returned, or calibrate again")
-    return kind(**{key: _value(hint, data[key], f"{name}.{key}") for key, hint in hints.items()})
+    return kind(**{key: _value(hint, data[key], f"{name}.{key}") for key, hint in hints.items() if key in data})
 
 
 def _value(hint: Any, data: object, name: str) -> Any:

@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
+
+from cfvit.calibration.binomial import binomial_probabilities
 from cfvit.errors import CfvitError
 
 RiskMethod = Literal["upper_bound", "fixed_sequence"]
@@ -21,25 +24,37 @@ class StageLatency:
     """Measured time of one image in milliseconds.
 
     Attributes:
-        coarse: of an image that exits.
-        both: of an image that goes on.
+        coarse: of an image of a batch that exits as a whole.
+        both: of an image of a batch that goes on as a whole.
+        between: mean over a batch of which 1, 2, ... and all images but one go on. A few hard images
+            seldom fill the machine, so these lie above a straight line. Empty for batches of one
+            image, or to take the straight line.
 
     Raises:
-        CfvitError: a time that is not positive, or both stages faster than one.
+        CfvitError: a time that is not positive, or less time for more work.
     """
 
     coarse: float
     both: float
+    between: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _require("coarse latency", self.coarse, _positive(self.coarse), "milliseconds above 0")
         _require("both latency", self.both, _positive(self.both), "milliseconds above 0")
         if self.both < self.coarse:
             raise CfvitError(f"both stages take {self.both} ms and the coarse one {self.coarse} ms: measure them again")
+        if list(self._times) != sorted(self._times):
+            raise CfvitError("fewer images of a batch that go on take longer than more: measure them again")
+
+    @property
+    def _times(self) -> tuple[float, ...]:
+        return (self.coarse, *self.between, self.both)
 
     def expected(self, fine_share: float) -> float:
-        """Mean time of an image in milliseconds if this share goes on."""
-        return self.coarse + fine_share * (self.both - self.coarse)
+        """Mean time of an image in milliseconds if each goes on with this probability, by itself."""
+        if not 0 < fine_share < 1:
+            return self.both if fine_share else self.coarse
+        return float(binomial_probabilities(len(self.between) + 1, fine_share) @ np.array(self._times))
 
 
 def _positive(value: object) -> bool:

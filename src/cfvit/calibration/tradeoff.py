@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from cfvit.calibration.binomial import Estimate, share_estimate
 from cfvit.confidence import Measure, confidence_of
 
 _MOST_DIGITS = 9
@@ -42,6 +43,18 @@ class TradeOff:
         """How many images go on at each eta, as `cfvit.inference.goes_on` decides: ``[m] -> [m]``."""
         below = np.searchsorted(self.ranked, thresholds.astype(np.float32), side="left")
         return np.where(thresholds >= 1, self.images, np.where(thresholds <= 0, 0, below))
+
+    def fine_share(self, eta: float, level: float) -> Estimate:
+        """The share of images that go on at an eta, in [0, 1]: none at 0 and all at 1, whatever the images.
+
+        Args:
+            level: of the interval.
+        """
+        go_on = int(self.gone_on(np.array([eta]))[0])
+        if 0 < eta < 1:
+            return share_estimate(go_on, self.images, level)
+        certain = go_on / self.images
+        return Estimate(certain, certain, certain)
 
     def threshold(self, go_on: int) -> float:
         """An eta at which this many images go on, which is one of `reachable`.

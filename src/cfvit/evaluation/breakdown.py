@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfvit.calibration import Estimate, TradeOff
 from cfvit.calibration.binomial import share_estimate
-from cfvit.confidence import ExitRule, confidence_of
+from cfvit.confidence import ExitRule, Measure, confidence_of
 from cfvit.evaluation.metrics import Collected
 from cfvit.flops import StageMacs
 from cfvit.inference import goes_on
@@ -101,7 +101,7 @@ class Operation:
 def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
     """Accuracy and cost at one eta."""
     go_on = int(trade.gone_on(np.array([threshold]))[0])
-    share = share_estimate(go_on, trade.images, LEVEL)
+    share = trade.fine_share(threshold, LEVEL)
     return Operation(
         accuracy=accuracy_estimate(trade, go_on),
         exit_share=share.mapped(lambda value: 100 * (1 - value)),
@@ -113,6 +113,11 @@ def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
 def accuracy_estimate(trade: TradeOff, go_on: int) -> Estimate:
     """Top-1 in percent if this many images go on."""
     return share_estimate(int(trade.right[go_on]), trade.images, LEVEL).mapped(lambda value: 100 * value)
+
+
+def shown_confidence(value: float, measure: Measure) -> str:
+    """A probability or a difference of two in percent, another measure as the plain number that it is."""
+    return f"{value:.1%}" if measure in ("max_probability", "margin") else f"{value:.4f}"
 
 
 def spread(trade: TradeOff, most: int) -> np.ndarray:

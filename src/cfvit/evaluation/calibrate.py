@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import cfvit
-from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, Target, calibrate, check_drift
+from cfvit.acceleration import accelerate
+from cfvit.calibration import (
+    Calibration,
+    Drift,
+    LatencyBudget,
+    Origin,
+    StageLatency,
+    Target,
+    calibrate,
+    check_drift,
+)
 from cfvit.calibration.calibrated import ADD_CLASSES, check_logits, missing_classes
+from cfvit.calibration.choice import require_reachable
+from cfvit.checkpoints import weights_digest
 from cfvit.confidence import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Measure, fit_temperature
-from cfvit.data import DataSource
+from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
-from cfvit.evaluation.bench import time_stages
 from cfvit.evaluation.metrics import collect_with_progress
+from cfvit.evaluation.overlap import refuse_training_images
+from cfvit.evaluation.timing import time_stages
 from cfvit.flops import count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process
 
 Images = tuple[Tensor, Tensor, Tensor]
 _SEED = 0
+_LACK_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
 FEW_IMAGES = 100
 """Below so many there is a warning that a fitted temperature may be chance."""
+
+NOT_COMPARED = "the training images are not known and were not compared with these: name them with --train-data"
+"""The warning where images on which the model was trained could not be looked for."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +54,8 @@ class Wish:
         target: one of `cfvit.calibration`.
         measure: of the confidence.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
-            run, and choose eta on the other half: a promise of `Risk` allows no image to serve both.
+            run, and choose eta on the other half: a promise of `Risk` allows no image to serve both. A
+            class that only one half has is a warning.
         allow_missing_classes: go on with a warning if some class has no image.
     """
 
@@ -47,68 +66,120 @@ class Wish:
 
 
 def calibrate_model(
-    model: CoarseToFineViT, source: DataSource, data: str, wish: Wish, batch_size: int, workers: int, process: Process
+    model: CoarseToFineViT,
+    source: DataSource,
+    data: str,
+    wish: Wish,
+    batch_size: int,
+    workers: int,
+    process: Process,
+    training: tuple[DataSource, Sequence[int]] | None = None,
 ) -> tuple[Calibration, list[str]]:
     """Runs both stages on every image and chooses eta, with a progress bar. The model is left as it is.
 
+    What can be refused without the images' logits is refused before the pass over them.
+
     Args:
         source: images with the model's class indices.
-        data: what the images are called, for `Origin`.
+        data: where they are, to be opened again and for `Origin`.
+        training: what the model was trained on, and which of it; None if that is not known, which
+            becomes a warning of the calibration.
 
     Returns:
         The calibration, and the names of images that could not be read and do not count.
 
     Raises:
-        CfvitError: a class without images, logits that are not finite, a wish out of reach.
+        CfvitError: a class without images, images of the training, logits that are not finite, a wish out of reach.
     """
-    _require_classes(model, source, wish)
+    _require_classes(range(len(_names(model))) if source.targets is None else source.targets, len(source), model, wish)
+    macs = count_macs(model)
     model = model.eval().to(process.device)
+    latency = measure_latency(model, batch_size) if isinstance(wish.target, LatencyBudget) else None
+    require_reachable(wish.target, macs, latency)
+    if training is not None:
+        refuse_training_images(open_data(data, "validation"), *training)
     collected, unreadable = collect_with_progress(model, model.data_config, source, batch_size, workers, process)
     coarse, fine = collected.logits
     check_logits(coarse, "coarse")
     check_logits(fine, "fine")
+    _require_classes(collected.labels.tolist(), len(collected.labels), model, wish)
     images = (coarse, fine, collected.labels)
     fitted, chosen = _halves(images) if wish.scale_temperatures else (None, images)
     temperatures = (1.0, 1.0) if fitted is None else [fit_temperature(logits, fitted[2]) for logits in fitted[:2]]
-    latency = None
-    if isinstance(wish.target, LatencyBudget):
-        latency = time_stages(model, torch.randn(batch_size, 3, *model.image_size, device=process.device))
     calibration = calibrate(
         *chosen,
-        count_macs(model),
+        macs,
         wish.target,
         measure=wish.measure,
         coarse_temperature=temperatures[0],
         fine_temperature=temperatures[1],
         latency=latency,
-        allow_missing_classes=wish.allow_missing_classes,
+        allow_missing_classes=True,  # those of all images were looked at
         class_names=model.class_names,
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    origin = Origin(data, now, cfvit.__version__, 0 if fitted is None else len(fitted[2]))
-    warnings = calibration.warnings if fitted is None else (*calibration.warnings, *_doubts(temperatures, fitted))
-    return dataclasses.replace(calibration, origin=origin, warnings=warnings), unreadable
+    fitted_on = 0 if fitted is None else len(fitted[2])
+    doubts = [] if fitted is None else _doubts(temperatures, fitted[2].tolist(), _names(model))
+    return dataclasses.replace(
+        calibration,
+        origin=Origin(data, now, cfvit.__version__, fitted_on, weights_digest(model)),
+        warnings=(*calibration.warnings, *doubts, *([NOT_COMPARED] if training is None else [])),
+    ), unreadable
 
 
-def _doubts(temperatures: Sequence[float], fitted: Images) -> list[str]:
-    """What speaks against temperatures that were fitted."""
-    count = len(fitted[2])
+def _doubts(temperatures: Sequence[float], labels: Sequence[int], names: Sequence[object]) -> list[str]:
+    """What speaks against temperatures that were fitted on images with these labels."""
+    count = len(labels)
     said = [f"{count} images are few to fit a temperature on: use more"] if count < FEW_IMAGES else []
+    if missing := missing_classes(labels, names, count):
+        said.append(f"{missing} that temperatures were fitted on: give more of them")
     at_bound = any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures)
     return said + (["a temperature is at the bound of its range: do not rely on it"] if at_bound else [])
 
 
-def _require_classes(model: CoarseToFineViT, source: DataSource, wish: Wish) -> None:
-    """Before the model runs, which may take long; images that cannot be read are not yet known."""
-    names = model.class_names or range(model.config.num_classes)
-    present = range(len(names)) if source.targets is None else source.targets
-    missing = missing_classes(present, names, len(source))
+def _names(model: CoarseToFineViT) -> Sequence[object]:
+    return model.class_names or range(model.config.num_classes)
+
+
+def _require_classes(present: Collection[int], count: int, model: CoarseToFineViT, wish: Wish) -> None:
+    missing = missing_classes(present, _names(model), count)
     if missing and not wish.allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
 
+def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
+    """Times random images on the model's device as a `cfvit.Predictor` runs it, all of a batch going on or only some.
+
+    The fine stage is timed at four sizes, from one image to all of a batch, and taken to be linear in between.
+
+    Raises:
+        CfvitError: a batch that does not fit into memory.
+    """
+    sizes = sorted({1, -(-batch_size // 4), -(-batch_size // 2), batch_size})
+    fast = accelerate(model)
+    try:
+        images = torch.randn(batch_size, 3, *model.image_size, device=next(model.parameters()).device)
+        timed = [time_stages(fast, images[:size]) for size in sizes]
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _LACK_OF_MEMORY)):
+            raise
+        raise CfvitError(f"a batch of {batch_size} images does not fit into memory: lower --batch-size") from error
+    seconds = [size * (each.both - each.coarse) for size, each in zip(sizes, timed, strict=True)]
+    rising = np.maximum.accumulate([0.0, *seconds])  # a busy machine may time them otherwise
+    extra = np.interp(np.arange(1, batch_size + 1), [0, *sizes], rising) / batch_size
+    *between, both = (timed[-1].coarse + extra).tolist()
+    return StageLatency(timed[-1].coarse, both, tuple(between))
+
+
 def _halves(images: Images) -> tuple[Images, Images]:
-    """Logits of both stages and labels, parted at random, the second half the larger if they are odd."""
+    """Logits of both stages and labels, parted at random, the second half the larger if they are odd.
+
+    Not within each class, though a rare class may then miss in one half, which is a warning. The promise
+    of `Risk` counts worse answers as a binomial number, which they are in a random half of images drawn
+    independently. Halved within each class they are not, as the classes' shares vary less than in a
+    draw: with one class that is always worse and one that never is, a promise at a low confidence
+    would break more often than it may. Odd classes would also weigh more in one half.
+    """
     count = len(images[2])
     if count < 2:
         raise CfvitError("1 image cannot be halved to fit temperatures on: give at least 2")

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 import cfvit
 from cfvit.calibration import Estimate, TradeOff, rank_images
 from cfvit.calibration.calibrated import missing_classes
-from cfvit.checkpoints import atomic_write
+from cfvit.checkpoints import atomic_write, require_writable
 from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (
     LEVEL,
@@ -31,6 +31,7 @@ from cfvit.evaluation.breakdown import (
     judge,
     operate,
     reliability_of,
+    shown_confidence,
     surest,
 )
 from cfvit.evaluation.charts import draw_exit_shares, draw_reliability, draw_trade_off
@@ -78,11 +79,21 @@ def write_report(
     Raises:
         CfvitError: matplotlib is not installed, or the file cannot be written; it is then as it was.
     """
-    require_matplotlib()
+    require_report(path)
     day = datetime.now(UTC).date() if day is None else day
     page = _Page(model, collected, source, macs, threshold, model_name, data_name, day).write()
     with atomic_write(path) as file:
         file.write_text(page, encoding="utf-8")
+
+
+def require_report(path: Path) -> None:
+    """Finds out before the model is run, which may take long, whether `write_report` can do its work.
+
+    Raises:
+        CfvitError: matplotlib is not installed, or a file cannot be written there.
+    """
+    require_matplotlib()
+    require_writable(path)
 
 
 class Markup(str):
@@ -353,7 +364,8 @@ class _Page:
         return f"<li>{image}<span>label: {escape(name)}</span>{''.join(lines)}</li>"
 
     def _answer(self, stage: StageAnswers, place: int) -> str:
-        return f"{self.model.label_of(int(stage.answer[place]))}, {max(stage.confidence[place], 0):.0%}"
+        sure = shown_confidence(max(float(stage.confidence[place]), 0), self.model.exit_rule.measure)
+        return f"{self.model.label_of(int(stage.answer[place]))}, {sure}"
 
 
 def _line(text: str, right: bool, counts: bool) -> str:

@@ -51,19 +51,20 @@ def train(
         resume: continue the run in ``out`` from its last checkpoint.
         fork: another run's folder: begin where it had split all cells for the last time. Its recipe may differ
             in what matters from then on, such as ``informative_ratio``, and in nothing else.
-        stop: asked after each step; True ends the run with `Stopped`, to be resumed.
+        stop: asked after each step; True ends the run with `Stopped`, to be resumed. Not asked where there are
+            several processes, which must agree.
 
     Returns:
         The last evaluation's figures, top-1 and top-5 in percent.
 
     Raises:
         Stopped: by ``stop``, by Ctrl-C or by SIGTERM.
-        CfvitError: bad data or recipe, a folder that cannot be written or holds another run.
+        CfvitError: bad data or recipe, a folder that cannot be written or holds another run, a fork that cannot be.
     """
     with join_processes() as process:
         checkpoint = _open_run(recipe, out, resume, process)
         if checkpoint is None and fork is not None:
-            checkpoint = _read_checkpoint(fork / ALL_CELLS_FILE, fork, recipe, process, _FREE_TO_FORK)
+            checkpoint = _open_fork(recipe, fork, process)
         images, model = prepare(recipe, process)
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
@@ -86,35 +87,42 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
             with atomic_write(out / RECIPE_FILE) as file:
                 file.write_text(recipe.to_yaml())
         return None
-    return _read_checkpoint(path, out, recipe, process, _FREE_TO_CHANGE)
+    again = "resume with the same recipe, or choose another --out"
+    return _read_checkpoint(path, recipe, process, FREE_TO_CHANGE, again)
 
 
-def _read_checkpoint(path: Path, out: Path, recipe: Recipe, process: Process, free: frozenset[str]) -> dict[str, Any]:
-    """The checkpoint of the run in ``out``, if its recipe differs from ``recipe`` in ``free`` fields alone."""
+def _open_fork(recipe: Recipe, fork: Path, process: Process) -> dict[str, Any]:
+    """Reads the checkpoint of a run to fork."""
+    path = fork / ALL_CELLS_FILE
+    if not path.exists():
+        raise CfvitError(
+            f"{fork} holds no {ALL_CELLS_FILE}: fork a run that is through the epochs that split all cells"
+        )
+    allowed = f"give that; a fork may change {', '.join(sorted(FREE_TO_FORK - FREE_TO_CHANGE))}"
+    return _read_checkpoint(path, recipe, process, FREE_TO_FORK, allowed)
+
+
+def _read_checkpoint(path: Path, recipe: Recipe, process: Process, free: frozenset[str], mend: str) -> dict[str, Any]:
+    """A run's checkpoint, if its recipe differs from ``recipe`` in ``free`` fields alone; ``mend`` says what to do."""
+    out = path.parent
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         was = checkpoint["recipe"]
     except Exception as error:
-        raise CfvitError(f"{path} is damaged ({first_line(error)}): choose another --out") from error
+        raise CfvitError(f"{path} is damaged ({first_line(error)}): choose another folder") from error
     if checkpoint.get("world", process.world) != process.world:
-        raise CfvitError(
-            f"the run in {out} has {checkpoint['world']} processes, not {process.world}: resume with as many, "
-            "or choose another --out"
-        )
+        raise CfvitError(f"the run in {out} has {checkpoint['world']} processes, not {process.world}: start as many")
     changed = [k for k, v in was.items() if v != getattr(recipe, k, None) and k not in free]
     if changed:
         name = changed[0]
-        raise CfvitError(
-            f"the run in {out} has {name} {was[name]!r}, not {getattr(recipe, name, None)!r}: "
-            "resume with the same recipe, or choose another --out"
-        )
+        raise CfvitError(f"the run in {out} has {name} {was[name]!r}, not {getattr(recipe, name, None)!r}: {mend}")
     return checkpoint
 
 
-_FREE_TO_CHANGE = frozenset({"workers", "eval_batch_size", "log_interval", "checkpoint_interval", "compile"})
+FREE_TO_CHANGE = frozenset({"workers", "eval_batch_size", "log_interval", "checkpoint_interval", "compile"})
 """Fields that do not change what is computed."""
 
-_FREE_TO_FORK = _FREE_TO_CHANGE | {"informative_ratio", "attention_momentum", "selection"}
+FREE_TO_FORK = FREE_TO_CHANGE | {"informative_ratio", "attention_momentum", "selection"}
 """Fields that do not matter while all cells are split."""
 
 

@@ -1,0 +1,116 @@
+"""The same network, faster: what torch does not do by itself for matrix products on this processor."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, Mlp
+from torch import Tensor, nn
+
+WORTHWHILE = 1.1
+"""How many times faster packed layers must be on this processor to be used."""
+
+FEWEST_WEIGHTS = 2**15
+"""Smaller layers are left as they are: calling them takes longer than multiplying."""
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer in float32 whose weights lie as oneDNN wants them, for inference on a CPU.
+
+    torch gives such layers to MKL, which on processors of other makers than Intel uses half of their
+    vector units; oneDNN uses all.
+
+    Args:
+        linear: the layer to stand in for.
+        gelu: apply GELU to what comes out, in the same pass.
+    """
+
+    def __init__(self, linear: nn.Linear, gelu: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()  # as it was: timm multiplies by some layers' weights without calling them
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
+        self.activation = ("gelu", "none") if gelu else ("none", "")
+
+    def forward(self, x: Tensor) -> Tensor:
+        name, algorithm = self.activation
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+
+
+_ROWS = 1024
+"""For how many rows of input oneDNN lays out the weights; any number may come."""
+
+
+def accelerate(network: Network) -> Network:
+    """The network for inference on its own device, with the same answers up to rounding.
+
+    On a CPU and in float32, a copy in which linear layers are packed for oneDNN, if a trial of some
+    milliseconds, once in a process, finds that this pays on this processor; elsewhere the network itself. The
+    copy is in evaluation mode and shares all other weights with the original; it must be made anew after training
+    has changed them, and is not for autocast.
+    """
+    return _packed(network).eval() if may_be_packed(network) and packing_pays() else network
+
+
+def may_be_packed(network: nn.Module) -> bool:
+    """Whether it is on a CPU and in float32."""
+    parameter = next(network.parameters(), None)
+    return parameter is not None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
+
+
+def _packed(module: Any) -> Any:
+    """A copy of the tree of modules that shares their tensors, with linear layers packed."""
+    if _is_worth_packing(module):
+        return PackedLinear(module)
+    twin = copy.copy(module)
+    twin._modules = {name: _packed(child) if child is not None else None for name, child in module._modules.items()}
+    if type(module) is Mlp and _is_worth_packing(module.fc1) and _is_exact_gelu(module.act):
+        twin._modules |= {"fc1": PackedLinear(cast(nn.Linear, module.fc1), gelu=True), "act": nn.Identity()}
+    return twin
+
+
+def _is_worth_packing(module: nn.Module) -> bool:
+    usual = type(module) is nn.Linear and type(module.weight) is nn.Parameter and not _is_hooked(module)
+    return usual and cast(nn.Linear, module).weight.numel() >= FEWEST_WEIGHTS
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something listens to it, or makes its weights when it is called, as torch's pruning does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_exact_gelu(activation: nn.Module) -> bool:
+    usual = type(activation) in (nn.GELU, GELU) and not _is_hooked(activation)
+    return usual and getattr(activation, "approximate", "none") == "none"
+
+
+@cache
+def packing_pays() -> bool:
+    """Whether oneDNN multiplies matrices of a ViT's size notably faster than torch's default here."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    with torch.random.fork_rng(devices=[]):  # a trial is not to change what a seed gives
+        linear, rows = nn.Linear(384, 1536), torch.randn(256, 384)
+    packed = PackedLinear(linear)
+    with torch.inference_mode():
+        usual = _quickest(lambda: F.linear(rows, linear.weight, linear.bias))
+        return usual > WORTHWHILE * _quickest(lambda: packed(rows))
+
+
+def _quickest(call: Callable[[], object], times: int = 8) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

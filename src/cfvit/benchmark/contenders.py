@@ -1,0 +1,213 @@
+"""What is timed: ways of answering images, each prepared alike in a mode and with its cost counted."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfvit import backbones
+from cfvit.acceleration import accelerate
+from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
+from cfvit.confidence import ExitRule
+from cfvit.evaluation.timing import Call
+from cfvit.flops import count_macs, macs_of
+from cfvit.inference import Predictor
+from cfvit.model import CoarseToFineViT
+from cfvit.tokens import coarse_image
+from cfvit.variants import Mode
+
+BACKBONE, PREDICTOR, LITERAL_PORT = "backbone", "predictor", "literal port"
+NEAR = 0.02
+"""A share of a batch counts as met if whole images come as near as this."""
+
+Runner = Callable[[Tensor, int], Call]
+"""From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of answering images.
+
+    Attributes:
+        name: for tables.
+        first_macs: what every image costs.
+        more_macs: what an image costs on top if it goes on; None where all images are treated alike.
+        build: prepares it in a mode.
+        modes: those that it is timed in, whichever are asked for, or None for all that are.
+    """
+
+    name: str
+    first_macs: int
+    more_macs: int | None
+    build: Callable[[Mode], Runner]
+    modes: tuple[Mode, ...] | None = None
+
+    def macs(self, fine_share: float | None) -> float:
+        """Mean cost of an image if this share of them goes on."""
+        return self.first_macs + (fine_share or 0) * (self.more_macs or 0)
+
+
+def prepare(network: Any, mode: Mode) -> Any:
+    """The one place where networks are made ready, so that the backbone and its rivals are treated alike."""
+    if mode == "compiled":
+        return torch.compile(network, dynamic=True)
+    return accelerate(network) if mode == "accelerated" else network
+
+
+def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
+    """The plain backbone, the stages, the predictor, and with ``peers`` its rivals on the same backbone.
+
+    Args:
+        model: in evaluation mode, on its device and in its precision.
+
+    Raises:
+        CfvitError: peers of a backbone that they are not written for.
+    """
+    macs = count_macs(model)
+
+    def stages(mode: Mode) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
+        if mode == "compiled":
+            return prepare(model.coarse, mode), prepare(model.forward, mode)
+        fast = prepare(model, mode)
+        return fast.coarse, fast
+
+    own = [
+        Method(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
+        Method("coarse stage", macs.coarse, None, lambda mode: _runs(stages(mode)[0])),
+        Method("both stages", macs.both, None, lambda mode: _runs(stages(mode)[1])),
+        Method(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
+    ]
+    return own + (_peers(model) if peers else [])
+
+
+def _runs(network: Callable[[Tensor], Any]) -> Runner:
+    return lambda images, going: lambda: network(images)
+
+
+def predictor_of(model: CoarseToFineViT, mode: Mode, threshold: float | None = None) -> Predictor:
+    """The predictor in a mode, by default at the model's own threshold."""
+    return Predictor(model, threshold, compile={"eager": False, "accelerated": None, "compiled": True}[mode])
+
+
+def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
+    twin = copy.copy(model)
+    predictor = predictor_of(twin, mode, FORCED_ETA)
+
+    def prepare_call(images: Tensor, going: int) -> Call:
+        rule = ForcedExits.of(model.exit_rule, len(images), going, images.device)
+
+        def call() -> object:
+            twin.exit_rule = rule
+            return predictor(images)
+
+        return call
+
+    return prepare_call
+
+
+def _peers(model: CoarseToFineViT) -> list[Method]:
+    """Their costs are counted on copies without data."""
+    meta = copy.deepcopy(model).to("meta").requires_grad_(False)
+    images = torch.empty(1, 3, *model.image_size, device="meta", dtype=next(model.parameters()).dtype)
+
+    def alike(name: str, make: Callable[[Any], nn.Module]) -> Method:
+        cost = macs_of(lambda: make(meta.backbone)(images))
+        return Method(name, cost, None, lambda mode: _runs(prepare(make(model.backbone), mode)))
+
+    return [
+        alike("ToMe, r=13", lambda backbone: ToMe(backbone, 13)),
+        alike("ToMe, r=8", lambda backbone: ToMe(backbone, 8)),
+        alike("EViT, keep 0.7", lambda backbone: EViT(backbone, 0.7)),
+        _cascade(model, meta, images),
+        _literal_port(model, meta, images),
+    ]
+
+
+def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Method:
+    small = small_backbone(model)
+    small_macs = macs_of(lambda: copy.deepcopy(small).to("meta")(coarse_image(images)))
+    large_macs = macs_of(lambda: meta.backbone(images))
+
+    def build(mode: Mode) -> Runner:
+        networks = prepare(small, mode), prepare(model.backbone, mode)
+
+        def prepare_call(images: Tensor, going: int) -> Call:
+            rule = ForcedExits.of(model.exit_rule, len(images), going, images.device)
+            cascade = Cascade(*networks, rule, FORCED_ETA)
+            return lambda: cascade(images)
+
+        return prepare_call
+
+    return Method("cascade of two ViTs", small_macs, large_macs, build)
+
+
+def small_backbone(model: CoarseToFineViT) -> nn.Module:
+    """A plain ViT like the model's backbone for images at half the side, with weights of its own, at random."""
+    config, parameter = model.config, next(model.parameters())
+    with torch.device(parameter.device):
+        small = backbones.create_backbone(
+            config.backbone,
+            img_size=model.coarse_size,
+            num_classes=config.num_classes,
+            pretrained=False,
+            **config.timm_kwargs,
+        )
+    return small.eval().requires_grad_(False).to(parameter.dtype)
+
+
+def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Method:
+    literal = LiteralPort(meta, model.exit_rule, FORCED_ETA)
+    coarse_macs = macs_of(lambda: literal.coarse(images))
+    both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
+
+    def prepare_call(images: Tensor, going: int) -> Call:
+        port = LiteralPort(model, ForcedExits.of(model.exit_rule, len(images), going, images.device), FORCED_ETA)
+        return lambda: port(images)
+
+    return Method(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
+
+
+FORCED_ETA = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ForcedExits(ExitRule):
+    """Measures the confidence as usual, and then moves it so that the chosen images of a batch fall below any eta.
+
+    Attributes:
+        going: which images go on, ``[B]`` of bool.
+    """
+
+    going: Tensor
+
+    @classmethod
+    def of(cls, rule: ExitRule, count: int, going: int, device: torch.device) -> ForcedExits:
+        """For batches of ``count`` images of which ``going``, evenly spread, go on."""
+        places = torch.arange(1, count + 1, device=device) * going // count
+        chosen = places.diff(prepend=torch.zeros_like(places[:1])) > 0
+        return cls(rule.measure, rule.coarse_temperature, rule.fine_temperature, going=chosen)
+
+    def coarse(self, logits: Tensor) -> Tensor:
+        """Below 0 for images that go on, and at least 1 for the others."""
+        confidence = super().coarse(logits)  # between -1, where it is not a number, and 1
+        return torch.where(self.going, confidence - 2, confidence + 2)
+
+
+def whole_images(count: int, fine_share: float) -> dict[int, float]:
+    """How many images of a batch go on, as ``{images: weight}``, so that the share of them is met.
+
+    The nearest whole number where it is near enough (`NEAR`), else the two around it: of single
+    images at a share of 0.24, 76 in 100 exit and 24 go on, and a mean over calls of both kinds is the answer.
+    """
+    exact = fine_share * count
+    nearest = round(exact)
+    if abs(nearest / count - fine_share) <= NEAR:
+        return {nearest: 1.0}
+    below = math.floor(exact)
+    return {below: below + 1 - exact, below + 1: exact - below}

@@ -1,0 +1,85 @@
+"""Under what conditions figures were made: command, hardware, versions, commit, date."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+import cfvit
+from cfvit.processes import best_device
+from cfvit.training.preparation import dtype_of
+from cfvit.training.recipes import Recipe
+
+REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a reader needs in order to judge or repeat a figure.
+
+    Attributes:
+        command: as it was given.
+        hardware: the GPU, or the processor and how many threads computed.
+        dtype: precision of matrix products.
+        versions: of Python, cfvit and what it computes with.
+        commit: of the source, with ``+changes`` where it was edited since; ``unknown`` where that cannot be told.
+        date: UTC.
+    """
+
+    command: str
+    hardware: str
+    dtype: str
+    versions: str
+    commit: str
+    date: str
+
+
+def conditions_of(recipe: Recipe, command: str) -> Conditions:
+    """The conditions here and now."""
+    device = best_device()
+    packages = [f"Python {platform.python_version()}", f"cfvit {cfvit.__version__}"]
+    return Conditions(
+        command=command,
+        hardware=_hardware(device),
+        dtype=str(dtype_of(recipe, device)).removeprefix("torch."),
+        versions=", ".join(packages + [f"{name} {version(name)}" for name in REPORTED_PACKAGES]),
+        commit=_commit(Path(cfvit.__file__)),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _commit(source: Path) -> str:
+    """The commit of the repository that holds this very file, not of one that it was merely installed into."""
+    try:
+        _git(source, "ls-files", "--error-unmatch", source.name)
+        changed = _git(source, "status", "--porcelain", "--", ".")
+        return _git(source, "rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _git(source: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(source.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -1,0 +1,359 @@
+"""Packed layers give the plain ones' answers, follow the weights, and leave the model alone."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from cfvit import CoarseToFineViT, Predictor, acceleration
+from cfvit.acceleration import PackedLinear, accelerate
+
+WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
+"""Layers large enough to be packed, all but the head."""
+
+packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+MakeModel = Callable[..., CoarseToFineViT]
+MakeImages = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing, whatever this processor would say of it."""
+    monkeypatch.setattr(acceleration, "packing_pays", lambda: True)
+
+
+@pytest.fixture
+def model(make_model: MakeModel) -> CoarseToFineViT:
+    return make_model(**WIDE)
+
+
+@pytest.fixture
+def images(model: CoarseToFineViT, make_images: MakeImages) -> Tensor:
+    return make_images(model, 3)
+
+
+def _packed_layers(network: nn.Module) -> list[PackedLinear]:
+    return [module for module in network.modules() if isinstance(module, PackedLinear)]
+
+
+def _linear_layers(network: nn.Module) -> list[nn.Linear]:
+    return [module for module in network.modules() if isinstance(module, nn.Linear)]
+
+
+def _mlp(model: CoarseToFineViT, block: int = 0) -> Mlp:
+    mlp = model.get_submodule(f"backbone.blocks.{block}.mlp")
+    assert isinstance(mlp, Mlp)
+    return mlp
+
+
+def _assert_same_answers(fast: CoarseToFineViT, plain: CoarseToFineViT, images: Tensor) -> None:
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(images), plain(images), atol=1e-4, rtol=0)
+
+
+@packs
+@pytest.mark.parametrize(
+    ("backbone", "changes"),
+    [
+        ("deit_tiny_patch16_224", {}),
+        ("deit_tiny_distilled_patch16_224", {}),
+        ("lvvit_tiny_patch16_224", {"patch_size": 16, "coarse_grid": 2}),
+        ("eva02_tiny_patch14_224", {}),  # multiplies by the weights of qkv without calling it
+        ("vit_small_patch16_dinov3_qkvb", {}),
+        ("vit_base_patch16_xp_224", {}),  # parallel branches in one product of matrices
+        ("vit_base_patch16_clip_quickgelu_224", {}),
+    ],
+)
+def test_packed_and_plain_answer_alike(
+    backbone: str, changes: dict[str, Any], make_model: MakeModel, make_images: MakeImages
+) -> None:
+    model = make_model(backbone=backbone, **{**WIDE, **changes})
+    twin = accelerate(model)
+    assert len(_packed_layers(twin)) >= 12
+    _assert_same_answers(twin, model, make_images(model, 3))
+
+
+@packs
+@pytest.mark.parametrize("shape", [(0, 192), (1, 192), (5, 3, 192), (2, 1500, 192)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_a_packed_layer_is_the_linear_one(shape: tuple[int, ...], bias: bool, gelu: bool) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(192, 256, bias=bias), torch.randn(*shape)
+    with torch.inference_mode():
+        plain = F.gelu(linear(x)) if gelu else linear(x)
+        torch.testing.assert_close(PackedLinear(linear, gelu)(x), plain, atol=1e-5, rtol=0)
+
+
+@packs
+def test_a_packed_layer_takes_every_second_token() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(192, 256), torch.randn(4, 6, 192)[:, ::2]
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(linear)(x), linear(x), atol=1e-5, rtol=0)
+
+
+@packs
+def test_the_original_is_untouched(model: CoarseToFineViT, images: Tensor) -> None:
+    modules, weights = list(model.modules()), {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        before = model(images)
+    twin = accelerate(model)
+    _assert_same_answers(twin, model, images)
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+    assert model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(model(images).fine, before.fine)
+
+
+@packs
+def test_the_original_still_trains(model: CoarseToFineViT, images: Tensor) -> None:
+    predictor = Predictor(model, 1)
+    predictor(images)
+    model.train()
+    model(images).fine.sum().backward()
+    assert all(layer.weight.grad is not None for layer in _linear_layers(model))
+
+
+@packs
+def test_weights_are_shared(model: CoarseToFineViT) -> None:
+    twin = accelerate(model)
+    originals = {layer.weight.data_ptr() for layer in _linear_layers(model)}
+    assert {layer.get_buffer("weight").data_ptr() for layer in _packed_layers(twin)} < originals
+    own = {id(parameter) for parameter in model.parameters()}
+    assert {id(parameter) for parameter in twin.parameters()} < own
+
+
+@packs
+def test_small_layers_are_left_alone(model: CoarseToFineViT) -> None:
+    twin = accelerate(model)
+    left = _linear_layers(twin)
+    assert left == [twin.backbone.head]
+    assert left[0].weight.numel() < acceleration.FEWEST_WEIGHTS
+    at_the_limit = [nn.Linear(2**7, 2**8), nn.Linear(2**7, 2**8 - 1)]
+    assert [type(accelerate(layer)) for layer in at_the_limit] == [PackedLinear, nn.Linear]
+
+
+@packs
+def test_exact_gelu_alone_is_fused() -> None:
+    def parts(activation: Any) -> tuple[str, type[nn.Module]]:
+        twin = accelerate(Mlp(192, 768, act_layer=activation))
+        assert isinstance(twin.fc1, PackedLinear)
+        return twin.fc1.activation[0], type(twin.act)
+
+    assert parts(nn.GELU) == ("gelu", nn.Identity)
+    assert parts(partial(nn.GELU, approximate="tanh")) == ("none", nn.GELU)
+    assert parts(nn.SiLU) == ("none", nn.SiLU)
+
+
+@packs
+@pytest.mark.parametrize("activation", [nn.GELU, partial(nn.GELU, approximate="tanh"), nn.SiLU])
+def test_an_mlp_answers_alike_whatever_its_activation(activation: Any) -> None:
+    torch.manual_seed(0)
+    mlp, x = Mlp(192, 768, act_layer=activation).eval(), torch.randn(2, 5, 192)
+    with torch.inference_mode():
+        torch.testing.assert_close(accelerate(mlp)(x), mlp(x), atol=1e-5, rtol=0)
+
+
+def test_where_it_does_not_pay_the_model_itself_runs(
+    model: CoarseToFineViT, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "packing_pays", lambda: False)
+    assert accelerate(model) is model
+    with torch.inference_mode():
+        assert torch.equal(Predictor(model, 1)(images).logits, model(images).fine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions_are_left_alone(dtype: torch.dtype, model: CoarseToFineViT, images: Tensor) -> None:
+    model.to(dtype)
+    assert accelerate(model) is model
+    assert Predictor(model, 1)(images).logits.dtype == dtype
+
+
+def test_a_network_without_weights_and_one_without_memory_are_left_alone(make_model: MakeModel) -> None:
+    activation, nowhere = nn.ReLU(), make_model(**WIDE).to("meta")
+    assert accelerate(activation) is activation
+    assert accelerate(nowhere) is nowhere
+
+
+@packs
+def test_a_layer_that_makes_its_weights_when_called_is_left_alone(model: CoarseToFineViT, images: Tensor) -> None:
+    first = _mlp(model).fc1
+    prune.l1_unstructured(first, "weight", 0.5)
+    predictor, plain = Predictor(model, 1), Predictor(model, 1, compile=False)
+    predictor(images)
+    with torch.no_grad():
+        first.get_parameter("weight_orig").mul_(3)
+    torch.testing.assert_close(predictor(images).logits, plain(images).logits, atol=1e-4, rtol=0)
+
+
+@packs
+@pytest.mark.parametrize("name", ["fc1", "act"])
+def test_hooks_are_called(name: str, model: CoarseToFineViT, images: Tensor) -> None:
+    calls = []
+    _mlp(model).get_submodule(name).register_forward_hook(lambda *given: calls.append(given))
+    Predictor(model, 1)(images)
+    assert len(calls) == 2
+
+
+@packs
+def test_the_copy_is_in_evaluation_mode_even_of_a_model_in_training(make_model: MakeModel, images: Tensor) -> None:
+    model = make_model(**WIDE, drop_path_rate=0.9)
+    predictor = Predictor(model, 1)
+    model.train()
+    predictor(images)  # the twin is made now
+    model.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(predictor(images).logits, model(images).fine, atol=1e-4, rtol=0)
+
+
+def _step(model: CoarseToFineViT) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def _load(model: CoarseToFineViT, assign: bool) -> None:
+    weights = {name: value * 1.1 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=assign)
+
+
+def _replace_a_layer(model: CoarseToFineViT) -> None:
+    _mlp(model, 1).fc2 = nn.Linear(768, 192)
+
+
+CHANGES: dict[str, Callable[[CoarseToFineViT], object]] = {
+    "step": _step,
+    "load_state_dict": lambda model: _load(model, assign=False),
+    "assign": lambda model: _load(model, assign=True),
+    "twice-assigned": lambda model: [_load(model, assign=True) for _ in range(2)],
+    "there-and-back": lambda model: model.half().float(),
+    "double": lambda model: model.double(),
+    "layer": _replace_a_layer,
+    "ratio": lambda model: setattr(model, "config", replace(model.config, informative_ratio=1.0)),
+}
+
+
+@packs
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_predictor_follows_the_weights(change: str, model: CoarseToFineViT, images: Tensor) -> None:
+    predictor = Predictor(model, 1)
+    before = predictor(images).logits
+    CHANGES[change](model)
+    with torch.inference_mode():
+        expected = model(images.to(next(model.parameters()).dtype)).fine
+    after = predictor(images).logits
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
+    assert change in ("double", "there-and-back") or not torch.allclose(after, before.to(after.dtype), atol=1e-3)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The twins that predictors make from now on."""
+    twins: list[nn.Module] = []
+
+    def record(network: nn.Module) -> nn.Module:
+        twins.append(accelerate(network))
+        return twins[-1]
+
+    monkeypatch.setattr("cfvit.inference.accelerate", record)
+    return twins
+
+
+@packs
+def test_the_twin_is_made_once_for_the_same_weights(
+    model: CoarseToFineViT, images: Tensor, made: list[nn.Module]
+) -> None:
+    predictor = Predictor(model, 1)
+    assert made == []
+    for _ in range(3):
+        predictor(images)
+        list(predictor.stream([images, images]))
+        model.train().eval()
+        model.state_dict()
+    assert len(made) == 1
+    _step(model)
+    predictor(images)
+    assert len(made) == 2
+
+
+@packs
+def test_threads_share_a_twin_and_get_the_same_answers(
+    model: CoarseToFineViT, make_images: MakeImages, made: list[nn.Module]
+) -> None:
+    batches = [make_images(model, 1 + seed % 3, seed) for seed in range(12)]
+    with torch.no_grad():
+        threshold = float(model.coarse(torch.cat(batches)).confidence.median()) + 1e-4
+    expected = [Predictor(model, threshold, compile=False)(batch) for batch in batches]
+    predictor = Predictor(model, threshold)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(predictor, batches))
+    assert len(made) == 1
+    for answer, right in zip(answers, expected, strict=True):
+        assert torch.equal(answer.stage, right.stage)
+        torch.testing.assert_close(answer.logits, right.logits, atol=1e-4, rtol=0)
+
+
+@packs
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])
+@pytest.mark.parametrize("part", ["predictor", "model"])
+def test_predictor_and_model_can_be_copied(
+    copied: Callable[[Any], Any], part: str, model: CoarseToFineViT, images: Tensor
+) -> None:
+    predictor = Predictor(model, 1)
+    expected = predictor(images).logits
+    other = copied(predictor) if part == "predictor" else Predictor(copied(predictor.model), 1)
+    assert other.model is not model
+    assert len(_packed_layers(other.model)) == 0
+    torch.testing.assert_close(other(images).logits, expected, atol=1e-4, rtol=0)
+    _step(other.model)
+    assert not torch.allclose(other(images).logits, expected, atol=1e-3)
+    torch.testing.assert_close(predictor(images).logits, expected, atol=1e-4, rtol=0)
+
+
+@packs
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_works_whatever_becomes_of_gradients(
+    mode: Callable[[], Any], model: CoarseToFineViT, images: Tensor
+) -> None:
+    with mode():
+        predictor = Predictor(model, 1)
+        inside = predictor(images).logits
+    assert not inside.requires_grad
+    torch.testing.assert_close(predictor(images).logits, inside, atol=1e-4, rtol=0)
+
+
+@packs
+def test_under_autocast_the_plain_model_runs(model: CoarseToFineViT, images: Tensor) -> None:
+    predictor = Predictor(model, 0)
+    predictor(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predictor(images).logits.dtype == torch.bfloat16
+    assert predictor(images).logits.dtype == torch.float32
+
+
+@packs
+def test_a_trial_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    acceleration.packing_pays.cache_clear()
+    assert isinstance(acceleration.packing_pays(), bool)
+    assert torch.equal(torch.rand(3), expected)

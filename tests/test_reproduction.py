@@ -1,0 +1,479 @@
+"""`cfvit reproduce` from the first training to the written tables, on images that are quick to learn."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome
+from PIL import Image
+
+from cfvit import CoarseToFineViT, load
+from cfvit.errors import UsageError
+from cfvit.evaluation.metrics import evaluate_model, labelled_images
+from cfvit.processes import Process
+from cfvit.reproduction import runs as running
+from cfvit.reproduction import speed
+from cfvit.reproduction.conditions import conditions_of
+from cfvit.reproduction.reproduce import Request, reproduce
+from cfvit.reproduction.runs import Finished, Missing, Runs, read_record, write_record
+from cfvit.reproduction.studies import DEFAULT, RUNS
+from cfvit.training.loop import Stopped, train
+from cfvit.training.recipes import Recipe
+
+CPU = Process(0, 1, torch.device("cpu"))
+Fails = Callable[..., AbstractContextManager[None]]
+Main = Callable[..., Outcome]
+
+TINY: dict[str, Any] = {
+    "holdout": 0.2,
+    "backbone": "test_vit",
+    "timm_kwargs": {"patch_size": 4},
+    "coarse_grid": 3,
+    "epochs": 2,
+    "all_cells_share": 0.5,
+    "batch_size": 24,
+    "lr_base": 2e-3,
+    "lr_base_size": 24,
+    "warmup_epochs": 0.0,
+    "auto_augment": "none",
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema_decay": 0.0,
+    "repeated_augmentation": 1,
+    "workers": 0,
+}
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def _write_spots(folder: Path, per_class: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for channel, name in enumerate(("blue spot", "green spot", "red spot")):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = generator.normal(128, 40, (24, 24, 3))
+            row, column = 8 * generator.integers(3, size=2)
+            pixels[row : row + 8, column : column + 8, 2 - channel] += 90
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def spots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Noise with a coloured spot in one cell: not learnt in two epochs, so that runs differ. Only to be read."""
+    folder = tmp_path_factory.mktemp("spots")
+    _write_spots(folder / "train", 30, seed=0)
+    _write_spots(folder / "val", 20, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(spots: Path) -> Recipe:
+    return Recipe(data=str(spots)).replace(TINY)
+
+
+@pytest.fixture(scope="module")
+def config(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(recipe.to_yaml())
+    return path
+
+
+def _request(recipe: Recipe, out: Path, name: str, **changes: Any) -> Request:
+    given: dict[str, Any] = {"name": name, "recipe": recipe, "recipe_name": "deit", "out": out, "seeds": (0,)}
+    return Request(**{**given, "command": f"cfvit reproduce {name}", **changes})
+
+
+def _quiet(*_: object) -> None:
+    """In place of what shows a study or says a line."""
+
+
+@pytest.fixture(scope="module")
+def trained(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table 4 as `reproduce` leaves it. Only to be read."""
+    out = tmp_path_factory.mktemp("reproduction")
+    missing = reproduce(_request(recipe, out, "table4"), _quiet, _quiet)
+    assert missing == []
+    return out
+
+
+@pytest.fixture
+def out(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it to go on from."""
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
+
+
+def _runs(recipe: Recipe, out: Path, deadline: float | None = None) -> Runs:
+    return Runs(recipe, out, deadline, conditions_of(recipe, ""), _quiet)
+
+
+def _table(path: Path) -> dict[str, dict[str, str]]:
+    with path.open(newline="") as file:
+        return {row["row"]: row for row in csv.DictReader(file)}
+
+
+def _require_picture(path: Path) -> None:
+    with Image.open(path) as image:
+        image.verify()
+
+
+def test_table_4_has_each_way_to_choose_regions(trained: Path, recipe: Recipe) -> None:
+    table = _table(trained / "table4.csv")
+    assert [float(row["fine_paper"]) for row in table.values()] == [77.6, 79.6, 80.3, 80.8]
+    source_of = {
+        "lowest global class attention": "select-negative",
+        "last block's class attention": "beta-0",
+        "global class attention": DEFAULT,
+    }
+    for label, run in source_of.items():
+        model = load(trained / "runs" / f"{run}-seed0")
+        result = evaluate_model(model, labelled_images(model, recipe.data), (1.0,), 64, 0, CPU)
+        expected = [result.stages[stage].top1 for stage in (0, 1)]
+        assert [float(table[label][stage]) for stage in ("coarse", "fine")] == pytest.approx(expected, abs=1e-3)
+    assert load(trained / "runs" / "select-random-seed0").config.selection == "random"
+    assert load(trained / "runs" / "select-negative-seed0").config.selection == "negative"
+    assert load(trained / "runs" / "beta-0-seed0").config.attention_momentum == 0
+    _require_picture(trained / "table4.png")
+
+
+def test_variants_that_differ_later_share_the_first_epochs(trained: Path) -> None:
+    for run, forked_from, epochs in ((DEFAULT, None, 2), ("beta-0", "default-seed0", 1)):
+        record = read_record(trained / "runs" / f"{run}-seed0")
+        assert record is not None
+        assert (record.finished, record.forked_from, record.epochs) == (True, forked_from, epochs)
+        assert record.seconds > 0
+    log = (trained / "runs" / "select-random-seed0" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in log] == [1]
+
+
+def test_it_is_written_what_was_run(trained: Path, recipe: Recipe) -> None:
+    text = (trained / "table4.md").read_text()
+    for said in (
+        "![Table 4: which regions are split](table4.png)",
+        "| random |",
+        "| 79.6 | Table 4, row 'random' |",
+        "- command: `cfvit reproduce table4`",
+        f"- data: {recipe.data}",
+        "- images: 72 to train on, 18 held out, 60 to validate on (one is 1.7 points)",
+        "- recipe: deit, with holdout 0.2, backbone test_vit,",
+        "- epochs: 2",
+        "- seeds: 0",
+        "- dtype: float32",
+        f"torch {torch.__version__.split('+')[0]}",
+        "the same run and the same 80.3 as in Table 7",
+    ):
+        assert said in text
+    assert "eval_interval" not in text
+    with (trained / "runs.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert sorted(rows) == ["beta-0-seed0", "default-seed0", "select-negative-seed0", "select-random-seed0"]
+    default = rows["default-seed0"]
+    assert (default["grid"], default["seed"], default["epochs"], default["dtype"]) == ("3", "0", "2", "float32")
+    assert default["command"] == "cfvit reproduce table4"
+    assert float(default["fine"]) == pytest.approx(
+        float(_table(trained / "table4.csv")["global class attention"]["fine"])
+    )
+
+
+@pytest.mark.usefixtures("no_training")
+def test_nothing_is_trained_twice(out: Path, config: Path, cfvit_main: Main) -> None:
+    before = _table(out / "table4.csv")
+    outcome = cfvit_main("reproduce", "table4", "--config", config, "--out", out, "--json")
+    assert outcome.status == 0
+    rows = [json.loads(line) for line in outcome.out]
+    assert [row["row"] for row in rows] == list(before)
+    assert rows[1]["study"] == "table4"
+    assert rows[1]["measures"]["fine"]["paper"] == 79.6
+    assert rows[1]["measures"]["fine"]["ours"] == pytest.approx(float(before["random"]["fine"]), abs=1e-3)
+    assert rows[1]["missing"] is None
+    assert _table(out / "table4.csv") == before
+
+
+def _last_scores(out: Path, run: str, seed: int) -> list[float]:
+    log = (out / "runs" / f"{run}-seed{seed}" / "log.jsonl").read_text().splitlines()
+    return [json.loads(log[-1])[f"validation_{stage}_top1"] for stage in ("coarse", "fine")]
+
+
+def test_table_5_has_each_way_to_reuse_features(out: Path, config: Path, cfvit_main: Main) -> None:
+    outcome = cfvit_main("reproduce", "table5", "--config", config, "--out", out)
+    assert outcome.status == 0, outcome.err
+    assert outcome.out[0] == "Table 5: what the fine stage reuses of the coarse features"
+    table = _table(out / "table5.csv")
+    source_of = {
+        "nothing": ("none", "reuse-none"),
+        "with the class token": ("class_token", "reuse-class-token"),
+        "with uninformative tokens": ("uninformative", "reuse-uninformative"),
+        "linear instead of MLP": ("linear", "reuse-linear"),
+        "MLP": ("mlp", DEFAULT),
+    }
+    assert list(table) == list(source_of)
+    for label, (reuse, run) in source_of.items():
+        assert load(out / "runs" / f"{run}-seed0").config.feature_reuse == reuse
+        scores = [float(table[label][stage]) for stage in ("coarse", "fine")]
+        assert scores == pytest.approx(_last_scores(out, run, 0), abs=1e-3)
+    record = read_record(out / "runs" / "reuse-none-seed0")
+    assert record is not None
+    assert record.forked_from is None
+    _require_picture(out / "table5.png")
+
+
+def test_seeds_are_averaged(out: Path, config: Path, cfvit_main: Main) -> None:
+    outcome = cfvit_main("reproduce", "table8", "--config", config, "--out", out, "--seeds", "0", "1")
+    assert outcome.status == 0, outcome.err
+    table = _table(out / "table8.csv")
+    for label, run in (("CE + CE", "loss-ce"), ("CE + KL", DEFAULT)):
+        fine = [_last_scores(out, run, seed)[1] for seed in (0, 1)]
+        row = table[label]
+        assert float(row["fine"]) == pytest.approx(sum(fine) / 2, abs=1e-3)
+        assert float(row["fine_spread"]) == pytest.approx(max(fine) - min(fine), abs=1e-3)
+        assert row["seeds"] == "2"
+    assert "- seeds: 0, 1" in (out / "table8.md").read_text()
+
+
+def test_table_2_compares_with_the_plain_vit(out: Path, config: Path, cfvit_main: Main) -> None:
+    outcome = cfvit_main("reproduce", "table2", "--config", config, "--out", out)
+    assert outcome.status == 0, outcome.err
+    table = _table(out / "table2.csv")
+    assert list(table) == [
+        "plain ViT",
+        *(f"CF-ViT{grid}, eta {eta}" for grid in ("", ", larger grid") for eta in ("at parity", "0.75", "1")),
+    ]
+    end = table["CF-ViT, eta 1"]
+    assert (float(end["exit_share"]), end["accuracy_paper"], end["images_per_second_paper"]) == (0, "80.8", "2760")
+    assert float(end["images_per_second"]) > 0
+    assert float(end["speedup"]) == pytest.approx(
+        float(end["images_per_second"]) / float(table["plain ViT"]["images_per_second"]), rel=1e-3
+    )
+    assert table["CF-ViT, larger grid, eta 1"]["accuracy_paper"] == ""
+    assert float(table["CF-ViT, larger grid, eta 1"]["gmacs"]) > float(end["gmacs"])
+    assert (load(out / "runs" / "larger-grid-seed0").config.coarse_grid, load(out / "runs" / "default-seed0").grid) == (
+        4,
+        (3, 3),
+    )
+    with (out / "runs.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert float(rows["plain-seed0"]["images_per_second"]) > 0
+    assert "1.32" in (out / "table2.md").read_text()
+    _require_picture(out / "table2.png")
+
+
+def _stop_after(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
+    """The deadline passes once it was asked for so often."""
+    count = iter(range(10**6))
+    monkeypatch.setattr(Runs, "_is_over", lambda self: next(count) >= asked)
+
+
+def test_a_run_that_the_budget_stops_is_resumed_as_if_it_never_stopped(
+    recipe: Recipe, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 1)
+        stopped = _runs(recipe, tmp_path).make(RUNS[DEFAULT], 0)
+    assert isinstance(stopped, Missing)
+    assert "can be resumed" in stopped.reason
+    record = read_record(tmp_path / "default-seed0")
+    assert record is not None
+    assert not record.finished
+    finished = _runs(recipe, tmp_path).make(RUNS[DEFAULT], 0)
+    before = _runs(recipe, trained / "runs").make(RUNS[DEFAULT], 0)
+    assert isinstance(finished, Finished)
+    assert isinstance(before, Finished)
+    for ours, theirs in zip(finished.validation.logits, before.validation.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert finished.record.seconds > record.seconds
+
+
+def test_a_signal_ends_the_command_and_not_the_run_alone(
+    recipe: Recipe, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise Stopped("stopped at step 1: add --resume to continue")
+
+    monkeypatch.setattr(running, "train", interrupted)
+    with fails("stopped in default-seed0: the same command again", Stopped):
+        _runs(recipe, tmp_path).make(RUNS[DEFAULT], 0)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_what_does_not_fit_into_the_budget_is_left_out_and_told(out: Path, config: Path, cfvit_main: Main) -> None:
+    folder = out / "runs" / "default-seed0"
+    record = read_record(folder)
+    assert record is not None
+    write_record(replace(record, seconds=4000.0), folder)
+    outcome = cfvit_main("reproduce", "table8", "--config", config, "--out", out, "--budget", "10m", "--json")
+    assert outcome.status == 0
+    without, default = (json.loads(line) for line in outcome.out)
+    assert without["measures"]["fine"] == {"ours": None, "spread": 0.0, "paper": 80.3}
+    assert without["missing"] == "loss-ce-seed0 does not fit into the budget"
+    assert default["measures"]["fine"]["ours"] is not None
+    assert "not run: loss-ce-seed0 does not fit into the budget, about 67 min more" in outcome.err
+    assert outcome.err[-1] == "the same command goes on from here; about 67 min are left"
+    assert "loss-ce-seed0 does not fit" in (out / "table8.md").read_text()
+    _require_picture(out / "table8.png")
+
+
+def test_a_spent_budget_starts_nothing(recipe: Recipe, tmp_path: Path) -> None:
+    made = _runs(recipe, tmp_path, time.monotonic() - 1).make(RUNS[DEFAULT], 0)
+    assert made == Missing("default-seed0", "does not fit into the budget", None)
+
+
+def test_a_run_of_cfvit_train_is_found(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = RUNS["plain-coarse-grid"].recipe(recipe, 5)
+    figures = train(final, tmp_path / "plain-coarse-grid-seed5")
+    monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
+    made = _runs(recipe, tmp_path).make(RUNS["plain-coarse-grid"], 5)
+    assert isinstance(made, Finished)
+    assert len(made.validation.logits) == 1
+    right = (made.validation.logits[0].argmax(-1) == made.validation.labels).double().mean()
+    assert 100 * float(right) == pytest.approx(figures["validation_coarse_top1"], abs=1e-3)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_folder_with_another_run_is_refused(out: Path, recipe: Recipe, fails: Fails) -> None:
+    with fails("default-seed0 holds a run with drop_path_rate 0.1, not 0.3: give the same recipe"):
+        _runs(recipe.replace({"drop_path_rate": 0.3}), out / "runs").make(RUNS[DEFAULT], 0)
+    (out / "runs" / "default-seed0" / "run.json").write_text("{")
+    with fails("run.json is damaged"):
+        _runs(recipe.replace({"workers": 1}), out / "runs").make(RUNS[DEFAULT], 0)
+
+
+def test_a_recipe_that_a_variant_contradicts_is_a_missing_run(recipe: Recipe, tmp_path: Path) -> None:
+    changes = {"backbone": "lvvit_small_patch16_224", "teacher": "resnet10t", "mixup": 0.0, "cutmix": 0.0}
+    made = _runs(recipe.replace(changes), tmp_path).make(RUNS["loss-ce"], 0)
+    assert isinstance(made, Missing)
+    assert made.reason.startswith("cannot be trained so: token labels")
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["tabel4"], 2, "did you mean 'table4'?"),
+        (["table4", "--budget", "soon"], 2, "budget is 'soon': give a time such as 2h"),
+        (["table4", "--data", ""], 2, "no data: name what to train"),
+        (["table6", "--informative-ratio", "0.6"], 2, "informative_ratio is 0.6: the studies set it themselves"),
+        (["table4", "--holdout", "0"], 2, "holdout is 0.0: eta is chosen on the hold-out"),
+        (["table4", "--model", "deit_tiny_imagenette"], 2, "table4 needs more than one trained model"),
+        (["fig5", "--model", "deit_tiny_patch16_224"], 2, "fig5 needs more than a plain ViT"),
+        (["fig5", "--model", "nothing"], 1, "no model 'nothing'"),
+        (["fig1a", "--model", "local-dir:nothing"], 1, "timm's model local-dir:nothing cannot be had"),
+        (["table4", "--data", "nowhere"], 1, "no data at nowhere"),
+    ],
+)
+def test_refusals(arguments: list[str], status: int, said: str, config: Path, tmp_path: Path, cfvit_main: Main) -> None:
+    outcome = cfvit_main("reproduce", *arguments, "--config", config, "--out", tmp_path / "out")
+    assert (outcome.status, outcome.out, len(outcome.err)) == (status, [], 1)
+    assert said in outcome.err[0]
+
+
+def test_data_without_validation_images_are_refused(
+    recipe: Recipe, make_colours: Callable[..., Path], tmp_path: Path, fails: Fails
+) -> None:
+    alone = recipe.replace({"data": str(make_colours())})
+    with fails("has no validation images beside train/: name some with --val-data"):
+        reproduce(_request(alone, tmp_path, "table4"), _quiet, _quiet)
+
+
+def test_many_processes_are_refused(
+    recipe: Recipe, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with fails("train single runs by torchrun", UsageError):
+        reproduce(_request(recipe, tmp_path, "table4"), _quiet, _quiet)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(
+    recipe: Recipe, tmp_path: Path, fails: Fails
+) -> None:
+    (tmp_path / "file").write_text("")
+    with fails("cannot write"):
+        reproduce(_request(recipe, tmp_path / "file", "table4"), _quiet, _quiet)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_figures_of_a_given_model(colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main) -> None:
+    given = ["--data", colours, "--model", colour_model, "--workers", "0"]
+    outcome = cfvit_main("reproduce", "all", *given, "--out", tmp_path / "out")
+    assert outcome.status == 0, outcome.err
+    pictures = sorted(path.stem for path in (tmp_path / "out").glob("*.png"))
+    assert pictures == ["fig1a", "fig1b", "fig5", "fig6", "fig8", "fig9"]
+    counts = _table(tmp_path / "out" / "fig8.csv")
+    model = load(colour_model)
+    result = evaluate_model(model, labelled_images(model, str(colours)), (0.0, 1.0), 64, 0, CPU)
+    ends = [counts["eta 0"]["right_coarse"], counts["eta 1"]["right_fine"]]
+    assert [float(end) for end in ends] == pytest.approx([33 * point.accuracy / 100 for point in _ends(result.sweep)])
+    assert f"none, the model {colour_model} as it was given" in (tmp_path / "out" / "fig8.md").read_text()
+
+
+def _ends(sweep: list[Any]) -> Iterator[Any]:
+    return (point for point in sweep if point.threshold in (0.0, 1.0))
+
+
+def test_figure_1a_of_a_plain_vit_of_timms(
+    recipe: Recipe, config: Path, tmp_path: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = train(RUNS["plain"].recipe(recipe, 0), tmp_path / "plain")
+    monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
+    model = f"local-dir:{tmp_path / 'plain'}"
+    for name in ("fig1a", "fig1b"):
+        outcome = cfvit_main("reproduce", name, "--config", config, "--model", model, "--out", tmp_path / "out")
+        assert outcome.status == 0, outcome.err
+        _require_picture(tmp_path / "out" / f"{name}.png")
+    table = _table(tmp_path / "out" / "fig1a.csv")
+    assert list(table) == [*(f"block {i}" for i in range(1, len(table))), "all patches"]
+    assert float(table["all patches"]["highest"]) == pytest.approx(figures["validation_backbone_top1"], abs=1e-3)
+    assert "18 of 36 patches are kept" in (tmp_path / "out" / "fig1a.md").read_text()
+
+
+def test_a_study_whose_runs_are_all_missing_has_no_picture(recipe: Recipe, tmp_path: Path) -> None:
+    said: list[str] = []
+    missing = reproduce(_request(recipe, tmp_path, "fig8", budget=1e-9), _quiet, said.append)
+    assert missing == [Missing("default-seed0", "does not fit into the budget", None)]
+    assert not (tmp_path / "fig8.png").exists()
+    assert "does not fit into the budget" in (tmp_path / "fig8.md").read_text()
+    assert said[-1] == "the same command goes on from here"
+
+
+def test_conditions_say_where_it_ran(recipe: Recipe) -> None:
+    told = asdict(conditions_of(recipe, "the command"))
+    assert told["command"] == "the command"
+    assert "thread" in told["hardware"]
+    assert "timm " in told["versions"]
+    assert all(told.values())
+
+
+def test_speed_is_of_the_share_that_is_asked_for(
+    make_model: Callable[..., CoarseToFineViT], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stages = make_model(), []
+
+    def run_once(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Any]:
+        assert list(calls) == ["plain", "a quarter", "none"]
+        answers = {name: call() for name, call in calls.items()}
+        assert answers["plain"].shape == (32, 7)
+        stages.extend(float(answers[name].stage.float().mean()) for name in ("a quarter", "none"))
+        return {name: SimpleNamespace(median=2.0) for name in calls}
+
+    monkeypatch.setattr(speed, "time_in_turn", run_once)
+    measured = speed.images_per_second(model, {"a quarter": (model, 0.25), "none": (model, 0.0)}, recipe)
+    assert stages == [0.25, 0.0]
+    assert measured == {"plain": 16.0, "a quarter": 16.0, "none": 16.0}

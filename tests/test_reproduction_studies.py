@@ -1,0 +1,236 @@
+"""What `cfvit reproduce` knows of the paper, of its studies and of the runs behind them, and how rows are made."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfvit.errors import UsageError
+from cfvit.flops import StageMacs
+from cfvit.reproduction.budget import duration, parse_budget
+from cfvit.reproduction.command import command_line
+from cfvit.reproduction.paper import read_paper
+from cfvit.reproduction.rows import (
+    Cell,
+    OperatingPoint,
+    Row,
+    at,
+    count_right,
+    operating_row,
+    parity_threshold,
+    summarise,
+)
+from cfvit.reproduction.runs import Finished, RunRecord, Scored
+from cfvit.reproduction.studies import DEFAULT, PLAIN, RUNS, STUDIES, find_studies, runs_needed
+from cfvit.reproduction.writing import table_of, write_csv
+from cfvit.training.recipes import Recipe
+
+Fails = Callable[..., AbstractContextManager[None]]
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "values"),
+    [
+        ("table1", "coarse grid", {"accuracy": 73.2, "gmacs": 1.1}),
+        ("table2", "DeiT-S 0.75", {"eta": 0.75, "accuracy": 80.7, "gmacs": 2.6, "images_per_second": 3701}),
+        ("table2", "LV-ViT-S parity", {"eta": 0.63, "accuracy": 83.3, "gmacs": 3.1, "images_per_second": 3393}),
+        ("table3", "DeiT-S PS-ViT", {"accuracy": 79.4, "gmacs": 2.6}),
+        ("table3", "LV-ViT-S SiT", {"accuracy": 83.2, "gmacs": 4.0}),
+        ("table4", "random", {"coarse": 75.3, "fine": 79.6}),
+        ("table5", "linear", {"coarse": 75.3, "fine": 80.6}),
+        ("table6", "0.4", {"fine": 80.4, "gmacs": 3.7}),
+        ("table7", "0.9", {"fine": 80.7}),
+        ("table8", "ce", {"coarse": 75.7, "fine": 80.3}),
+    ],
+)
+def test_the_papers_figures(table: str, row: str, values: dict[str, float]) -> None:
+    published = read_paper().tables[table].row(row)
+    assert published is not None
+    assert {name: published.values[name] for name in values} == values
+    assert published.place.startswith(f"Table {table.removeprefix('table')},")
+
+
+def test_contradictions_of_the_paper_are_noted_where_they_are() -> None:
+    table2 = read_paper().tables["table2"]
+    values = {row.name: row.values for row in table2.rows}
+    for family, eta, printed, really in (("DeiT-S", "0.75", 1.32, 1.42), ("LV-ViT-S", "1", 1.31, 1.20)):
+        speeds = [values[f"{family} {kind}"]["images_per_second"] for kind in (eta, "plain")]
+        assert round(speeds[0] / speeds[1], 2) == really
+        assert values[f"{family} {eta}"]["speedup"] == printed
+        assert any(str(printed) in note and f"{really:.2f}" in note for note in table2.notes)
+    others = [row for row in table2.rows if "speedup" in row.values and row.values["speedup"] not in (1.32, 1.31)]
+    for row in others:
+        family = row.name.split()[0]
+        ratio = row.values["images_per_second"] / values[f"{family} plain"]["images_per_second"]
+        assert ratio == pytest.approx(row.values["speedup"], abs=0.015)
+
+
+@pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
+def test_studies_are_of_runs_and_rows_that_there_are(study: Any) -> None:
+    paper = read_paper().tables[study.name]
+    assert set(study.runs) <= set(RUNS)
+    if study.kind == "ablation":
+        assert {variant.published for variant in study.variants} == {row.name for row in paper.rows}
+
+
+def test_each_table_and_figure_of_experiments_is_there() -> None:
+    figures = ["fig1a", "fig1b", "fig5", "fig6", "fig7", "fig8", "fig9"]
+    assert list(STUDIES) == [*(f"table{i}" for i in range(1, 9)), *figures] == list(read_paper().tables)
+    assert find_studies("all") == list(STUDIES.values())
+    assert [study.name for study in find_studies("table4")] == ["table4"]
+
+
+def test_a_mistyped_name_gets_the_nearest(fails: Fails) -> None:
+    with fails("no 'tabel4' to reproduce: did you mean 'table4'", UsageError):
+        find_studies("tabel4")
+    with fails("choose among table1, .*all", UsageError):
+        find_studies("?")
+
+
+def test_runs_differ_from_the_default_in_what_they_are_named_after_alone() -> None:
+    base = Recipe(data="here", coarse_grid=7)
+    default = RUNS[DEFAULT].recipe(base, seed=3)
+    assert (default.seed, default.coarse_grid, default.data) == (3, 7, "here")
+    for name, spec in RUNS.items():
+        recipe = spec.recipe(base, seed=3)
+        changed = {k for k in Recipe.__dataclass_fields__ if getattr(recipe, k) != getattr(default, k)}
+        assert changed == ({"coarse_grid"} if name == "larger-grid" else set(spec.changes)), name
+
+
+@pytest.mark.parametrize(("grid", "larger"), [(7, 9), (3, 4), ("5x8", "6x10"), (1, 1)])
+def test_the_larger_grid_is_as_9_to_7(grid: int | str, larger: int | str) -> None:
+    assert RUNS["larger-grid"].recipe(Recipe(coarse_grid=grid), seed=0).coarse_grid == larger
+
+
+def test_shared_runs_come_first_and_once() -> None:
+    names = [spec.name for spec in runs_needed(find_studies("all"))]
+    assert names == list(RUNS)
+    assert names[:2] == [DEFAULT, PLAIN]
+    assert [spec.name for spec in runs_needed([STUDIES["table8"], STUDIES["fig8"]])] == [DEFAULT, "loss-ce"]
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2h", 7200), ("90m", 5400), ("300s", 300), ("1.5H", 5400)])
+def test_budgets(text: str, seconds: float) -> None:
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["2", "h", "-2h", "2d", "0s", ""])
+def test_what_is_no_budget(text: str, fails: Fails) -> None:
+    with fails("give a time such as 2h, 90m or 300s", UsageError):
+        parse_budget(text)
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (3.4, 89, 90, 3000, 9000)] == ["3 s", "89 s", "2 min", "50 min", "2.5 h"]
+
+
+def test_a_command_can_be_given_again() -> None:
+    flags = {"data": "my data", "model": None, "seeds": (0, 1), "speed": False, "compile": True}
+    line = command_line("table2", {**flags, "timm_kwargs": {"patch_size": 8}})
+    assert shlex.split(line) == [
+        *["cfvit", "reproduce", "table2", "--data", "my data", "--seeds", "0", "1", "--no-speed", "--compile"],
+        *["--timm-kwargs.patch-size", "8"],
+    ]
+
+
+def _scored(*logits: Tensor, labels: Tensor) -> Scored:
+    return Scored(logits, labels, torch.arange(len(labels)))
+
+
+def _run(holdout: Scored, validation: Scored, stages: str = "both") -> Finished:
+    macs = StageMacs(coarse=10**9, fine=3 * 10**9, backbone=5 * 10**9)
+    record = RunRecord("run", stages, "2", 0, 1, 1.0, True, None, {}, {}, {})
+    return Finished(Recipe().replace({"stages": stages}), Path(), record, holdout, validation, macs)
+
+
+@pytest.fixture
+def runs() -> tuple[Finished, Finished]:
+    """CF-ViT, better at the fine stage, and a plain ViT in between, on 200 images of 4 classes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def answers(labels: Tensor, strength: float) -> Tensor:
+        return torch.randn(len(labels), 4, generator=generator) + strength * torch.eye(4)[labels]
+
+    parts = []
+    for _ in range(2):
+        labels = torch.randint(4, (200,), generator=generator)
+        parts.append((_scored(answers(labels, 1), answers(labels, 3), labels=labels), answers(labels, 2), labels))
+    ours = _run(parts[0][0], parts[1][0])
+    plain = _run(*(_scored(logits, labels=labels) for _, logits, labels in parts), stages="backbone")
+    return ours, plain
+
+
+def _accuracy(scored: Scored, eta: float) -> tuple[float, float]:
+    """Top-1 in percent and the share that goes on, image by image."""
+    right = hard = 0
+    for coarse, fine, label in zip(*scored.logits, scored.labels.tolist(), strict=True):
+        goes_on = eta >= 1 or float(coarse.softmax(0).max()) < eta
+        hard += goes_on
+        right += int((fine if goes_on else coarse).argmax()) == label
+    return 100 * right / len(scored.labels), hard / len(scored.labels)
+
+
+def test_parity_is_the_cheapest_eta_as_good_as_the_plain_vit_on_the_holdout(runs: tuple[Finished, Finished]) -> None:
+    ours, plain = runs
+    eta = parity_threshold(ours, plain)
+    assert eta is not None
+    goal = 100 * float((plain.holdout.logits[0].argmax(-1) == plain.holdout.labels).double().mean())
+    accuracy, share = _accuracy(ours.holdout, eta)
+    assert accuracy >= goal
+    cheaper = [_accuracy(ours.holdout, i / 1000) for i in range(1001)]
+    assert all(a < goal for a, s in cheaper if s < share)
+    point = at(ours, eta)
+    assert (point.accuracy, 1 - point.exit_share) == pytest.approx(_accuracy(ours.validation, eta))
+    assert point.gmacs == pytest.approx(1 + 3 * (1 - point.exit_share))
+
+
+def test_parity_out_of_reach_is_told(runs: tuple[Finished, Finished]) -> None:
+    ours, plain = runs
+    perfect = _scored(torch.eye(4)[plain.holdout.labels], labels=plain.holdout.labels)
+    point = OperatingPoint("CF-ViT, eta at parity", DEFAULT, "parity")
+    row = operating_row(point, [ours], {0: _run(perfect, perfect, "backbone")}, None)
+    assert row.cells["accuracy"].ours is None
+    assert row.missing == "no eta reaches the plain ViT's accuracy on the hold-out"
+    assert operating_row(point, [ours], {}, None).missing == "the plain ViT is not there"
+    assert operating_row(point, [ours], {0: plain}, None).missing is None
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 0.6, 1.0])
+def test_counts_are_of_the_images_that_a_stage_answers(runs: tuple[Finished, Finished], eta: float) -> None:
+    ours, _ = runs
+    coarse, fine = count_right(ours, eta)
+    assert 100 * (coarse + fine) / 200 == pytest.approx(_accuracy(ours.validation, eta)[0])
+    assert (coarse == 0) == (eta == 1)
+    assert (fine == 0) == (eta == 0)
+
+
+def test_means_and_spreads_over_seeds() -> None:
+    assert summarise([70.0, 74.0, 72.0], 80.8) == Cell(72.0, 4.0, 80.8)
+    assert summarise([], 80.8) == Cell(None, 0.0, 80.8)
+
+
+def test_a_table_has_ours_beside_the_papers_and_says_what_is_missing(tmp_path: Path) -> None:
+    rows = [
+        Row("random", {"coarse": Cell(70.0, 4.0, 75.3), "fine": Cell(71.0)}, 2, "Table 4"),
+        Row("none", {"coarse": Cell(None, 0.0, 75.2), "fine": Cell(None)}, 0, "", "did not fit"),
+        Row("detail", {"fine": Cell(1.0)}, 1, shown=False),
+    ]
+    headings, lines = table_of(rows)
+    assert headings == ["", "coarse top-1 %", "paper", "fine top-1 %", "place in the paper", "missing"]
+    assert lines[0] == ["random", "70.00 (spread 4.00)", "75.3", "71.00 (spread 0.00)", "Table 4", ""]
+    assert lines[1] == ["none", "-", "75.2", "-", "", "did not fit"]
+    assert len(lines) == 2
+    write_csv(tmp_path / "table.csv", rows)
+    assert (tmp_path / "table.csv").read_text().splitlines() == [
+        "row,coarse,coarse_spread,coarse_paper,fine,fine_spread,fine_paper,seeds,place,missing",
+        "random,70,4,75.3,71,0,,2,Table 4,",
+        "none,,,75.2,,,,0,,did not fit",
+        "detail,,,,1,0,,1,,",
+    ]
