@@ -28,11 +28,11 @@ from cfvit.benchmark.real import SCOPES, measure_real, read_images
 from cfvit.benchmark.report import Bench, cells, doubts_of, draw, papers_comparison, to_json, to_markdown
 from cfvit.benchmark.run import run_bench
 from cfvit.calibration import Estimate
+from cfvit.conditions import Conditions
 from cfvit.confidence import ExitRule
 from cfvit.data import open_images
 from cfvit.evaluation.timing import Timing
 from cfvit.inference import goes_on
-from cfvit.reproduction.conditions import Conditions
 from cfvit.variants import Mode
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -440,9 +440,9 @@ def test_beside_the_papers_table() -> None:
     ]
     assert papers_comparison(_bench(rows)) == [
         ["plain", "-", "2601", "1.00", "20", "1.00"],
-        ["0.5", "24%", "4903", "1.89", "36", "1.80"],
+        ["0.5", "24%", "4903", "1.89", "36", "1.80 (1.75 to 1.85)"],
         ["0.75", "51%", "3701", "1.42", "-", "-"],
-        ["1.0", "100%", "2760", "1.06", "25", "1.25"],
+        ["1.0", "100%", "2760", "1.06", "25", "1.25 (1.20 to 1.30)"],
     ]
     assert papers_comparison(_bench(rows, grid=(9, 9))) == []
     assert "Beside the paper" in to_markdown(_bench(rows))

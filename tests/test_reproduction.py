@@ -20,12 +20,12 @@ from conftest import Outcome
 from PIL import Image
 
 from cfvit import CoarseToFineViT, load
+from cfvit.conditions import conditions_of
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
 from cfvit.processes import Process
 from cfvit.reproduction import runs as running
 from cfvit.reproduction import speed
-from cfvit.reproduction.conditions import conditions_of
 from cfvit.reproduction.reproduce import Request, reproduce
 from cfvit.reproduction.runs import Finished, Missing, Runs, read_record, write_record
 from cfvit.reproduction.studies import DEFAULT, RUNS
@@ -123,7 +123,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _runs(recipe: Recipe, out: Path, deadline: float | None = None) -> Runs:
-    return Runs(recipe, out, deadline, conditions_of(recipe, ""), _quiet)
+    return Runs(recipe, out, deadline, conditions_of(torch.float32, ""), _quiet)
 
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
@@ -454,7 +454,7 @@ def test_a_study_whose_runs_are_all_missing_has_no_picture(recipe: Recipe, tmp_p
 
 
 def test_conditions_say_where_it_ran(recipe: Recipe) -> None:
-    told = asdict(conditions_of(recipe, "the command"))
+    told = asdict(conditions_of(torch.float32, "the command"))
     assert told["command"] == "the command"
     assert "thread" in told["hardware"]
     assert "timm " in told["versions"]

@@ -14,9 +14,9 @@ from cfvit.benchmark.contenders import BACKBONE, NEAR, PREDICTOR
 from cfvit.benchmark.measure import COMPUTING, Batch, Plan, Row
 from cfvit.calibration import Estimate
 from cfvit.checkpoints import atomic_write
+from cfvit.conditions import Conditions
 from cfvit.evaluation.explain import require_matplotlib
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
-from cfvit.reproduction.conditions import Conditions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -138,13 +138,13 @@ def papers_comparison(bench: Bench) -> list[list[str]]:
     table = []
     for eta, share, speed in PAPERS_SPEED:
         found = [row for row in rows if _answers_papers(row, share)]
-        here = ["-", "-"] if not found else [f"{found[0].images_per_second:.0f}", f"{found[0].ratio.value:.2f}"]
+        here = [[f"{row.images_per_second:.0f}", _ratio(row.ratio, row.telling)] for row in found] or [["-", "-"]]
         setting = ["plain", "-"] if eta is None else [f"{eta}", f"{share:.0%}"]
-        table.append([*setting, str(speed), f"{speed / PAPERS_SPEED[0][2]:.2f}", *here])
+        table.append([*setting, str(speed), f"{speed / PAPERS_SPEED[0][2]:.2f}", *here[0]])
     return table
 
 
-PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s", "here, x")
+PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s", "here, x backbone, same mode")
 
 
 def _answers_papers(row: Row, share: float | None) -> bool:

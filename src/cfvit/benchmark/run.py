@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,11 +12,10 @@ from cfvit.benchmark.measure import Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
+from cfvit.conditions import conditions_of
 from cfvit.data import DataSource
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseToFineViT
-from cfvit.reproduction.conditions import conditions_of
-from cfvit.training.recipes import Recipe
 
 
 def run_bench(
@@ -57,9 +55,8 @@ def run_bench(
         if source is not None:
             real.append(measure_real(model, source, size, plan))
             watch(real[-1])
-    precision = str(next(model.parameters()).dtype).removeprefix("torch.")
     return Bench(
-        conditions=dataclasses.replace(conditions_of(Recipe(), command), dtype=precision),
+        conditions=conditions_of(next(model.parameters()).dtype, command),
         model=name,
         backbone=model.config.backbone,
         grid=model.grid,

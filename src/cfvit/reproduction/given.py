@@ -11,6 +11,7 @@ import timm
 from timm.data.config import resolve_model_data_config
 
 from cfvit.checkpoints import CONFIG_FILE, load
+from cfvit.conditions import Conditions
 from cfvit.data import EvalImages
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import labelled_images
@@ -18,7 +19,6 @@ from cfvit.flops import count_macs
 from cfvit.labels import readable_class_names
 from cfvit.model import CoarseToFineViT, create_model
 from cfvit.processes import best_device
-from cfvit.reproduction.conditions import Conditions
 from cfvit.reproduction.runs import Finished, RunRecord, score
 from cfvit.reproduction.studies import DEFAULT, Study
 from cfvit.training.recipes import Recipe

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cfvit.checkpoints import atomic_write
+from cfvit.conditions import Conditions, conditions_of
 from cfvit.errors import CfvitError, UsageError
 from cfvit.evaluation.explain import require_matplotlib
+from cfvit.processes import best_device
 from cfvit.reproduction.budget import duration
-from cfvit.reproduction.conditions import Conditions, conditions_of
 from cfvit.reproduction.given import (
     Given,
     as_finished,
@@ -26,6 +27,7 @@ from cfvit.reproduction.rows import Row
 from cfvit.reproduction.runs import Finished, Missing, Runs, require_splits, restore
 from cfvit.reproduction.studies import ALL, DEFAULT, PAPERS_METHOD, Study, find_studies, runs_needed
 from cfvit.reproduction.writing import Account, describe_recipe, write_csv, write_markdown, write_runs
+from cfvit.training.preparation import dtype_of
 from cfvit.training.recipes import RECIPES, Recipe
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
@@ -87,7 +89,7 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
     studies = find_studies(request.name)
     _require_papers_method(request.recipe)
     _require_writable(request.out)
-    conditions = conditions_of(request.recipe, request.command)
+    conditions = conditions_of(dtype_of(request.recipe, best_device()), request.command)
     if request.model is not None:
         _from_model(request, studies, conditions, show)
         return []

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfvit.checkpoints import WEIGHTS_FILE, atomic_write, load
+from cfvit.conditions import Conditions
 from cfvit.confidence import ExitRule
 from cfvit.data import EvalImages, eval_loader
 from cfvit.errors import CfvitError, UsageError, first_line
@@ -23,13 +24,12 @@ from cfvit.flops import StageMacs, count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process, best_device
 from cfvit.reproduction.budget import duration
-from cfvit.reproduction.conditions import Conditions
 from cfvit.reproduction.studies import DEFAULT, RunSpec
 from cfvit.training.loop import (
-    FREE_TO_CHANGE,
-    FREE_TO_FORK,
     ALL_CELLS_FILE,
     CHECKPOINT_FILE,
+    FREE_TO_CHANGE,
+    FREE_TO_FORK,
     RECIPE_FILE,
     Stopped,
     train,

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfvit.checkpoints import atomic_write
-from cfvit.reproduction.conditions import Conditions
+from cfvit.conditions import Conditions
 from cfvit.reproduction.paper import read_paper
 from cfvit.reproduction.rows import HEADINGS, Cell, Finished, Row, at, parity_threshold, top1
 from cfvit.reproduction.studies import Study

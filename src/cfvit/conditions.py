@@ -13,8 +13,6 @@ import torch
 
 import cfvit
 from cfvit.processes import best_device
-from cfvit.training.preparation import dtype_of
-from cfvit.training.recipes import Recipe
 
 REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
@@ -40,14 +38,14 @@ class Conditions:
     date: str
 
 
-def conditions_of(recipe: Recipe, command: str) -> Conditions:
+def conditions_of(dtype: torch.dtype, command: str) -> Conditions:
     """The conditions here and now."""
     device = best_device()
     packages = [f"Python {platform.python_version()}", f"cfvit {cfvit.__version__}"]
     return Conditions(
         command=command,
         hardware=_hardware(device),
-        dtype=str(dtype_of(recipe, device)).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         versions=", ".join(packages + [f"{name} {version(name)}" for name in REPORTED_PACKAGES]),
         commit=_commit(Path(cfvit.__file__)),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
