@@ -98,7 +98,8 @@ def calibrate_model(
     require_reachable(wish.target, macs, latency)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    collected, unreadable = collect_with_progress(model, model.data_config, source, batch_size, workers, process)
+    network = accelerate(model)
+    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
     coarse, fine = collected.logits
     check_logits(coarse, "coarse")
     check_logits(fine, "fine")
@@ -202,8 +203,8 @@ def check_drift_of(
     Returns:
         What was found, and the names of images that could not be read and do not count.
     """
-    model = model.eval().to(process.device)
+    network = accelerate(model.eval().to(process.device))
     collected, unreadable = collect_with_progress(
-        lambda images: (model.coarse(images).logits,), model.data_config, source, batch_size, workers, process
+        lambda images: (network.coarse(images).logits,), model.data_config, source, batch_size, workers, process
     )
     return check_drift(calibration, collected.logits[0]), unreadable

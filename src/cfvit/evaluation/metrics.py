@@ -15,6 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cfvit.acceleration import accelerate
 from cfvit.calibration import rank_images
 from cfvit.confidence import ExitRule
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data
@@ -229,7 +230,8 @@ def evaluate_model(
         CfvitError: not one image could be read.
     """
     model = model.eval().to(process.device)
-    collected, unreadable = collect_with_progress(model, model.data_config, source, batch_size, workers, process)
+    network = accelerate(model)
+    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
     macs = count_macs(model)
     coarse, fine = collected.logits
     own = () if model.threshold is None else (model.threshold,)
