@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from cfvit import CoarseToFineViT, Predictor, acceleration
-from cfvit.acceleration import PackedLinear, accelerate
+from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accelerate_training
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
@@ -32,6 +32,7 @@ MakeImages = Callable[..., Tensor]
 def pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing, whatever this processor would say of it."""
     monkeypatch.setattr(acceleration, "packing_pays", lambda: True)
+    monkeypatch.setattr(acceleration, "convolving_pays", lambda: True)
 
 
 @pytest.fixture
@@ -357,3 +358,42 @@ def test_a_trial_leaves_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch
     acceleration.packing_pays.cache_clear()
     assert isinstance(acceleration.packing_pays(), bool)
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 192), (2, 7, 192), (2, 1, 192)])
+def test_a_convolution_is_the_linear_layer(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(192, 256)
+    x = torch.randn(shape, requires_grad=True)
+    plain, convolved = linear(x), ConvolvedLinear(linear)(x)
+    torch.testing.assert_close(convolved, plain, atol=1e-5, rtol=1e-5)
+    target = torch.randn_like(plain)
+    wanted = (x, linear.weight, linear.bias)
+    for one, other in zip(
+        *(torch.autograd.grad((out * target).sum(), wanted) for out in (plain, convolved)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_training_changes_the_very_weights_of_the_model(make_model: MakeModel, images: Tensor) -> None:
+    """Same names, same parameters, same gradients; what is small stays linear."""
+    model = make_model(**WIDE).train()
+    network = accelerate_training(model)
+    assert sum(isinstance(module, ConvolvedLinear) for module in network.modules()) == 4 * 4 + 2
+    named, own = dict(network.named_parameters()), dict(model.named_parameters())
+    assert named.keys() == own.keys()
+    assert all(named[name] is own[name] for name in own)
+    gradients = []
+    for one in (model, network):
+        torch.stack([logits.square().mean() for logits in one(images)]).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in own.items()})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_where_convolutions_do_not_pay_the_model_itself_trains(
+    model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acceleration, "convolving_pays", lambda: False)
+    assert accelerate_training(model) is model

@@ -14,7 +14,7 @@ from timm.layers import GELU, Mlp
 from torch import Tensor, nn
 
 WORTHWHILE = 1.1
-"""How many times faster packed layers must be on this processor to be used."""
+"""How many times faster a stand-in must be on this processor to be used."""
 
 FEWEST_WEIGHTS = 2**15
 """Smaller layers are left as they are: calling them takes longer than multiplying."""
@@ -47,6 +47,23 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
 
 
+class ConvolvedLinear(nn.Module):
+    """A linear layer computed as a 1 x 1 convolution, forwards and backwards, for training on a CPU.
+
+    torch gives convolutions to oneDNN, if more than one thread computes; see `PackedLinear`. The parameters are those
+    of the layer that it stands in for.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # an image of one column, channels last
+        out = F.conv2d(rows, self.weight[..., None, None], self.bias)
+        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
 _ROWS = 1024
 """For how many rows of input oneDNN lays out the weights; any number may come."""
 
@@ -59,7 +76,16 @@ def accelerate(network: Network) -> Network:
     copy is in evaluation mode and shares all other weights with the original; it must be made anew after training
     has changed them, and is not for autocast.
     """
-    return _packed(network).eval() if may_be_packed(network) and packing_pays() else network
+    return _twin(network, PackedLinear).eval() if may_be_packed(network) and packing_pays() else network
+
+
+def accelerate_training(network: Network) -> Network:
+    """The network for training on its own device, with the same gradients up to rounding.
+
+    On a CPU and in float32, a copy with all parameters and buffers of the original in which linear layers run as
+    convolutions, if a trial as of `accelerate` finds that this pays; elsewhere the network itself.
+    """
+    return _twin(network, ConvolvedLinear) if may_be_packed(network) and convolving_pays() else network
 
 
 def may_be_packed(network: nn.Module) -> bool:
@@ -68,13 +94,15 @@ def may_be_packed(network: nn.Module) -> bool:
     return parameter is not None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
 
 
-def _packed(module: Any) -> Any:
-    """A copy of the tree of modules that shares their tensors, with linear layers packed."""
+def _twin(module: Any, stand_in: Callable[[nn.Linear], nn.Module]) -> Any:
+    """A copy of the tree of modules that shares their tensors, with something else in the place of linear layers."""
     if _is_worth_packing(module):
-        return PackedLinear(module)
+        return stand_in(module)
     twin = copy.copy(module)
-    twin._modules = {name: _packed(child) if child is not None else None for name, child in module._modules.items()}
-    if type(module) is Mlp and _is_worth_packing(module.fc1) and _is_exact_gelu(module.act):
+    children = module._modules.items()
+    twin._modules = {name: _twin(child, stand_in) if child is not None else None for name, child in children}
+    fuses = stand_in is PackedLinear and type(module) is Mlp
+    if fuses and _is_worth_packing(module.fc1) and _is_exact_gelu(module.act):
         twin._modules |= {"fc1": PackedLinear(cast(nn.Linear, module.fc1), gelu=True), "act": nn.Identity()}
     return twin
 
@@ -99,12 +127,28 @@ def packing_pays() -> bool:
     """Whether oneDNN multiplies matrices of a ViT's size notably faster than torch's default here."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    with torch.random.fork_rng(devices=[]):  # a trial is not to change what a seed gives
-        linear, rows = nn.Linear(384, 1536), torch.randn(256, 384)
+    linear, rows = _trial()
     packed = PackedLinear(linear)
     with torch.inference_mode():
-        usual = _quickest(lambda: F.linear(rows, linear.weight, linear.bias))
-        return usual > WORTHWHILE * _quickest(lambda: packed(rows))
+        return _quickest(lambda: linear(rows)) > WORTHWHILE * _quickest(lambda: packed(rows))
+
+
+@cache
+def convolving_pays() -> bool:
+    """Whether linear layers train notably faster as convolutions here."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    linear, rows = _trial()
+    convolved, rows = ConvolvedLinear(linear), rows.requires_grad_()
+    with torch.enable_grad():
+        usual = _quickest(lambda: torch.autograd.grad(linear(rows).sum(), (rows, linear.weight)))
+        return usual > WORTHWHILE * _quickest(lambda: torch.autograd.grad(convolved(rows).sum(), (rows, linear.weight)))
+
+
+def _trial() -> tuple[nn.Linear, Tensor]:
+    """A layer and its input, of the size that a ViT has."""
+    with torch.random.fork_rng(devices=[]):  # a trial is not to change what a seed gives
+        return nn.Linear(384, 1536), torch.randn(1024, 384)
 
 
 def _quickest(call: Callable[[], object], times: int = 8) -> float:

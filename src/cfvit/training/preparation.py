@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cfvit import data as datasets
+from cfvit.acceleration import accelerate_training
 from cfvit.checkpoints import initialise
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.model import CoarseToFineViT, TokenOutput, create_model
@@ -174,7 +175,7 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
     Raises:
         CfvitError: no such optimiser or teacher, too few images for one step.
     """
-    network: Any = _network(recipe, model)
+    network: Any = accelerate_training(_network(recipe, model))
     trainable: nn.Module = model.backbone if recipe.stages == "backbone" else model
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = _optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
