@@ -397,3 +397,26 @@ def test_where_convolutions_do_not_pay_the_model_itself_trains(
 ) -> None:
     monkeypatch.setattr(acceleration, "convolving_pays", lambda: False)
     assert accelerate_training(model) is model
+
+
+@packs
+def test_torchs_defaults_do_not_matter_to_a_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            acceleration.packing_pays.cache_clear()
+            acceleration.convolving_pays.cache_clear()
+            assert isinstance(acceleration.packing_pays(), bool)
+            assert isinstance(acceleration.convolving_pays(), bool)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@packs
+def test_a_predictor_follows_a_module_that_is_replaced(model: CoarseToFineViT, images: Tensor) -> None:
+    predictor = Predictor(model, 1)
+    predictor(images)
+    _mlp(model).act = nn.ReLU()
+    with torch.inference_mode():
+        torch.testing.assert_close(predictor(images).logits, model(images).fine, atol=1e-4, rtol=0)

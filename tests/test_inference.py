@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cfvit import CfvitError, CoarseState, CoarseToFineOutput, CoarseToFineViT, Prediction, Predictor, load
-from cfvit.inference import COARSE, FINE, PATIENCE, StreamedPrediction, _Hard, _Queue, goes_on
+from cfvit.inference import COARSE, FINE, FINE_BATCH, StreamedPrediction, _Hard, _Queue, goes_on
 from cfvit.tokens import coarse_image
 
 COUNT = 6
@@ -289,7 +290,7 @@ class TestStream:
         _assert_streamed(answers, predictor(images))
         if ordered:
             assert torch.cat([answer.index for answer in answers]).tolist() == list(range(len(images)))
-        full = fine_batch or next(size for size in sizes if size)
+        full = fine_batch or FINE_BATCH["cpu"]
         assert all(count == full for count in calls[:-1])
         assert all(0 < count <= full for count in calls[-1:])
 
@@ -299,16 +300,19 @@ class TestStream:
     def test_fine_batches_of_a_long_stream_are_full(self, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
         predictor = Predictor(steady, middle)
         predictor._fine = _recording(predictor._fine, calls := [])
-        answered = sum(len(answer.index) for answer in predictor.stream(many[:5] for _ in range(60)))
+        answered = sum(len(answer.index) for answer in predictor.stream((many[:5] for _ in range(60)), fine_batch=5))
         assert answered == 300
         assert len(calls) > 10
         assert sum(calls) / (5 * len(calls)) >= 0.95
 
-    def test_an_empty_first_batch_does_not_make_small_fine_batches(self, steady: CoarseToFineViT, many: Tensor) -> None:
+    @pytest.mark.parametrize("first", [0, 1, 4])
+    def test_small_batches_do_not_make_small_fine_batches(
+        self, first: int, steady: CoarseToFineViT, many: Tensor
+    ) -> None:
         predictor = Predictor(steady, 1)
         predictor._fine = _recording(predictor._fine, calls := [])
-        list(predictor.stream([many[:0], many[:4], many[4:8]]))
-        assert calls == [4, 4]
+        list(predictor.stream([many[:first], *(many[i : i + 1] for i in range(20)), many[:20]]))
+        assert calls == [FINE_BATCH["cpu"], first + 40 - FINE_BATCH["cpu"]]
 
     def test_a_hard_image_of_an_endless_stream_waits_for_a_bounded_number(
         self, steady: CoarseToFineViT, many: Tensor, middle: float
@@ -316,11 +320,11 @@ class TestStream:
         predictor = Predictor(steady, middle)
         hard, easy = _hard_first(predictor, many)
         source = _Counted(itertools.chain([torch.cat([hard, easy])], (easy.clone() for _ in itertools.count())))
-        for answer in predictor.stream(source, fine_batch=2):
+        for answer in predictor.stream(source, fine_batch=2, patience=50):
             if answer.stage[0] == FINE:
                 assert answer.index.tolist() == [0]
                 break
-        assert PATIENCE * 2 < source.read <= PATIENCE * 2 + 2
+        assert 50 < source.read <= 50 + 2
 
     def test_in_order_what_is_behind_a_hard_image_waits_with_it(
         self, steady: CoarseToFineViT, many: Tensor, middle: float
@@ -331,9 +335,9 @@ class TestStream:
         first = next(iter(predictor.stream(source, fine_batch=1, ordered=True)))
         assert first.index.tolist() == [0]
         source = _Counted(itertools.chain([hard.clone()], (easy.clone() for _ in itertools.count())))
-        following = itertools.islice(predictor.stream(source, fine_batch=3, ordered=True), 2)
+        following = itertools.islice(predictor.stream(source, fine_batch=3, patience=30, ordered=True), 2)
         assert torch.cat([answer.index for answer in following]).tolist() == list(range(source.read))
-        assert source.read <= PATIENCE * 3 + 2
+        assert source.read <= 30 + 2
 
     @pytest.mark.parametrize("ordered", [False, True])
     def test_images_are_let_go(self, ordered: bool, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
@@ -459,12 +463,17 @@ class TestStream:
         with pytest.raises(CfvitError, match=r"\[24, 3, 32, 32\]: give normalised \[B, 3, 16, 16\]"):
             list(answers)
 
-    @pytest.mark.parametrize("fine_batch", [0, -1])
-    def test_a_fine_batch_of_none_is_refused_before_anything_is_read(
-        self, fine_batch: int, steady: CoarseToFineViT
+    @pytest.mark.parametrize("given", [{"fine_batch": 0}, {"fine_batch": -1}, {"patience": 0}])
+    def test_numbers_below_one_are_refused_before_anything_is_read(
+        self, given: dict[str, Any], steady: CoarseToFineViT
     ) -> None:
-        with pytest.raises(CfvitError, match=rf"^fine_batch is {fine_batch}: give at least 1"):
-            Predictor(steady, 1).stream([], fine_batch=fine_batch)
+        ((name, value),) = given.items()
+        with pytest.raises(CfvitError, match=rf"^{name} is {value}: give at least 1"):
+            Predictor(steady, 1).stream([], **given)
+
+    def test_answers_are_picked_by_a_mask(self, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
+        (answer,) = Predictor(steady, 0).stream([many[:4]])
+        assert answer[torch.tensor([False, True, False, True])].index.tolist() == [1, 3]
 
     def test_an_image_that_is_not_a_number_goes_on_and_spoils_no_other(
         self, steady: CoarseToFineViT, many: Tensor, middle: float

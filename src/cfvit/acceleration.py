@@ -148,7 +148,8 @@ def convolving_pays() -> bool:
 def _trial() -> tuple[nn.Linear, Tensor]:
     """A layer and its input, of the size that a ViT has."""
     with torch.random.fork_rng(devices=[]):  # a trial is not to change what a seed gives
-        return nn.Linear(384, 1536), torch.randn(1024, 384)
+        exact: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are
+        return nn.Linear(384, 1536, **exact), torch.randn(1024, 384, **exact)
 
 
 def _quickest(call: Callable[[], object], times: int = 8) -> float:

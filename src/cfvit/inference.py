@@ -14,8 +14,11 @@ from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
 
 COARSE, FINE = 0, 1
-PATIENCE = 32
-"""Batches of the fine stage after which a hard image of a stream waits no longer for company."""
+FINE_BATCH = {"cpu": 32, "cuda": 256}
+"""Images of a stream that the fine stage takes together, by device; elsewhere as on a GPU."""
+
+PATIENCE = 256
+"""So many batches of the fine stage may pass in images before a hard image of a stream waits no longer for company."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +47,8 @@ class StreamedPrediction(Prediction):
     index: Tensor
 
     def __getitem__(self, rows: slice | Tensor) -> StreamedPrediction:
-        return StreamedPrediction(*(getattr(self, f.name)[rows] for f in fields(self)))
+        places = rows.cpu() if isinstance(rows, Tensor) else rows
+        return StreamedPrediction(self.logits[rows], self.confidence[rows], self.stage[rows], self.index[places])
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,29 +136,34 @@ class Predictor:
     def _placed(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         self.model.check_images(images, size)  # at once, and not only when one of them goes on
         parameter = next(self.model.parameters())
-        return images.to(parameter.device, parameter.dtype, non_blocking=True)
+        overlaps = parameter.device.type != "cpu"  # what the CPU reads at once has to be there
+        return images.to(parameter.device, parameter.dtype, non_blocking=overlaps)
 
     def stream(
         self,
         batches: Iterable[Tensor],
         *,
         fine_batch: int | None = None,
+        patience: int | None = None,
         ordered: bool = False,
         whole: Callable[[list[int]], Tensor] | None = None,
     ) -> Iterator[StreamedPrediction]:
         """Classifies a stream of batches, gathering the hard images of many batches into full ones for the fine stage.
 
         Easy images are answered at once, hard ones when ``fine_batch`` of them have come together, or
-        `PATIENCE` times as many images have passed, or the stream ends; so it may be endless. Besides the batch in
+        ``patience`` images have passed, or the stream ends; so it may be endless. Besides the batch in
         hand, fewer than ``fine_batch`` plus a batch of images are kept. If ``batches`` raises, the images that it
-        gave before are answered first.
+        gave before are answered first; if ``whole`` does, those that wait are lost.
 
         Args:
             batches: normalised images, ``[B, 3, S, S]`` each, of any number.
-            fine_batch: images in a batch of the fine stage; by default as many as in the first batch that is not empty.
+            fine_batch: images in a batch of the fine stage; by default `FINE_BATCH`.
+            patience: images that may pass while a hard one waits; by default `PATIENCE` times ``fine_batch``. Where
+                fewer than ``fine_batch`` of so many images are hard, fine batches are not full.
             ordered: give the answers in the order of the images, those behind a hard one waiting with it.
             whole: where ``batches`` are at half their sides (``model.coarse_size``): what gives the whole images
-                ``[n, 3, S, S]`` of those that go on, by their places in the stream.
+                ``[n, 3, S, S]`` of those that go on, by their places in the stream. Where it fills the same pinned
+                memory again, that has to wait for the copy to a GPU.
 
         Yields:
             Each image's answer once, some at a time.
@@ -162,13 +171,17 @@ class Predictor:
         Raises:
             CfvitError: images of another shape.
         """
-        if fine_batch is not None and fine_batch < 1:
-            raise CfvitError(f"fine_batch is {fine_batch}: give at least 1, or None for the first batch's")
-        answers = self._answers(batches, fine_batch, whole)
+        device = next(self.model.parameters()).device.type
+        fine_batch = FINE_BATCH.get(device, FINE_BATCH["cuda"]) if fine_batch is None else fine_batch
+        patience = PATIENCE * fine_batch if patience is None else patience
+        for name, value in (("fine_batch", fine_batch), ("patience", patience)):
+            if value < 1:
+                raise CfvitError(f"{name} is {value}: give at least 1, or leave it out")
+        answers = self._answers(batches, fine_batch, patience, whole)
         return _in_order(answers) if ordered else answers
 
     def _answers(
-        self, batches: Iterable[Tensor], fine_batch: int | None, whole: Callable[[list[int]], Tensor] | None
+        self, batches: Iterable[Tensor], fine_batch: int, patience: int, whole: Callable[[list[int]], Tensor] | None
     ) -> Iterator[StreamedPrediction]:
         queue = _Queue()
         size = self.model.image_size if whole is None else self.model.coarse_size
@@ -184,15 +197,14 @@ class Predictor:
                 failure = error
                 break
             seen += len(images)
-            fine_batch = fine_batch or len(images)
             queue.put(hard)
             if len(easy.index):
                 yield easy
             del images, easy, hard  # they would live until the next batch has come and been looked at
-            while queue.count and (queue.count >= fine_batch or queue.waits_since(seen) > PATIENCE * fine_batch):
+            while queue.count and (queue.count >= fine_batch or queue.waits_since(seen) > patience):
                 yield self._look_again(queue.take(fine_batch), whole)
         while queue.count:
-            yield self._look_again(queue.take(fine_batch or 1), whole)
+            yield self._look_again(queue.take(fine_batch), whole)
         if failure is not None:
             raise failure
 
@@ -202,11 +214,12 @@ class Predictor:
         images = self._placed(images, size)
         state = self._coarse(images)
         confidence = self.model.exit_rule.coarse(state.logits)
-        on = goes_on(confidence, self.threshold)
-        easy, hard = (~on).nonzero().flatten(), on.nonzero().flatten()
+        on = goes_on(confidence, self.threshold).cpu()  # the only wait for the device
+        places = [which.nonzero().flatten() for which in (~on, on)]
+        easy, hard = (rows.to(images.device, non_blocking=True) for rows in places)
         stage = torch.full_like(easy, COARSE)
-        answered = StreamedPrediction(state.logits[easy], confidence[easy], stage, first + easy.cpu())
-        return answered, _Hard(images[hard], state[hard], first + hard.cpu())
+        answered = StreamedPrediction(state.logits[easy], confidence[easy], stage, first + places[0])
+        return answered, _Hard(images[hard], state[hard], first + places[1])
 
     @torch.inference_mode()
     def _look_again(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
@@ -225,7 +238,8 @@ class _Fast:
         self.twin, self.made_from = model, None
 
     def __call__(self) -> CoarseToFineViT:
-        if not may_be_packed(self.model) or torch.is_autocast_enabled("cpu"):
+        untracked = any(parameter.is_inference() for parameter in self.model.parameters())
+        if untracked or not may_be_packed(self.model) or torch.is_autocast_enabled("cpu"):
             return self.model
         with self.lock:  # threads that share a predictor share one twin
             now = _fingerprint(self.model)
@@ -239,10 +253,10 @@ class _Fast:
 
 
 def _fingerprint(model: CoarseToFineViT) -> tuple[object, ...]:
-    """Changes whenever a parameter is moved, converted, replaced or written to (but through ``.data``)."""
+    """Changes whenever a module or parameter is replaced, moved, converted or written to (but through ``.data``)."""
     parameters = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
-    versions = sum(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-    return model.config, versions, *(parameter.data_ptr() for parameter in parameters)
+    versions = sum(parameter._version for parameter in parameters)
+    return model.config, versions, *map(id, model.modules()), *(parameter.data_ptr() for parameter in parameters)
 
 
 class _Queue:
@@ -277,15 +291,16 @@ def _join(parts: list[_Hard]) -> _Hard:
 
 def _in_order(answers: Iterable[StreamedPrediction]) -> Iterator[StreamedPrediction]:
     """The same answers by rising index, as soon as none is missing."""
-    waiting: dict[int, StreamedPrediction] = {}
+    waiting: list[StreamedPrediction] = []
     following = 0
     for answer in answers:
-        waiting |= {place: answer[row : row + 1] for row, place in enumerate(answer.index.tolist())}
-        ready = []
-        while following in waiting:
-            ready.append(waiting.pop(following))
-            following += 1
+        waiting.append(answer)
+        places, order = torch.cat([part.index for part in waiting]).sort()
+        ready = int((places == following + torch.arange(len(places))).sum())  # a gap shifts all that come after it
         if ready:
-            yield StreamedPrediction(
-                *(torch.cat([getattr(one, f.name) for one in ready]) for f in fields(StreamedPrediction))
+            joined = StreamedPrediction(
+                *(torch.cat([getattr(part, f.name) for part in waiting]) for f in fields(StreamedPrediction))
             )
+            yield joined[order[:ready].to(joined.logits.device)]
+            waiting = [joined[order[ready:].to(joined.logits.device)]]
+            following += ready

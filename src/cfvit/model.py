@@ -370,6 +370,8 @@ class CoarseToFineViT(nn.Module):
         return prefix, children, rest
 
     def _cell_rotation(self, fine: Tensor | None, device: torch.device) -> Tensor | None:
+        if fine is None:
+            return None
         cells = torch.arange(self.grid[0] * self.grid[1], device=device)[None]
         return anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
 

@@ -103,11 +103,14 @@ class _Files:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The images that can be read, and a note of the others."""
-        for start in range(0, len(self.paths), size):
-            batch = self.paths[start : start + size]
+        parts = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
+        ahead = iter([self.pool.map(self.first, part) for part in parts[:1]])
+        for number, batch in enumerate(parts):
+            reading = next(ahead)
+            ahead = iter([self.pool.map(self.first, part) for part in parts[number + 1 : number + 2]])
             good: list[Path] = []
             images: list[Tensor] = []
-            for path, image in zip(batch, self.pool.map(self.first, batch), strict=True):
+            for path, image in zip(batch, reading, strict=True):
                 self.waiting.append(FileFailure(path, image) if isinstance(image, str) else path)
                 if isinstance(image, Tensor):
                     good.append(path)
@@ -115,8 +118,9 @@ class _Files:
             self.places |= dict(enumerate(good, start=self.count))
             self.count += len(good)
             if good:
-                self.watch(good, torch.stack(images))
-                yield torch.stack(images)
+                stacked = torch.stack(images)
+                self.watch(good, stacked)
+                yield stacked
 
     def in_full(self, places: list[int], size: tuple[int, int]) -> Tensor:
         """Whole images of those that go on; one that cannot be read so is grey, and a failure in the end."""

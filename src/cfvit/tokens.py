@@ -94,8 +94,8 @@ def child_positions(cells: Tensor, columns: int) -> Tensor:
     """
     row, column = cells // columns, cells % columns
     top_left = 4 * columns * row + 2 * column
-    offsets = torch.tensor([0, 1, 2 * columns, 2 * columns + 1], device=cells.device)
-    return (top_left[..., None] + offsets).flatten(1)
+    corner = torch.arange(CHILDREN, device=cells.device)
+    return (top_left[..., None] + 2 * columns * (corner // 2) + corner % 2).flatten(1)
 
 
 def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
