@@ -438,10 +438,10 @@ def test_flags_override_the_config_and_that_the_recipe(cfvit_main: Cli, tmp_path
 
 
 def test_every_field_of_a_recipe_is_a_flag(cfvit_main: Cli) -> None:
-    """Zero and no are values like any other."""
-    flags = ("--no-compile", "--mixup", 0, "--stages", "backbone", "--timm-kwargs.patch-size", 4, "--val-data", "x")
+    """Zero is a value like any other."""
+    flags = ("--compile", "--mixup", 0, "--stages", "backbone", "--timm-kwargs.patch-size", 4, "--val-data", "x")
     printed = yaml.safe_load("\n".join(cfvit_main("train", "--recipe", "imagenette", "--print-recipe", *flags).out))
-    changes = {"compile": False, "mixup": 0.0, "stages": "backbone", "timm_kwargs": {"patch_size": 4}, "val_data": "x"}
+    changes = {"compile": True, "mixup": 0.0, "stages": "backbone", "timm_kwargs": {"patch_size": 4}, "val_data": "x"}
     assert Recipe(**printed) == RECIPES["imagenette"].replace(changes)
 
 

@@ -312,7 +312,6 @@ IMAGENETTE = Recipe(
     repeated_augmentation=1,
     mixup=0.2,
     cutmix=0.5,
-    compile=True,
 )
 """Imagenette (ten classes, 9,469 images) from scratch on a CPU: small images, Muon, light augmentation.
 
