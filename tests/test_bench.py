@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,29 @@ from torch import Tensor
 from cfvit import CoarseToFineViT, Predictor, count_macs, load
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import real as real_module
-from cfvit.benchmark.contenders import ForcedExits, Method, methods_of, prepare, whole_images
+from cfvit.benchmark import run as run_module
+from cfvit.benchmark.contenders import ForcedExits, Method, methods_of, prepare, whole_fine_batches, whole_images
 from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
-from cfvit.benchmark.real import SCOPES, measure_real, read_images
-from cfvit.benchmark.report import Bench, cells, doubts_of, draw, papers_comparison, to_json, to_markdown
+from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
+from cfvit.benchmark.report import (
+    Bench,
+    cells,
+    doubts_of,
+    draw,
+    papers_comparison,
+    peers_comparison,
+    to_json,
+    to_markdown,
+)
 from cfvit.benchmark.run import run_bench
 from cfvit.calibration import Estimate
 from cfvit.conditions import Conditions
 from cfvit.confidence import ExitRule
 from cfvit.data import open_images
+from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
 from cfvit.inference import goes_on
+from cfvit.prediction import FileAnswer
 from cfvit.variants import Mode
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -44,6 +57,7 @@ NAMES = [
     "coarse stage",
     "both stages",
     "predictor",
+    "stream",
     "ToMe, r=13",
     "ToMe, r=8",
     "EViT, keep 0.7",
@@ -90,18 +104,29 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("count", "share", "expected"),
     [
-        (1, 0.24, {0: 0.76, 1: 0.24}),
-        (1, 1, {1: 1}),
-        (1, 0, {0: 1}),
-        (2, 0.51, {1: 1}),
-        (2, 0.24, {0: 0.52, 1: 0.48}),
-        (8, 0.24, {2: 1}),
-        (32, 0.51, {16: 1}),
-        (1024, 0.24, {246: 1}),
+        (1, 0.24, {(0,): 0.76, (1,): 0.24}),
+        (1, 1, {(1,): 1}),
+        (1, 0, {(0,): 1}),
+        (2, 0.51, {(1,): 1}),
+        (2, 0.24, {(0,): 0.52, (1,): 0.48}),
+        (8, 0.24, {(2,): 1}),
+        (32, 0.51, {(16,): 1}),
+        (1024, 0.24, {(246,): 1}),
     ],
 )
 def test_a_share_is_met_in_whole_images(count: int, share: float, expected: dict[int, float]) -> None:
     assert whole_images(count, share) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.24, 0.51, 0.97, 1])
+@pytest.mark.parametrize(("count", "fine_batch"), [(1, 8), (7, 32), (8, 32), (32, 32), (1024, 256)])
+def test_a_stream_meets_its_share_evenly_and_in_whole_batches_of_the_fine_stage(
+    count: int, fine_batch: int, share: float
+) -> None:
+    goings = whole_fine_batches(count, share, fine_batch)
+    assert sum(goings) % fine_batch == 0
+    assert sum(goings) / (len(goings) * count) == pytest.approx(share, abs=0.02)
+    assert 0 <= min(goings) <= max(goings) <= min(count, min(goings) + 1)
 
 
 @pytest.mark.parametrize("value", [0.0, 50.0, float("nan")])
@@ -133,7 +158,7 @@ def test_every_call_answers_by_what_it_names(
     on = torch.tensor([False, True, False, True])
     by_name = {method.name: method for method in methods}
     for mode in ("eager", "accelerated"):
-        answers: dict[str, Any] = {name: method.build(mode)(images, 2)() for name, method in by_name.items()}
+        answers: dict[str, Any] = {name: method.build(mode)(images, [2])() for name, method in by_name.items()}
         close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(answers["backbone"], model.backbone(images), **close)
         torch.testing.assert_close(answers["coarse stage"].logits, coarse, **close)
@@ -142,6 +167,9 @@ def test_every_call_answers_by_what_it_names(
         expected = torch.where(on[:, None], fine, coarse)
         torch.testing.assert_close(answers["predictor"].logits, expected, **close)
         torch.testing.assert_close(answers["literal port"], expected, **close)
+        streamed = torch.cat([part.logits for part in answers["stream"]])
+        order = torch.cat([part.index for part in answers["stream"]]).argsort()
+        torch.testing.assert_close(streamed[order], expected, **close)
         torch.testing.assert_close(answers["cascade of two ViTs"][on], model.backbone(images)[on], **close)
 
 
@@ -156,7 +184,7 @@ def test_compiled_calls_answer_alike(
     images = make_images(model, 4)
     for method in methods:
         if method.name in ("coarse stage", "ToMe, r=13"):
-            eager, compiled = (method.build(mode)(images, 2)() for mode in ("eager", "compiled"))
+            eager, compiled = (method.build(mode)(images, [2])() for mode in ("eager", "compiled"))
             torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
 
 
@@ -169,10 +197,27 @@ def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(
 ) -> None:
     images, rule = make_images(model, 4), model.exit_rule
     runner = next(method for method in methods if method.name == "predictor").build("eager")
-    one, three = runner(images, 1), runner(images, 3)
+    one, three = runner(images, [1]), runner(images, [3])
     results: list[Any] = [call() for call in (one, three, one)]
     assert [int(result.stage.sum()) for result in results] == [1, 3, 1]
     assert model.exit_rule is rule
+
+
+def test_a_stream_sends_on_what_is_asked_of_each_batch(
+    model: CoarseToFineViT, methods: list[Method], make_images: Callable[..., Tensor]
+) -> None:
+    call = next(method for method in methods if method.name == "stream").build("eager")(
+        make_images(model, 2), [1, 0, 2]
+    )
+    for _ in range(2):
+        answers: Any = call()
+        hard = torch.cat([part.index[part.stage.cpu() == 1] for part in answers])
+        assert sorted(torch.cat([part.index for part in answers]).tolist()) == list(range(6))
+        assert sorted(hard.tolist()) == [1, 4, 5]
+
+
+def test_networks_are_prepared_once_for_all_batch_sizes(methods: list[Method]) -> None:
+    assert methods[3].build("eager") is methods[3].build("eager")
 
 
 def test_eager_is_the_network_itself(model: CoarseToFineViT) -> None:
@@ -201,19 +246,28 @@ def test_rows_follow_from_the_times_and_the_macs(
     ]
     batch = measure_batch(model, methods, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
     macs = count_macs(model)
-    assert [row.label for row in batch.rows][:6] == [
+    assert [row.label for row in batch.rows][:8] == [
         "backbone",
         "backbone",
         "coarse stage",
         "both stages",
         "predictor, 25% fine",
         "predictor, 50% fine",
+        "stream, 25% fine",
+        "stream, 50% fine",
     ]
     row = _by(batch.rows, "predictor", "accelerated", 0.25)
     cost = macs.coarse + macs.fine / 4
     assert row.gmacs == cost / 1e9
     assert row.images_per_second == pytest.approx(4 / 2)
     assert row.p50_ms == pytest.approx(2000)
+    assert row.mean_ms == pytest.approx(2000)
+    stream = _by(batch.rows, "stream", "accelerated", 0.25)
+    assert stream.images_per_round == 32 / 0.25, "a fine batch of 8 batches is filled once"
+    assert stream.images_per_second == pytest.approx(stream.images_per_round)
+    assert stream.mean_ms == pytest.approx(1000 * 4 / stream.images_per_round)
+    assert (stream.p50_ms, stream.p95_ms, stream.p99_ms) == (None, None, None)
+    assert stream.ratio.value == pytest.approx(4 * stream.images_per_round / 4), "by images, not by calls"
     assert (row.p95_ms, row.p99_ms, row.peak_megabytes, row.rounds) == (None, None, None, 8)
     assert (row.ratio.value, row.eager_ratio.value) == pytest.approx((2, 4))
     assert row.macs_ratio == macs.backbone / cost
@@ -224,6 +278,9 @@ def test_rows_follow_from_the_times_and_the_macs(
     assert _by(batch.rows, "backbone", "accelerated").eager_ratio.value == pytest.approx(2)
     port = _by(batch.rows, "literal port", "eager", 0.25)
     assert (port.ratio.value, port.eager_ratio.value) == pytest.approx((8, 8)), "beside the backbone in its own mode"
+    assert port.predictor_ratio is not None
+    assert port.predictor_ratio.value == pytest.approx(0.5), "the predictor in the mode in which it was timed"
+    assert [row.predictor_ratio.value for row in batch.rows[1:6:4] if row.predictor_ratio] == pytest.approx([2, 1])
 
 
 def test_the_reference_and_the_port_are_there_once_in_eager_mode(
@@ -251,6 +308,9 @@ def test_single_images_are_a_mean_over_those_that_exit_and_those_that_go_on(
     assert rare.images_per_second == pytest.approx(1 / 1.75)
     assert often.images_per_second == pytest.approx(1 / 3.25)
     assert (rare.p50_ms, rare.p95_ms, often.p50_ms) == (1000, 4000, 4000)
+    assert (rare.mean_ms, often.mean_ms) == pytest.approx((1750, 3250))
+    assert rare.parts == {"predictor, eager, 0 on": 0.75, "predictor, eager, 1 on": 0.25}
+    assert batch.seconds["predictor, eager, 1 on"] == ((4.0,),) * 100
     assert rare.gmacs == pytest.approx(count_macs(model).expected(0.25) / 1e9)
 
 
@@ -272,7 +332,7 @@ def test_a_contender_whose_times_vary_is_not_told(
     assert [row.telling for row in batch.rows] == [True, True, False]
     (doubt,) = doubts_of(batch)
     assert "1 of 3 ratios" in doubt
-    assert [cells(row)[7].endswith("?") for row in batch.rows] == [False, False, True]
+    assert [cells(row)[8].endswith("?") for row in batch.rows] == [False, False, True]
 
 
 def test_few_rounds_tell_nothing(model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]) -> None:
@@ -320,13 +380,36 @@ def test_real_images_go_through_the_model_at_its_own_eta(
         (name, mode, scope)
         for name, mode in (("backbone", "eager"), ("backbone", "accelerated"), ("predictor", "accelerated"))
         for scope in SCOPES
-    ]
+    ] + [("stream", "accelerated", scope) for scope in (*SCOPES, FILES)]
     share = float(stages.float().mean())
     assert 0 < share < 1
     assert batch.rows[-1].fine_share == share
     assert batch.rows[-1].gmacs == pytest.approx(count_macs(model).expected(share) / 1e9)
     assert batch.rows[-1].images_per_second == pytest.approx(20)
-    assert batch.rows[-1].p50_ms == pytest.approx(1000 / 4), "of a call, of which a round has four"
+    (predictor,) = [row for row in batch.rows if (row.name, row.scope) == ("predictor", "computing")]
+    assert predictor.p50_ms == predictor.mean_ms == pytest.approx(1000 / 4), "of a call, of which a round has four"
+    assert "scaled decoding" in batch.notes[0]
+
+
+def test_jpegs_are_answered_from_files_with_and_without_scaled_decoding(
+    colour_model: Path, colours: Path, tmp_path: Path, timed: dict[str, Any]
+) -> None:
+    for path in colours.rglob("*.png"):
+        photo = tmp_path / path.relative_to(colours).with_suffix(".jpg")
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.convert("RGB").resize((256, 256)).save(photo)
+    model, source = load(colour_model).requires_grad_(False), open_images(str(tmp_path))
+    timed["seconds"] = lambda name: [{FILES: 2.0, SCALED: 1.0, DECODING: 4.0}.get(name.split(", ", 2)[-1], 1.0)] * 8
+    batch = measure_real(model, source, 8, dataclasses.replace(QUICK, modes=("accelerated",)))
+    whole, scaled = (timed["results"][f"stream, accelerated, {scope}"][0] for scope in (FILES, SCALED))
+    expected = [model.label_of(i) for part in timed["results"]["predictor, accelerated, with decoding"] for i in part]
+    assert [answer.label for answer in whole] == expected
+    assert len(scaled) == len(expected)
+    assert all(isinstance(answer, FileAnswer) for answer in scaled)
+    rows = {row.scope: row for row in batch.rows if row.name == "stream"}
+    assert (rows[FILES].ratio.value, rows[SCALED].ratio.value) == (2, 4), "beside the backbone that decodes"
+    assert batch.notes == ()
 
 
 def test_all_scopes_give_the_same_answers(colour_model: Path, colours: Path, timed: dict[str, Any]) -> None:
@@ -337,6 +420,8 @@ def test_all_scopes_give_the_same_answers(colour_model: Path, colours: Path, tim
         expected = [logits.argmax(dim=-1).tolist() for logits in computed]
         assert len(expected) == 2
         assert others == [expected] * 3
+    computed, *others = (timed["results"][f"stream, accelerated, {scope}"][0] for scope in SCOPES)
+    assert [torch.cat(computed).argmax(dim=-1).tolist()] * 3 == [list(chain.from_iterable(each)) for each in others]
 
 
 def test_a_scope_does_its_own_work_within_the_call(
@@ -356,7 +441,7 @@ def test_a_scope_does_its_own_work_within_the_call(
     monkeypatch.setattr(real_module, "eval_transform", lambda config: count("resize", transform(config)))
     measure_real(load(colour_model).requires_grad_(False), open_images(str(colours)), 16, QUICK)
     within = {key: times for key, times in done.items() if key[1] != "before"}
-    times = 16 * 2
+    times = 16 * 2 * 3  # two batches, by three contenders
     assert within == dict.fromkeys(
         [("resize", "with resizing"), ("resize", "with decoding"), ("decode", "with decoding")], times
     )
@@ -369,7 +454,7 @@ def test_few_images_are_used_again_and_unreadable_ones_left_out(
     (folder / "red" / "0.png").write_bytes(b"no image")
     model = load(colour_model)
     images = read_images(open_images(str(folder)), model, 32)
-    assert [len(batch) for batch in images.files] == [32]
+    assert [len(batch) for batch in images.files] == [32, 32]
     assert len(set(images.files[0])) == 2
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no image")
@@ -400,13 +485,17 @@ def _row(**changes: Any) -> Row:
         "fine_share": 0.25,
         "gmacs": 1.2345,
         "rounds": 20,
+        "images_per_round": 4,
+        "parts": {"predictor, accelerated, 1 on": 1.0},
         "images_per_second": 123.45,
+        "mean_ms": 33.0,
         "p50_ms": 32.4,
         "p95_ms": 40.0,
         "p99_ms": None,
         "spread": 0.03,
         "ratio": Estimate(1.8, 1.75, 1.85),
         "eager_ratio": Estimate(3.0, 2.0, 4.0),
+        "predictor_ratio": Estimate(1.0, 1.0, 1.0),
         "macs_ratio": 2.5,
         "matrix_share": 0.42,
         "peak_megabytes": None,
@@ -417,10 +506,10 @@ def _row(**changes: Any) -> Row:
 
 def test_cells_of_a_row() -> None:
     ratios = ["1.80 (1.75 to 1.85)", "2.50", "3.00 (2.00 to 4.00) ?"]
-    times = ["32.40", "40.00", "-"]
+    times = ["33.00", "32.40", "40.00", "-"]
     assert cells(_row()) == ["predictor, 25% fine", "accelerated", "1.234", "123.5", *times, *ratios, "42%", "3%", "-"]
     few = cells(_row(ratio=Estimate(1.8, 0, math.inf), peak_megabytes=12.3, scope="with decoding"))
-    assert (few[0], few[7], few[-1]) == ("predictor, 25% fine, with decoding", "1.80 ?", "12")
+    assert (few[0], few[8], few[-1]) == ("predictor, 25% fine, with decoding", "1.80 ?", "12")
 
 
 def _bench(rows: Sequence[Row], **changes: Any) -> Bench:
@@ -449,10 +538,113 @@ def test_beside_the_papers_table() -> None:
     assert "Beside the paper" not in to_markdown(_bench(rows, backbone="vit_small_patch16_224"))
 
 
+def test_the_papers_table_stands_beside_the_largest_batch_in_the_predictors_fastest_mode() -> None:
+    small, large = (
+        [
+            _row(name="backbone", fine_share=None, mode=mode, images_per_second=speed)
+            for mode, speed in (("eager", 10.0 * size), ("compiled", 20.0 * size))
+        ]
+        + [_row(mode="compiled", images_per_second=90.0 * size), _row(mode="eager", images_per_second=30.0 * size)]
+        for size in (1, 2)
+    )
+    bench = _bench([], plan=Plan(("compiled", "eager"), (0.24,), 1, 1))
+    batches = (Batch(64, large, 100.0, 1.0), Batch(4, small, 100.0, 1.0))
+    table = papers_comparison(dataclasses.replace(bench, batches=batches))
+    assert [row[4] for row in table] == ["40", "180", "-", "-"]
+    assert "batch size 64 here" in to_markdown(dataclasses.replace(bench, batches=batches))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "steady", "verdict"),
+    [
+        (Estimate(1.2, 1.1, 1.4), True, "ahead"),
+        (Estimate(0.8, 0.7, 0.9), True, "behind"),
+        (Estimate(1.2, 0.9, 1.4), True, "cannot be told"),
+        (Estimate(1.2, 0.0, math.inf), True, "cannot be told"),
+        (Estimate(1.2, 1.1, 1.4), False, "cannot be told"),
+        (None, True, None),
+    ],
+)
+def test_the_predictor_is_ahead_or_behind_only_where_the_interval_tells(
+    ratio: Estimate | None, steady: bool, verdict: str | None
+) -> None:
+    row = _row(predictor_ratio=ratio, steady=steady)
+    assert row.predictor_is == row.to_dict()["predictor_is"] == verdict
+
+
+def test_the_predictor_beside_its_peers() -> None:
+    rows = [
+        _row(name="backbone", fine_share=None),
+        _row(),
+        _row(fine_share=0.5),
+        _row(name="ToMe, r=8", fine_share=None, predictor_ratio=Estimate(1.5, 1.4, 1.6)),
+        _row(name="literal port", mode="eager", predictor_ratio=Estimate(0.9, 0.8, 1.1)),
+        _row(name="literal port", mode="eager", fine_share=0.5),
+    ]
+    batch = Batch(4, rows, 100.0, 1.0)
+    predictor = ["predictor, 25% fine", "accelerated"]
+    assert peers_comparison(batch) == [
+        ["ToMe, r=8", "accelerated", *predictor, "1.50 (1.40 to 1.60)", "ahead"],
+        ["literal port, 25% fine", "eager", *predictor, "0.90 (0.80 to 1.10) ?", "cannot be told"],
+    ]
+    assert "### The predictor beside its peers" in to_markdown(_bench(rows))
+    assert "beside its peers" not in to_markdown(_bench(rows[:3]))
+
+
+def test_what_does_not_fit_into_memory_is_a_note_and_the_run_goes_on(
+    model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    def limit(images: int) -> None:
+        def measure(model: CoarseToFineViT, methods: Any, batch: Tensor, plan: Plan) -> Batch:
+            if len(batch) > images:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            return measure_batch(model, methods, batch, plan)
+
+        monkeypatch.setattr(run_module, "measure_batch", measure)
+
+    limit(2)
+    bench = _run(model, peers=False)
+    assert [batch.batch_size for batch in bench.batches] == [1]
+    assert "random images, batch size 3: not measured, as it does not fit into memory" in bench.notes
+    limit(0)
+    with fails("a batch of 1 images does not fit into memory: lower --batch-sizes"):
+        _run(model, peers=False)
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(
+    model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(*arguments: Any) -> Batch:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(run_module, "measure_batch", measure)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        _run(model, peers=False)
+
+
+def test_compilation_that_torch_would_give_up_fails_in_a_line(monkeypatch: pytest.MonkeyPatch, fails: Fails) -> None:
+    monkeypatch.setattr(run_module, "COMPILATIONS", 2)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x, times: x * times, backend="eager", dynamic=False)
+    before = torch._dynamo.config.recompile_limit
+    with fails("cannot be timed compiled"), run_module.no_silent_eager():
+        for size in range(2, 8):
+            compiled(torch.ones(size), size)
+    assert torch._dynamo.config.recompile_limit == before
+    assert not torch._dynamo.config.fail_on_recompile_limit_hit
+
+
 def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_path: Path) -> None:
     seen: list[Batch] = []
-    bench = _run(model, watch=seen.append)
+    sizes: list[int] = []
+
+    def watch(batch: Batch, so_far: Bench) -> None:
+        seen.append(batch)
+        sizes.append(len(so_far.batches))
+
+    bench = _run(model, watch=watch)
     assert tuple(seen) == bench.batches
+    assert sizes == [1, 2], "what was measured so far can be kept"
     assert [batch.batch_size for batch in bench.batches] == [1, 3]
     assert bench.conditions.dtype == "float32"
     said = " ".join(bench.sentences)
@@ -460,6 +652,9 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
         assert word in said
     written = json.loads(json.dumps(to_json(bench), allow_nan=False))
     assert written["batches"][1]["rows"][0]["ratio"] == {"value": 1, "low": 0, "high": None}
+    raw = written["batches"][1]["seconds"]
+    assert set(raw) >= {name for row in written["batches"][1]["rows"] for name in row["parts"]}
+    assert len(raw["backbone, eager, 0 on"]) == 1
     page = to_markdown(bench)
     for batch in bench.batches:
         for row in batch.rows:
@@ -471,7 +666,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1))
-    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:4])
+    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:5])
     assert any(note.startswith("without peers: ") for note in bench.notes)
 
 
@@ -486,16 +681,21 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
     arguments = ("bench", "--model", colour_model, "--batch-sizes", "1", "4", "--fine-share", "0.5", "--rounds", "1")
     outcome = cfvit_main(*arguments, "--json")
     assert outcome.status == 0, outcome.err
-    rows = _json(outcome)
+    first, *rows = _json(outcome)
+    assert {"conditions", "plan", "notes"} <= set(first)
+    assert [(each["batch_size"], each["steady"]) for each in first["measured"]] == [
+        (size, each["drift"] <= 1.05) for size, each in zip((1, 4), first["measured"], strict=True)
+    ]
+    assert all(each["matrix_gmacs_per_second"] > 0 for each in first["measured"])
     names = ["backbone", *NAMES]
     assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
     macs = count_macs(load(colour_model))
-    assert [row["macs_ratio"] for row in rows[-8:-6]] == [macs.backbone / cost for cost in (macs.coarse, macs.both)]
+    assert [row["macs_ratio"] for row in rows[-9:-7]] == [macs.backbone / cost for cost in (macs.coarse, macs.both)]
 
     outcome = cfvit_main(*arguments, "--no-peers", "--mode", "eager")
     assert outcome.status == 0, outcome.err
     told = [line.split()[0].rstrip(",") for line in outcome.out if "eager" in line and "GMACs" not in line]
-    assert told == ["backbone", "coarse", "both", "predictor"] * 2
+    assert told == ["backbone", "coarse", "both", "predictor", "stream"] * 2
 
 
 def test_the_command_writes_its_report_with_real_images(
@@ -506,7 +706,9 @@ def test_the_command_writes_its_report_with_real_images(
     assert outcome.status == 0, outcome.err
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"bench.json", "bench.md", "bench.png"}
     written = json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert {(row["images"], row["scope"]) for row in written["real"][0]["rows"]} == {("real", s) for s in SCOPES}
+    assert {(row["images"], row["scope"]) for row in written["real"][0]["rows"]} == {
+        ("real", scope) for scope in (*SCOPES, FILES)
+    }
     assert "Real images, batch size 4" in (tmp_path / "out" / "bench.md").read_text()
 
 
@@ -514,8 +716,38 @@ def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
     arguments = ("--backbone", "test_vit", "--coarse-grid", "2x3", "--batch-sizes", "1", "--rounds", "1", "--no-peers")
     outcome = cfvit_main("bench", *arguments, "--precision", "bfloat16", "--mode", "eager", "--json")
     assert outcome.status == 0, outcome.err
-    assert [row["name"] for row in _json(outcome)] == ["backbone", "coarse stage", "both stages"] + ["predictor"] * 2
+    own = ["backbone", "coarse stage", "both stages"] + ["predictor"] * 2 + ["stream"] * 2
+    assert [row["name"] for row in _json(outcome)[1:]] == own
     assert any("weights are random" in line for line in outcome.err)
+
+
+def test_a_late_failure_leaves_the_report_of_what_was_measured(
+    cfvit_main: Cli, colour_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(model: CoarseToFineViT, methods: Any, images: Tensor, plan: Plan) -> Batch:
+        if len(images) == 2:
+            raise CfvitError("too late")
+        return measure_batch(model, methods, images, plan)
+
+    monkeypatch.setattr(run_module, "measure_batch", measure)
+    arguments = ("--model", colour_model, "--batch-sizes", "1", "2", "--rounds", "1", "--no-peers", "--mode", "eager")
+    outcome = cfvit_main("bench", *arguments, "--out", tmp_path / "out", "--json")
+    assert outcome.status != 0
+    assert "too late" in outcome.err[-1]
+    written = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert [batch["batch_size"] for batch in written["batches"]] == [1]
+    assert _json(outcome)[0]["measured"][0]["batch_size"] == 1
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_once(cfvit_main: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "folder"):
+        outcome = cfvit_main("bench", "--out", out)
+        assert (outcome.out, len(outcome.err)) == ([], 1)
+        assert outcome.status != 0
+        assert "Errno" not in outcome.err[0]
+        assert str(out) in outcome.err[0]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cfvit.calibration import (
     Accuracy,
     Calibration,
     Drop,
+    Estimate,
     GmacsBudget,
     LatencyBudget,
     Risk,
@@ -256,9 +257,15 @@ def test_an_accuracy_that_no_threshold_reaches_names_the_best(fails: Callable[..
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (GmacsBudget(0.9), r"^0.9 GMACs is out of reach: the coarse stage alone takes 1 GMACs at eta 0; "),
-        (Saving(90), r"^a saving of 90% is out of reach: the most is 80.00% at eta 0; "),
-        (LatencyBudget(1.5), r"^1.5 ms is out of reach: the coarse stage alone takes 2 ms at eta 0; "),
+        (
+            GmacsBudget(0.9),
+            r"^0.9 GMACs is out of reach: the coarse stage alone takes 1 GMACs at eta 0; ask for at least that$",
+        ),
+        (Saving(90), r"^a saving of 90% is out of reach: the most is 80.00% at eta 0; ask for at most that$"),
+        (
+            LatencyBudget(1.5),
+            r"^1.5 ms is out of reach: the coarse stage alone takes 2 ms at eta 0; ask for at least that$",
+        ),
     ],
 )
 def test_what_is_out_of_reach_names_what_is_not(target: Target, message: str, fails: Callable[..., Any]) -> None:
@@ -370,6 +377,15 @@ def test_calibrate_gives_the_promise_in_words_and_the_figures_of_its_images() ->
         assert estimate.value == pytest.approx(value), name
         assert estimate.low < value < estimate.high, name
     assert "none" in _calibrate(images, Drop(1)).promise
+
+
+def test_at_eta_1_nothing_is_lost_for_certain() -> None:
+    chosen = _calibrate(_simulate(100, 3), Drop(0))
+    assert chosen.threshold < 1
+    assert chosen.drop.low < chosen.drop.high
+    chosen = _calibrate(_simulate(20, 3), Risk(0.01))
+    assert chosen.threshold == 1
+    assert chosen.drop == chosen.worse == Estimate(0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("target", "share"), [(GmacsBudget(1), 0), (Drop(0), 1)])

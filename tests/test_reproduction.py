@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,15 +24,19 @@ from cfvit import CoarseToFineViT, load
 from cfvit.conditions import conditions_of
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
+from cfvit.flops import StageMacs, count_macs
 from cfvit.processes import Process
+from cfvit.reproduction import making, speed
 from cfvit.reproduction import runs as running
-from cfvit.reproduction import speed
+from cfvit.reproduction.budget import Budget
+from cfvit.reproduction.records import Finished, read_record, write_record
 from cfvit.reproduction.reproduce import Request, reproduce
-from cfvit.reproduction.runs import Finished, Missing, Runs, read_record, write_record
+from cfvit.reproduction.runs import Missing, Runs
 from cfvit.reproduction.studies import DEFAULT, RUNS
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipes import Recipe
 
+MEASURED = "Images per second are of the first seed"
 CPU = Process(0, 1, torch.device("cpu"))
 Fails = Callable[..., AbstractContextManager[None]]
 Main = Callable[..., Outcome]
@@ -59,6 +64,22 @@ TINY: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of the same sizes are counted once for all tests."""
+    monkeypatch.setattr(running, "count_macs", _macs)
+
+
+def _macs(model: CoarseToFineViT) -> StageMacs:
+    key = repr(model.config)
+    if key not in COUNTED:
+        COUNTED[key] = count_macs(model)
+    return COUNTED[key]
+
+
+COUNTED: dict[str, StageMacs] = {}
 
 
 def _write_spots(folder: Path, per_class: int, seed: int) -> None:
@@ -122,8 +143,8 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
 
 
-def _runs(recipe: Recipe, out: Path, deadline: float | None = None) -> Runs:
-    return Runs(recipe, out, deadline, conditions_of(torch.float32, ""), _quiet)
+def _runs(recipe: Recipe, out: Path, deadline: float | None = None, say: Callable[[str], object] = _quiet) -> Runs:
+    return Runs(recipe, out, Budget(deadline), 72, conditions_of(torch.float32, ""), say)
 
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
@@ -249,7 +270,10 @@ def test_seeds_are_averaged(out: Path, config: Path, cfvit_main: Main) -> None:
     assert "- seeds: 0, 1" in (out / "table8.md").read_text()
 
 
-def test_table_2_compares_with_the_plain_vit(out: Path, config: Path, cfvit_main: Main) -> None:
+def test_table_2_compares_with_the_plain_vit(
+    out: Path, config: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "images_per_second", partial(speed.images_per_second, rounds=1))
     outcome = cfvit_main("reproduce", "table2", "--config", config, "--out", out)
     assert outcome.status == 0, outcome.err
     table = _table(out / "table2.csv")
@@ -272,14 +296,16 @@ def test_table_2_compares_with_the_plain_vit(out: Path, config: Path, cfvit_main
     with (out / "runs.csv").open(newline="") as file:
         rows = {row["run"]: row for row in csv.DictReader(file)}
     assert float(rows["plain-seed0"]["images_per_second"]) > 0
-    assert "1.32" in (out / "table2.md").read_text()
+    text = (out / "table2.md").read_text()
+    assert all(said in text for said in ("1.32", MEASURED, "- An accuracy of "))
+    assert "LV-ViT" not in text
     _require_picture(out / "table2.png")
 
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, asked: int) -> None:
     """The deadline passes once it was asked for so often."""
     count = iter(range(10**6))
-    monkeypatch.setattr(Runs, "_is_over", lambda self: next(count) >= asked)
+    monkeypatch.setattr(Budget, "is_over", lambda self: next(count) >= asked)
 
 
 def test_a_run_that_the_budget_stops_is_resumed_as_if_it_never_stopped(
@@ -293,6 +319,12 @@ def test_a_run_that_the_budget_stops_is_resumed_as_if_it_never_stopped(
     record = read_record(tmp_path / "default-seed0")
     assert record is not None
     assert not record.finished
+    assert (record.done, record.epochs) == (pytest.approx(2 / 3), 2)
+    assert record.epoch_seconds is not None
+    assert stopped.seconds == pytest.approx(4 / 3 * record.epoch_seconds)
+    other = _runs(recipe, tmp_path, time.monotonic() - 1).make(RUNS["plain"], 0)
+    assert isinstance(other, Missing)
+    assert other.seconds == pytest.approx(2 * record.epoch_seconds)
     finished = _runs(recipe, tmp_path).make(RUNS[DEFAULT], 0)
     before = _runs(recipe, trained / "runs").make(RUNS[DEFAULT], 0)
     assert isinstance(finished, Finished)
@@ -300,6 +332,7 @@ def test_a_run_that_the_budget_stops_is_resumed_as_if_it_never_stopped(
     for ours, theirs in zip(finished.validation.logits, before.validation.logits, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert finished.record.seconds > record.seconds
+    assert finished.record.done == 2
 
 
 def test_a_signal_ends_the_command_and_not_the_run_alone(
@@ -342,6 +375,7 @@ def test_a_run_of_cfvit_train_is_found(recipe: Recipe, tmp_path: Path, monkeypat
     monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
     made = _runs(recipe, tmp_path).make(RUNS["plain-coarse-grid"], 5)
     assert isinstance(made, Finished)
+    assert made.record.epochs == 0, "its training was not timed"
     assert len(made.validation.logits) == 1
     right = (made.validation.logits[0].argmax(-1) == made.validation.labels).double().mean()
     assert 100 * float(right) == pytest.approx(figures["validation_coarse_top1"], abs=1e-3)
@@ -377,19 +411,67 @@ def test_a_recipe_that_a_variant_contradicts_is_a_missing_run(recipe: Recipe, tm
         (["fig5", "--model", "nothing"], 1, "no model 'nothing'"),
         (["fig1a", "--model", "local-dir:nothing"], 1, "timm's model local-dir:nothing cannot be had"),
         (["table4", "--data", "nowhere"], 1, "no data at nowhere"),
+        (["table4", "--seeds", "0", "-1"], 2, "seed -1 is below 0: give numbers from 0"),
+        (["table4", "--seeds"], 2, "--seeds has no number: give numbers from 0"),
     ],
 )
 def test_refusals(arguments: list[str], status: int, said: str, config: Path, tmp_path: Path, cfvit_main: Main) -> None:
     outcome = cfvit_main("reproduce", *arguments, "--config", config, "--out", tmp_path / "out")
     assert (outcome.status, outcome.out, len(outcome.err)) == (status, [], 1)
     assert said in outcome.err[0]
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+@pytest.mark.usefixtures("no_training")
+@pytest.mark.parametrize("name", ["fig1a", "fig1b", "table2"])
+def test_no_other_run_stands_for_a_plain_vit_that_is_missing(out: Path, recipe: Recipe, name: str) -> None:
+    reproduce(_request(recipe, out, name, budget=1e-9), _quiet, _quiet)
+    reasons = [row["missing"] for row in _table(out / f"{name}.csv").values()]
+    assert "plain-seed0 does not fit into the budget" in reasons
+    assert MEASURED not in (out / f"{name}.md").read_text()
+    assert (out / f"{name}.png").exists() == (name == "table2")
+
+
+@pytest.mark.usefixtures("no_training")
+def test_it_is_told_where_and_by_what_code_runs_were_trained(out: Path, recipe: Recipe) -> None:
+    assert "trained on" not in (out / "table4.md").read_text()
+    record = read_record(out / "runs" / "beta-0-seed0")
+    assert record is not None
+    changed = {**record.conditions, "commit": "abc", "versions": "torch 1"}
+    write_record(replace(record, conditions=changed), out / "runs" / "beta-0-seed0")
+    reproduce(_request(recipe, out, "table4"), _quiet, _quiet)
+    text = (out / "table4.md").read_text()
+    assert f"- trained on: {changed['hardware']}, float32, torch 1, commit abc\n" in text
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_run_without_its_recipe_is_left_out_and_told(out: Path, recipe: Recipe) -> None:
+    shutil.copytree(out / "runs" / "default-seed0", out / "runs" / "foo-seedx")
+    (out / "runs" / "foo-seedx" / "recipe.yaml").unlink()
+    said: list[str] = []
+    reproduce(_request(recipe, out, "table4"), _quiet, said.append)
+    assert [line for line in said if "foo-seedx has no recipe.yaml and is left out" in line]
+    assert "foo" not in (out / "runs.csv").read_text()
+
+
+@pytest.mark.usefixtures("no_training")
+def test_unreadable_images_are_not_drawn(
+    colour_model: Path, make_colours: Callable[..., Path], tmp_path: Path, cfvit_main: Main
+) -> None:
+    data = make_colours(per_class=2)
+    (data / "blue" / "0.png").write_text("no image")
+    given = ["--data", data, "--model", colour_model, "--workers", "0", "--out", tmp_path / "out"]
+    assert cfvit_main("reproduce", "fig1b", *given).status == 0
+    names = list(_table(tmp_path / "out" / "fig1b.csv"))
+    assert len(names) == 4
+    assert (names[0], names[-1]) == ("blue/1.png", "red/1.png")
 
 
 def test_data_without_validation_images_are_refused(
     recipe: Recipe, make_colours: Callable[..., Path], tmp_path: Path, fails: Fails
 ) -> None:
     alone = recipe.replace({"data": str(make_colours())})
-    with fails("has no validation images beside train/: name some with --val-data"):
+    with fails("has no validation images: name some with --val-data"):
         reproduce(_request(alone, tmp_path, "table4"), _quiet, _quiet)
 
 
@@ -410,7 +492,17 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 
 
 @pytest.mark.usefixtures("no_training")
-def test_figures_of_a_given_model(colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main) -> None:
+def test_figures_of_a_given_model(
+    colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks: list[str] = []
+    draw = making.figures.draw_highest_lowest
+
+    def drawn(*arguments: Any) -> None:
+        networks.append(arguments[-1])
+        draw(*arguments)
+
+    monkeypatch.setattr(making.figures, "draw_highest_lowest", drawn)
     given = ["--data", colours, "--model", colour_model, "--workers", "0"]
     outcome = cfvit_main("reproduce", "all", *given, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
@@ -422,6 +514,12 @@ def test_figures_of_a_given_model(colour_model: Path, colours: Path, tmp_path: P
     ends = [counts["eta 0"]["right_coarse"], counts["eta 1"]["right_fine"]]
     assert [float(end) for end in ends] == pytest.approx([33 * point.accuracy / 100 for point in _ends(result.sweep)])
     assert f"none, the model {colour_model} as it was given" in (tmp_path / "out" / "fig8.md").read_text()
+    assert networks == ["The backbone of a CF-ViT, run alone,"]
+    for name in ("fig1a", "fig1b"):
+        assert "stands the backbone of the given CF-ViT" in (tmp_path / "out" / f"{name}.md").read_text()
+    text = (tmp_path / "out" / "fig6.md").read_text()
+    assert "Ours is built on deit_tiny_patch16_224, the published CF-ViT on LV-ViT-S." in text
+    assert "--recipe" not in text
 
 
 def _ends(sweep: list[Any]) -> Iterator[Any]:

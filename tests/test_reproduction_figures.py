@@ -218,8 +218,15 @@ def test_counts_stand_one_upon_the_other(drawn: list[Figure], tmp_path: Path) ->
     assert axis.get_ylim()[0] == 0
 
 
+def _heading(figure: Figure) -> str:
+    return " ".join(figure.get_suptitle().split())
+
+
 def test_highest_and_lowest_stand_over_the_blocks_from_the_first(drawn: list[Figure], tmp_path: Path) -> None:
     draw_highest_lowest(tmp_path / "blocks.png", [40.0, 70.5, 71], [50, 30.25, 20], 79.8, 100, 196, "what was run")
+    assert _heading(drawn[0]) == "A plain ViT on 100 of its 196 patches, by class attention"
+    draw_highest_lowest(tmp_path / "blocks.png", [40.0], [50.0], 79.8, 1, 4, "what was run", "A backbone")
+    assert _heading(drawn[1]) == "A backbone on 1 of its 4 patches, by class attention"
     (axis,) = drawn[0].axes
     assert _points(axis, "the 100 highest") == [(1, 40), (2, 70.5), (3, 71)]
     assert _points(axis, "the 100 lowest") == [(1, 50), (2, 30.25), (3, 20)]

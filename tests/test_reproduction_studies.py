@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,13 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cfvit.errors import UsageError
 from cfvit.flops import StageMacs
-from cfvit.reproduction.budget import duration, parse_budget
+from cfvit.reproduction.budget import Budget, Clock, duration, parse_budget, time_left
 from cfvit.reproduction.command import command_line
+from cfvit.reproduction.notes import (
+    classes_without_images,
+    family_of,
+    notes_of_family,
+    seed_of_picture,
+    uncertainty,
+)
 from cfvit.reproduction.paper import read_paper
+from cfvit.reproduction.records import Finished, RunRecord, Scored
 from cfvit.reproduction.rows import (
     Cell,
     OperatingPoint,
@@ -27,7 +38,6 @@ from cfvit.reproduction.rows import (
     parity_threshold,
     summarise,
 )
-from cfvit.reproduction.runs import Finished, RunRecord, Scored
 from cfvit.reproduction.studies import DEFAULT, PLAIN, RUNS, STUDIES, find_studies, runs_needed
 from cfvit.reproduction.writing import table_of, write_csv
 from cfvit.training.recipes import Recipe
@@ -131,6 +141,77 @@ def test_durations() -> None:
     assert [duration(s) for s in (3.4, 89, 90, 3000, 9000)] == ["3 s", "89 s", "2 min", "50 min", "2.5 h"]
 
 
+def _record(**changes: Any) -> RunRecord:
+    record = RunRecord("run", "both", "2", 0, 10, 0.0, False, None, {}, {}, {})
+    return dataclasses.replace(record, **changes)
+
+
+def test_what_is_left_of_a_run_is_told_by_its_own_pace_or_by_others() -> None:
+    alike = _record(finished=True, epochs=5, seconds=50.0)
+    dearer = _record(finished=True, epochs=5, seconds=500.0, grid="3")
+    assert time_left(_record(), []) is None
+    assert time_left(_record(), [alike, dearer]) == 100
+    assert time_left(_record(grid="4"), [alike, dearer]) == 1000
+    assert time_left(_record(done=4.0, epoch_seconds=7.0, seconds=90.0), [alike]) == 42
+    assert time_left(_record(), [_record(done=0.5, epoch_seconds=3.0, seconds=60.0)]) == 30
+    assert time_left(_record(), [dataclasses.replace(alike, done=2.0)]) == 250
+    assert time_left(_record(), [dataclasses.replace(alike, epochs=0)]) is None, "its training was not timed"
+    assert time_left(_record(seconds=40.0), [alike]) == 60
+    assert time_left(_record(seconds=100.5), [alike]) is None, "it has used up what others took"
+    assert time_left(_record(seconds=100.5, done=9.0), [alike]) == 10
+
+
+def test_a_clock_times_steps_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([100.0, 130.0, 132.0, 134.0, 140.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(now))
+    asked: list[int] = []
+    clock = Clock(lambda: len(asked) > 1)
+    assert clock.pace is None
+    for steps in (1, 2, 3):
+        assert clock() is (steps == 3)
+        asked.append(steps)
+    assert (clock.steps, clock.pace, clock.seconds) == (3, 2.0, 40.0)
+
+
+def test_a_budget_ends() -> None:
+    assert Budget.of(None).fits(1e9)
+    assert not Budget.of(None).is_over()
+    assert Budget.of(100.0).fits(50.0)
+    assert Budget.of(100.0).fits(None)
+    assert not Budget.of(100.0).fits(101.0)
+    assert Budget(time.monotonic()).is_over()
+
+
+def test_it_is_told_how_sure_an_accuracy_is(runs: tuple[Finished, Finished]) -> None:
+    scored = runs[0].validation
+    right = round(float((scored.logits[1].argmax(-1) == scored.labels).double().sum()))
+    low, high = (stats.beta.ppf(p, *ab) for p, ab in ((0.025, (right, 201 - right)), (0.975, (right + 1, 200 - right))))
+    said = f"An accuracy of {right / 2:.1f}% on 200 images is sure to {50 * (high - low):.2g} points either way"
+    assert uncertainty(scored).startswith(said)
+
+
+def test_classes_without_images_are_told(runs: tuple[Finished, Finished]) -> None:
+    scored = runs[0].validation
+    assert list(classes_without_images(scored, "abcd")) == []
+    (note,) = classes_without_images(scored, "abcde")
+    assert note == "Of the validation data, class 'e' has none of the 200 images: nothing is known of them."
+
+
+def test_the_seed_of_a_picture_is_told_where_there_are_several(runs: tuple[Finished, Finished]) -> None:
+    ours, plain = runs
+    second = dataclasses.replace(ours, recipe=ours.recipe.replace({"seed": 1}))
+    assert list(seed_of_picture([ours], [plain])) == []
+    assert list(seed_of_picture([second, ours])) == ["The picture is of seed 1."]
+    assert list(seed_of_picture([second], [plain])) == ["The picture is of seed 1 and 0."]
+
+
+@pytest.mark.parametrize(("backbone", "left_out"), [("lvvit_small_patch16_224", "DeiT-S"), ("test_vit", "LV-ViT-S")])
+def test_notes_are_of_the_family_beside_ours(backbone: str, left_out: str) -> None:
+    notes = read_paper().tables["table2"].notes
+    assert notes_of_family(notes, family_of(backbone)) == [note for note in notes if left_out not in note]
+    assert sum(left_out in note for note in notes) == 1
+
+
 def test_a_command_can_be_given_again() -> None:
     flags = {"data": "my data", "model": None, "seeds": (0, 1), "speed": False, "compile": True}
     line = command_line("table2", {**flags, "timm_kwargs": {"patch_size": 8}})
@@ -200,6 +281,14 @@ def test_parity_out_of_reach_is_told(runs: tuple[Finished, Finished]) -> None:
     assert row.missing == "no eta reaches the plain ViT's accuracy on the hold-out"
     assert operating_row(point, [ours], {}, None).missing == "the plain ViT is not there"
     assert operating_row(point, [ours], {0: plain}, None).missing is None
+    second = dataclasses.replace(ours, recipe=ours.recipe.replace({"seed": 1}))
+    both = operating_row(point, [ours, second], {0: plain}, None)
+    assert (both.seeds, both.missing) == (1, "the plain ViT is not there for 1 of 2 seeds")
+    short = operating_row(point, [ours, second], {0: _run(perfect, perfect, "backbone")}, "seed 2 is not there")
+    assert short.missing == (
+        "seed 2 is not there; no eta reaches the plain ViT's accuracy on the hold-out for 1 of 2 seeds; "
+        "the plain ViT is not there for 1 of 2 seeds"
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.4, 0.6, 1.0])

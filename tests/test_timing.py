@@ -17,6 +17,7 @@ from cfvit.evaluation.timing import (
     WARM_UP,
     Timing,
     is_sharp,
+    lacks_memory,
     paired_ratio,
     percentile,
     threshold_for_share,
@@ -144,6 +145,20 @@ def test_the_interval_holds_the_ratio_as_often_as_it_says() -> None:
 def test_a_wide_interval_is_too_noisy(spread: float, sharp: bool) -> None:
     reference = [2.0 * (1 + spread * (turn % 2)) for turn in range(10)]
     assert is_sharp(paired_ratio(reference, [1.0] * 10)) == sharp
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("Storage size calculation overflowed with sizes=[9]"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_by_its_words(error: Exception, lacks: bool) -> None:
+    assert lacks_memory(error) == lacks
 
 
 @pytest.mark.parametrize(("share", "sent"), [(0, 0), (0.1, 1), (0.25, 2), (0.5, 4), (0.95, 8), (1, 8)])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cfvit.benchmark.measure import Batch
+    from cfvit.benchmark.report import Bench
     from cfvit.calibration import Calibration, Drift, Target
     from cfvit.data import DataSource
     from cfvit.evaluation.metrics import Evaluation
@@ -482,7 +483,7 @@ def calibrate(
     path = _calibration_path(model, out)
     from cfvit.checkpoints import require_writable, write_calibration
     from cfvit.confidence import ExitRule
-    from cfvit.evaluation.calibrate import NOT_COMPARED, Wish, calibrate_model
+    from cfvit.evaluation.calibrate import Wish, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.processes import Process, best_device
 
@@ -499,8 +500,6 @@ def calibrate(
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     _report_unreadable(unreadable)
-    if training is None:
-        _say(NOT_COMPARED)
     _say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
     return int(bool(unreadable))
 
@@ -674,18 +673,20 @@ def reproduce(
     find_studies(name)
     given = _given_fields(overrides)
     final = load_recipe(recipe, config, given)
+    chosen = _seeds((final.seed,) if seeds is None else seeds)
     seconds = None if budget is None else parse_budget(budget)
     from cfvit.reproduction.command import command_line
     from cfvit.reproduction.reproduce import Request, reproduce
     from cfvit.reproduction.writing import as_json, print_table
 
-    flags = {"recipe": recipe, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
+    start = None if model is not None and recipe == "deit" else recipe  # a model that is given has none
+    flags = {"recipe": start, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
     request = Request(
         name=name,
         recipe=final,
         recipe_name=recipe,
         out=out,
-        seeds=tuple(dict.fromkeys(seeds or (final.seed,))),
+        seeds=chosen,
         budget=seconds,
         model=model,
         speed=speed,
@@ -700,6 +701,14 @@ def reproduce(
             print_table(study, rows, notes)
 
     reproduce(request, show, _say)
+
+
+def _seeds(given: tuple[int, ...]) -> tuple[int, ...]:
+    """Seeds as given, each once; those of a generator are whole numbers from 0."""
+    if not given or min(given) < 0:
+        said = "--seeds has no number" if not given else f"seed {min(given)} is below 0"
+        raise UsageError(f"{said}: give numbers from 0, as in --seeds 0 1 2")
+    return tuple(dict.fromkeys(given))
 
 
 @app.command
@@ -867,7 +876,7 @@ def bench(
     from cfvit.benchmark.measure import Plan
     from cfvit.benchmark.report import write_report
     from cfvit.benchmark.run import run_bench
-    from cfvit.checkpoints import load
+    from cfvit.checkpoints import load, require_writable
     from cfvit.data import open_images
     from cfvit.evaluation.explain import require_matplotlib
     from cfvit.model import create_model
@@ -875,48 +884,68 @@ def bench(
 
     if out is not None:
         require_matplotlib()
-        out.mkdir(parents=True, exist_ok=True)
+        require_writable(out / "bench.json")
     if backbone is None:
         network = load(model or DEFAULT_MODEL)
     else:
         network = create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
     source = None if data is None else open_images(data)
 
-    def show(batch: Batch) -> None:
-        if json:
-            for row in batch.rows:
-                _print_json(**row.to_dict())
-        else:
+    found: list[Bench] = []
+
+    def keep(batch: Batch, so_far: Bench) -> None:
+        found[:] = [so_far]
+        if out is not None:
+            write_report(so_far, out)
+        if not json:
             _print_batch(batch)
 
-    with join_processes() as process:
-        found = run_bench(
-            network.to(process.device, getattr(torch, precision)),
-            batch_sizes,
-            Plan(mode, fine_share, rounds, seconds),
-            name=backbone or model or DEFAULT_MODEL,
-            command=shlex.join(["cfvit", *sys.argv[1:]]),
-            random_weights=backbone is not None,
-            peers=peers,
-            source=source,
-            watch=show,
-        )
-    for sentence in found.sentences:
+    try:
+        with join_processes() as process:
+            found[:] = [
+                run_bench(
+                    network.to(process.device, getattr(torch, precision)),
+                    batch_sizes,
+                    Plan(mode, fine_share, rounds, seconds),
+                    name=backbone or model or DEFAULT_MODEL,
+                    command=shlex.join(["cfvit", *sys.argv[1:]]),
+                    random_weights=backbone is not None,
+                    peers=peers,
+                    source=source,
+                    watch=keep,
+                )
+            ]
+    finally:  # what was measured before a failure is told as well
+        for run in found:
+            _tell_bench(run, out, json)
+
+
+def _tell_bench(bench: Bench, out: Path | None, json: bool) -> None:
+    from cfvit.benchmark.report import summary, write_report
+
+    if json:
+        _print_json(**summary(bench))
+        for row in (row for batch in (*bench.batches, *bench.real) for row in batch.rows):
+            _print_json(**row.to_dict())
+    for sentence in bench.sentences:
         _say(sentence)
     if out is not None:
-        write_report(found, out)
+        write_report(bench, out)
         _say(f"written to {out}")
 
 
 def _print_batch(batch: Batch) -> None:
     from rich.table import Table
 
-    from cfvit.benchmark.report import COLUMNS, cells, heading
+    from cfvit.benchmark.report import COLUMNS, PEERS_COLUMNS, PEERS_TITLE, cells, heading, peers_comparison
 
-    table = Table(*COLUMNS, title=heading(batch), box=None, title_justify="left")
-    for row in batch.rows:
-        table.add_row(*cells(row))
-    _show(table)
+    beside = peers_comparison(batch)
+    tables = [(COLUMNS, heading(batch), [cells(row) for row in batch.rows]), (PEERS_COLUMNS, PEERS_TITLE, beside)]
+    for columns, title, rows in tables[: 1 + bool(beside)]:
+        table = Table(*columns, title=title, box=None, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        _show(table)
 
 
 @app.command

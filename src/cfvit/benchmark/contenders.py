@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,17 +19,26 @@ from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.confidence import ExitRule
 from cfvit.evaluation.timing import Call
 from cfvit.flops import count_macs, macs_of
-from cfvit.inference import Predictor
+from cfvit.inference import FINE_BATCH, Predictor
 from cfvit.model import CoarseToFineViT
 from cfvit.tokens import coarse_image
 from cfvit.variants import Mode
 
-BACKBONE, PREDICTOR, LITERAL_PORT = "backbone", "predictor", "literal port"
+BACKBONE, COARSE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "both stages"
+PREDICTOR, STREAM, LITERAL_PORT = "predictor", "stream", "literal port"
+OWN = (BACKBONE, COARSE_STAGE, BOTH_STAGES, PREDICTOR, STREAM)
+"""All others are peers."""
 NEAR = 0.02
 """A share of a batch counts as met if whole images come as near as this."""
 
-Runner = Callable[[Tensor, int], Call]
-"""From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them."""
+STREAM_GATHERS = 8
+"""A stream gathers fine batches of so many times the batch size, and of no more than it does by itself."""
+
+Runner = Callable[[Tensor, Sequence[int]], Call]
+"""From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them.
+
+There is one number but for a stream: that answers the images as often as there are numbers.
+"""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Method:
         more_macs: what an image costs on top if it goes on; None where all images are treated alike.
         build: prepares it in a mode.
         modes: those that it is timed in, whichever are asked for, or None for all that are.
+        share_out: from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``.
     """
 
     name: str
@@ -47,6 +59,7 @@ class Method:
     more_macs: int | None
     build: Callable[[Mode], Runner]
     modes: tuple[Mode, ...] | None = None
+    share_out: Callable[[int, float], dict[tuple[int, ...], float]] = lambda count, share: whole_images(count, share)
 
     def macs(self, fine_share: float | None) -> float:
         """Mean cost of an image if this share of them goes on."""
@@ -79,15 +92,23 @@ def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
 
     own = [
         Method(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
-        Method("coarse stage", macs.coarse, None, lambda mode: _runs(stages(mode)[0])),
-        Method("both stages", macs.both, None, lambda mode: _runs(stages(mode)[1])),
+        Method(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(stages(mode)[0])),
+        Method(BOTH_STAGES, macs.both, None, lambda mode: _runs(stages(mode)[1])),
         Method(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
+        Method(
+            STREAM,
+            macs.coarse,
+            macs.fine,
+            lambda mode: _streams(model, mode),
+            share_out=lambda count, share: {whole_fine_batches(count, share, fine_batch_of(model, count)): 1.0},
+        ),
     ]
-    return own + (_peers(model) if peers else [])
+    methods = own + (_peers(model) if peers else [])
+    return [replace(method, build=cache(method.build)) for method in methods]  # one compilation for all batch sizes
 
 
 def _runs(network: Callable[[Tensor], Any]) -> Runner:
-    return lambda images, going: lambda: network(images)
+    return lambda images, goings: lambda: network(images)
 
 
 def predictor_of(model: CoarseToFineViT, mode: Mode, threshold: float | None = None) -> Predictor:
@@ -99,14 +120,37 @@ def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
     twin = copy.copy(model)
     predictor = predictor_of(twin, mode, FORCED_ETA)
 
-    def prepare_call(images: Tensor, going: int) -> Call:
-        rule = ForcedExits.of(model.exit_rule, len(images), going, images.device)
+    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+        (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
 
         def call() -> object:
             twin.exit_rule = rule
             return predictor(images)
 
         return call
+
+    return prepare_call
+
+
+def fine_batch_of(model: CoarseToFineViT, batch_size: int) -> int:
+    """How many images of a timed stream the fine stage takes together."""
+    device = next(model.parameters()).device.type
+    return min(STREAM_GATHERS * batch_size, FINE_BATCH.get(device, FINE_BATCH["cuda"]))
+
+
+def _streams(model: CoarseToFineViT, mode: Mode) -> Runner:
+    twin = copy.copy(model)
+    predictor = predictor_of(twin, mode, FORCED_ETA)
+
+    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+        rules = ForcedExits.of_batches(model.exit_rule, images, goings)
+
+        def batches() -> Iterator[Tensor]:
+            for rule in rules:  # a stream looks at a batch before it asks for the next one
+                twin.exit_rule = rule
+                yield images
+
+        return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(model, len(images))))
 
     return prepare_call
 
@@ -137,8 +181,8 @@ def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> M
     def build(mode: Mode) -> Runner:
         networks = prepare(small, mode), prepare(model.backbone, mode)
 
-        def prepare_call(images: Tensor, going: int) -> Call:
-            rule = ForcedExits.of(model.exit_rule, len(images), going, images.device)
+        def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+            (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
             cascade = Cascade(*networks, rule, FORCED_ETA)
             return lambda: cascade(images)
 
@@ -166,8 +210,9 @@ def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor)
     coarse_macs = macs_of(lambda: literal.coarse(images))
     both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
 
-    def prepare_call(images: Tensor, going: int) -> Call:
-        port = LiteralPort(model, ForcedExits.of(model.exit_rule, len(images), going, images.device), FORCED_ETA)
+    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+        (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
+        port = LiteralPort(model, rule, FORCED_ETA)
         return lambda: port(images)
 
     return Method(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
@@ -193,14 +238,20 @@ class ForcedExits(ExitRule):
         chosen = places.diff(prepend=torch.zeros_like(places[:1])) > 0
         return cls(rule.measure, rule.coarse_temperature, rule.fine_temperature, going=chosen)
 
+    @classmethod
+    def of_batches(cls, rule: ExitRule, images: Tensor, goings: Sequence[int]) -> list[ForcedExits]:
+        """For each batch in turn, of which so many images go on."""
+        made = {going: cls.of(rule, len(images), going, images.device) for going in set(goings)}
+        return [made[going] for going in goings]
+
     def coarse(self, logits: Tensor) -> Tensor:
         """Below 0 for images that go on, and at least 1 for the others."""
         confidence = super().coarse(logits)  # between -1, where it is not a number, and 1
         return torch.where(self.going, confidence - 2, confidence + 2)
 
 
-def whole_images(count: int, fine_share: float) -> dict[int, float]:
-    """How many images of a batch go on, as ``{images: weight}``, so that the share of them is met.
+def whole_images(count: int, fine_share: float) -> dict[tuple[int, ...], float]:
+    """How many images of a batch go on, as ``{(images,): weight}``, so that the share of them is met.
 
     The nearest whole number where it is near enough (`NEAR`), else the two around it: of single
     images at a share of 0.24, 76 in 100 exit and 24 go on, and a mean over calls of both kinds is the answer.
@@ -208,6 +259,24 @@ def whole_images(count: int, fine_share: float) -> dict[int, float]:
     exact = fine_share * count
     nearest = round(exact)
     if abs(nearest / count - fine_share) <= NEAR:
-        return {nearest: 1.0}
+        return {(nearest,): 1.0}
     below = math.floor(exact)
-    return {below: below + 1 - exact, below + 1: exact - below}
+    return {(below,): below + 1 - exact, (below + 1,): exact - below}
+
+
+def whole_fine_batches(count: int, fine_share: float, fine_batch: int) -> tuple[int, ...]:
+    """How many images of each batch of a stream go on, so that the share is met and no batch of the fine stage
+    is in part empty: the end of a timed stream is not to count, as it does not in a long one.
+
+    Of the streams that come near enough (`NEAR`) the shortest; as even as whole images allow.
+
+    Args:
+        count: images in each batch.
+        fine_batch: images that the fine stage takes together.
+    """
+    going, batches = 0, 1
+    while going > batches * count or abs(going / (batches * count) - fine_share) > NEAR:
+        going += fine_batch
+        batches = max(1, round(going / (fine_share * count)))
+    places = [number * going // batches for number in range(batches + 1)]
+    return tuple(after - before for before, after in pairwise(places))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, Method, methods_of, prepare, whole_images
+from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Method, methods_of, prepare
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import STEADY, Call, Timing, is_sharp, paired_ratio, percentile, time_in_turn
 from cfvit.model import CoarseToFineViT
@@ -21,6 +22,7 @@ MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 COMPUTING = "computing"
 """What is timed of an answer if its images lie on the device, ready for the network."""
 RANDOM, REAL = "random", "real"
+AHEAD, BEHIND, CANNOT_BE_TOLD = "ahead", "behind", "cannot be told"
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,17 @@ class Row:
         fine_share: of images that went on; None where all are treated alike.
         gmacs: mean cost of an image in 1e9 multiply-accumulates.
         rounds: that were counted.
+        images_per_round: that each of them answered.
+        parts: of which timed calls (`Batch.seconds`) a round consists, and the weight of each.
         images_per_second: by the median round.
-        p50_ms, p95_ms, p99_ms: milliseconds of a call; None where there were too few calls to tell.
+        mean_ms: milliseconds of a call in the mean, in a stream those of a batch.
+        p50_ms, p95_ms, p99_ms: milliseconds of a call; None where there were too few calls to tell, and in a stream,
+            where hard images wait for those of later batches.
         spread: interquartile range of the rounds over their median.
         ratio: how many times faster than the backbone in the same mode, from the same rounds.
         eager_ratio: the same beside timm's backbone in eager mode.
+        predictor_ratio: how many times faster than this the predictor is, from the same rounds; that at the first share
+            in the same mode, or in the first mode if it was not timed in this one. None where none was timed.
         macs_ratio: the backbone's MACs over these: what the arithmetic promises.
         matrix_share: of the machine's own matrix rate that was reached.
         peak_megabytes: memory that a call takes on top of what lay there before; None on a CPU.
@@ -72,13 +80,17 @@ class Row:
     fine_share: float | None
     gmacs: float
     rounds: int
+    images_per_round: int
+    parts: Mapping[str, float]
     images_per_second: float
-    p50_ms: float
+    mean_ms: float
+    p50_ms: float | None
     p95_ms: float | None
     p99_ms: float | None
     spread: float
     ratio: Estimate
     eager_ratio: Estimate
+    predictor_ratio: Estimate | None
     macs_ratio: float
     matrix_share: float
     peak_megabytes: float | None
@@ -95,15 +107,27 @@ class Row:
         return self.steady and is_sharp(self.eager_ratio)
 
     @property
+    def predictor_is(self) -> str | None:
+        """Whether the predictor is faster than this, as far as the interval of ``predictor_ratio`` tells."""
+        ratio = self.predictor_ratio
+        if ratio is None:
+            return None
+        if not self.steady or ratio.low <= 1 <= ratio.high:
+            return CANNOT_BE_TOLD
+        return AHEAD if ratio.low > 1 else BEHIND
+
+    @property
     def label(self) -> str:
         """The name, with the share of images that went on."""
         return self.name if self.fine_share is None else f"{self.name}, {self.fine_share:.0%} fine"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, in which an interval without end is null."""
-        values = {**asdict(self), "telling": self.telling, "eager_telling": self.eager_telling}
-        for name in ("ratio", "eager_ratio"):
-            values[name] = {key: end if math.isfinite(end) else None for key, end in values[name].items()}
+        told = {"telling": self.telling, "eager_telling": self.eager_telling, "predictor_is": self.predictor_is}
+        values = {**asdict(self), **told}
+        for name in ("ratio", "eager_ratio", "predictor_ratio"):
+            if values[name] is not None:
+                values[name] = {key: end if math.isfinite(end) else None for key, end in values[name].items()}
         return values
 
 
@@ -116,12 +140,16 @@ class Batch:
         rows: in the order of the contenders.
         matrix_gmacs_per_second: the machine's own rate, a large matrix product in the same precision and rounds.
         drift: how many times slower the slower half of the reference's rounds was.
+        seconds: by the name of what was called, for each round the seconds of each call.
+        notes: what else a reader has to know.
     """
 
     batch_size: int
     rows: list[Row]
     matrix_gmacs_per_second: float
     drift: float
+    seconds: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def steady(self) -> bool:
@@ -167,6 +195,7 @@ class Entry:
         macs: mean cost of an image.
         count: images of a round.
         parts: names of timed calls, and the weight of each.
+        beside: the scope of the backbone and the predictor that it is compared with, if not its own.
     """
 
     name: str
@@ -177,6 +206,19 @@ class Entry:
     macs: float
     count: int
     parts: Mapping[str, float]
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """An entry and the seconds that an image took in each of its rounds."""
+
+    entry: Entry
+    series: Series
+
+    @property
+    def seconds(self) -> list[float]:
+        return [total / self.entry.count for total in self.series.rounds.totals]
 
 
 @torch.inference_mode()
@@ -191,12 +233,14 @@ def measure_batch(model: CoarseToFineViT, methods: Sequence[Method], images: Ten
     for method, mode in _in_modes(methods, plan.modes):
         runner = method.build(mode)
         for share in plan.shares if method.more_macs is not None else (None,):
-            weights = {0: 1.0} if share is None else whole_images(len(images), share)
-            names = {f"{method.name}, {mode}, {going} on": (going, weight) for going, weight in weights.items()}
-            calls |= {name: runner(images, going) for name, (going, _) in names.items() if name not in calls}
-            met = None if share is None else sum(going * weight for going, weight in names.values()) / len(images)
-            parts = {name: weight for name, (_, weight) in names.items()}
-            entries.append(Entry(method.name, mode, RANDOM, COMPUTING, met, method.macs(met), len(images), parts))
+            ways: dict[tuple[int, ...], float]
+            ways = {(0,): 1.0} if share is None else method.share_out(len(images), share)
+            names = {f"{method.name}, {mode}, {' '.join(map(str, goings))} on": goings for goings in ways}
+            calls |= {name: runner(images, goings) for name, goings in names.items() if name not in calls}
+            count = len(images) * max(map(len, ways))
+            met = None if share is None else sum(sum(goings) * weight for goings, weight in ways.items()) / count
+            parts = {name: ways[goings] for name, goings in names.items()}
+            entries.append(Entry(method.name, mode, RANDOM, COMPUTING, met, method.macs(met), count, parts))
     return relate(entries, calls, len(images), model, plan)
 
 
@@ -231,35 +275,48 @@ def relate(
     products = {f"matrix product, {mode}": _matrix_product(side, mode, parameter) for mode in ("eager", *plan.modes)}
     timings = time_in_turn({**calls, **products}, plan.rounds, device, plan.seconds)
     rate = side**3 / min(timings[name].median for name in products)
-    series = [Series(tuple((timings[name], weight) for name, weight in entry.parts.items())) for entry in entries]
-    backbones = {
-        (entry.scope, entry.mode): (one.rounds, entry.macs)
-        for entry, one in zip(entries, series, strict=True)
-        if entry.name == BACKBONE
-    }
-    drift = max(rounds.drift for (_, mode), (rounds, _) in backbones.items() if mode == "eager")
+    measured = [
+        _Measured(entry, Series(tuple((timings[name], weight) for name, weight in entry.parts.items())))
+        for entry in entries
+    ]
+    eager = [one for one in measured if (one.entry.name, one.entry.mode) == (BACKBONE, "eager")]
+    drift = max(one.series.rounds.drift for one in eager)
     rows = []
-    for entry, one in zip(entries, series, strict=True):
-        peak = _peak_megabytes([calls[name] for name in entry.parts], device)
-        references = backbones[entry.scope, entry.mode], backbones[entry.scope, "eager"]
-        rows.append(_row(entry, one, references, batch_size, rate, peak, drift <= STEADY))
-    return Batch(batch_size, rows, rate / 1e9, drift)
+    for one in measured:
+        peak = _peak_megabytes([calls[name] for name in one.entry.parts], device)
+        rows.append(_row(one, measured, batch_size, rate, peak, drift <= STEADY))
+    seconds = {name: timing.rounds for name, timing in timings.items()}
+    return Batch(batch_size, rows, rate / 1e9, drift, seconds)
+
+
+def _rival(name: str, of: _Measured, measured: Sequence[_Measured], mode: Mode) -> _Measured | None:
+    """The first contender of this name that stands beside another in a mode."""
+    scope = of.entry.beside or of.entry.scope
+    found = (one for one in measured if (one.entry.name, one.entry.scope, one.entry.mode) == (name, scope, mode))
+    return next(found, None)
+
+
+def _predictor_ratio(one: _Measured, measured: Sequence[_Measured]) -> Estimate | None:
+    modes: list[Mode] = [one.entry.mode, *(other.entry.mode for other in measured if other.entry.name == PREDICTOR)]
+    predictors = (_rival(PREDICTOR, one, measured, asked) for asked in modes)
+    predictor = next((found for found in predictors if found is not None), None)
+    return None if predictor is None else paired_ratio(one.seconds, predictor.seconds)
 
 
 def _row(
-    entry: Entry,
-    series: Series,
-    references: tuple[tuple[Timing, float], tuple[Timing, float]],
+    one: _Measured,
+    measured: Sequence[_Measured],
     batch_size: int,
     matrix_rate: float,
     peak_megabytes: float | None,
     steady: bool,
 ) -> Row:
-    """Beside the backbone in the same mode, and in eager mode: of each its rounds and MACs."""
-    rounds = series.rounds
-    (beside, macs), (eager, _) = references
-    median = series.milliseconds(0.5)
-    assert median is not None
+    entry, rounds = one.entry, one.series.rounds
+    backbone, eager = _rival(BACKBONE, one, measured, entry.mode), _rival(BACKBONE, one, measured, "eager")
+    assert backbone is not None
+    assert eager is not None
+    percentiles = [None if entry.name == STREAM else one.series.milliseconds(share) for share in (0.5, 0.95, 0.99)]
+    images_per_second = entry.count / rounds.median
     return Row(
         name=entry.name,
         mode=entry.mode,
@@ -269,15 +326,19 @@ def _row(
         fine_share=entry.fine_share,
         gmacs=entry.macs / 1e9,
         rounds=len(rounds.rounds),
-        images_per_second=entry.count / rounds.median,
-        p50_ms=median,
-        p95_ms=series.milliseconds(0.95),
-        p99_ms=series.milliseconds(0.99),
+        images_per_round=entry.count,
+        parts=entry.parts,
+        images_per_second=images_per_second,
+        mean_ms=1e3 * batch_size * statistics.fmean(one.seconds),
+        p50_ms=percentiles[0],
+        p95_ms=percentiles[1],
+        p99_ms=percentiles[2],
         spread=rounds.spread,
-        ratio=paired_ratio(beside.totals, rounds.totals),
-        eager_ratio=paired_ratio(eager.totals, rounds.totals),
-        macs_ratio=macs / entry.macs,
-        matrix_share=entry.macs * entry.count / rounds.median / matrix_rate,
+        ratio=paired_ratio(backbone.seconds, one.seconds),
+        eager_ratio=paired_ratio(eager.seconds, one.seconds),
+        predictor_ratio=_predictor_ratio(one, measured),
+        macs_ratio=backbone.entry.macs / entry.macs,
+        matrix_share=entry.macs * images_per_second / matrix_rate,
         peak_megabytes=peak_megabytes,
         steady=steady,
     )
@@ -303,8 +364,12 @@ def _peak_megabytes(calls: Sequence[Call | Sequence[Call]], device: torch.device
     return max(peaks) / 1e6
 
 
+@torch.inference_mode()
 def random_images(model: CoarseToFineViT, count: int) -> Tensor:
-    """Normal noise of the model's size, device and precision, the same in every run: ``[count, 3, S, S]``."""
+    """Normal noise of the model's size, device and precision, the same in every run: ``[count, 3, S, S]``.
+
+    Inference tensors, as what they become: torch.compile takes others for another case.
+    """
     parameter = next(model.parameters())
     images = torch.randn(count, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
     return images.to(parameter.device, parameter.dtype)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, predictor_of, prepare
+from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, relate
 from cfvit.data import DataSource, ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
@@ -20,14 +24,17 @@ from cfvit.evaluation.timing import Call
 from cfvit.flops import StageMacs, count_macs
 from cfvit.inference import FINE, Predictor
 from cfvit.model import CoarseToFineViT
-from cfvit.prediction import READERS
+from cfvit.prediction import READERS, classify_files
 from cfvit.variants import Mode
 
 COPYING, RESIZING, DECODING = "with host copies", "with resizing", "with decoding"
 SCOPES = (COMPUTING, COPYING, RESIZING, DECODING)
 """Each holds the one before it: pixels on the device, pixels in host memory, decoded images, encoded files."""
-FEWEST_IMAGES = 16
-"""A round answers at least so many, in several calls if batches are smaller."""
+FILES, SCALED = "from files", "from files, scaled decoding"
+"""`cfvit.prediction.classify_files` with all that it does, without and with ``scaled_decode``."""
+FEWEST_IMAGES, FEWEST_BATCHES = 16, 2
+"""A round answers at least so many, in several calls; a stream of one batch would be none."""
+NO_JPEG = "none of the images is a JPEG: scaled decoding changes nothing and was not timed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +58,23 @@ class RealImages:
         """Images of a round."""
         return sum(map(len, self.files))
 
+    @property
+    def hold_jpegs(self) -> bool:
+        """Whether scaled decoding changes anything."""
+        return any(_is_jpeg(content) for content in chain.from_iterable(self.files))
+
+    def write(self, folder: Path) -> list[Path]:
+        """All images of a round as files, in order."""
+        paths = [folder / str(place) for place in range(self.count)]
+        for path, content in zip(paths, chain.from_iterable(self.files), strict=True):
+            path.write_bytes(content)
+        return paths
+
+
+def _is_jpeg(content: bytes) -> bool:
+    with Image.open(io.BytesIO(content)) as image:
+        return image.format == "JPEG"
+
 
 def read_images(source: DataSource, model: CoarseToFineViT, batch_size: int) -> RealImages:
     """Takes images from all over the data, some of them more than once if there are too few.
@@ -58,7 +82,7 @@ def read_images(source: DataSource, model: CoarseToFineViT, batch_size: int) -> 
     Raises:
         CfvitError: no image can be read from its stored form.
     """
-    batches = math.ceil(FEWEST_IMAGES / batch_size)
+    batches = max(FEWEST_BATCHES, math.ceil(FEWEST_IMAGES / batch_size))
     wanted = batches * batch_size
     files: list[bytes] = []
     for place in range(min(wanted, len(source))):
@@ -90,23 +114,29 @@ def _stored(source: DataSource, index: int) -> bytes | None:
 
 @torch.inference_mode()
 def measure_real(model: CoarseToFineViT, source: DataSource, batch_size: int, plan: Plan) -> Batch:
-    """Times backbone and predictor on real images in all `SCOPES`; a round answers all of them.
+    """Times backbone, predictor and stream on real images in all `SCOPES`, and the stream from files as well.
+
+    A round answers all images, in calls of one batch or by one stream.
 
     Raises:
         CfvitError: a model without a calibrated threshold, images that cannot be read.
     """
     images = read_images(source, model, batch_size)
-    calls: dict[str, Sequence[Call]] = {}
+    calls: dict[str, Call | Sequence[Call]] = {}
     entries: list[Entry] = []
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(READERS) as pool, TemporaryDirectory() as folder:
         inputs = {scope: _inputs(scope, images, model, pool) for scope in SCOPES}
+        paths = images.write(Path(folder))
         for answerer in _answerers(model, images, plan.modes):
-            for scope in SCOPES:
+            scopes = {scope: answerer.calls(inputs[scope], scope) for scope in SCOPES}
+            for scope, made in {**scopes, **answerer.from_files(paths, batch_size, images.hold_jpegs)}.items():
                 key = f"{answerer.name}, {answerer.mode}, {scope}"
-                calls[key] = [_answering(answerer.network, give, scope) for give in inputs[scope]]
-                share, macs = answerer.fine_share, answerer.macs
-                entries.append(Entry(answerer.name, answerer.mode, REAL, scope, share, macs, images.count, {key: 1.0}))
-        return relate(entries, calls, batch_size, model, plan)
+                calls[key] = made
+                share, macs, beside = answerer.fine_share, answerer.macs, None if scope in SCOPES else DECODING
+                count, parts = images.count, {key: 1.0}
+                entries.append(Entry(answerer.name, answerer.mode, REAL, scope, share, macs, count, parts, beside))
+        batch = relate(entries, calls, batch_size, model, plan)
+    return batch if images.hold_jpegs else replace(batch, notes=(f"{batch.title}: {NO_JPEG}",))
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +156,43 @@ class Answerer:
     fine_share: float | None
     macs: float
 
+    def calls(self, inputs: Sequence[Callable[[], Tensor]], scope: str) -> Call | Sequence[Call]:
+        """The calls of a round, one for each batch that the inputs make."""
+        return [_answering(self.network, give, scope) for give in inputs]
+
+    def from_files(self, paths: Sequence[Path], batch_size: int, jpegs: bool) -> dict[str, Call]:
+        """By scope, calls that answer files; only a stream has some."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class StreamAnswerer(Answerer):
+    """A stream that answers all batches of a round.
+
+    Attributes:
+        predictor: what streams.
+        stage_macs: as `cfvit.count_macs` counts them.
+    """
+
+    predictor: Predictor
+    stage_macs: StageMacs
+
+    def calls(self, inputs: Sequence[Callable[[], Tensor]], scope: str) -> Call:
+        """One call that answers all batches and brings the classes to the host but where pixels lie on the device."""
+
+        def answer() -> list[Tensor]:
+            answers = self.predictor.stream((give() for give in inputs), ordered=True)
+            return [each.logits for each in answers]
+
+        return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]
+
+    def from_files(self, paths: Sequence[Path], batch_size: int, jpegs: bool) -> dict[str, Call]:
+        def reading(scaled_decode: bool) -> Call:
+            given: dict[str, Any] = {"macs": self.stage_macs, "scaled_decode": scaled_decode}
+            return lambda: list(classify_files(paths, self.predictor, batch_size, **given))
+
+        return {FILES: reading(False)} | ({SCALED: reading(True)} if jpegs else {})
+
 
 def _answerers(model: CoarseToFineViT, images: RealImages, modes: Sequence[Mode]) -> Iterator[Answerer]:
     """The backbone in eager mode and in all others, the predictor in those asked for."""
@@ -134,13 +201,15 @@ def _answerers(model: CoarseToFineViT, images: RealImages, modes: Sequence[Mode]
     for mode in dict.fromkeys(asked):
         yield Answerer(BACKBONE, mode, prepare(model.backbone, mode), None, macs.backbone)
     for mode in dict.fromkeys(modes):
-        yield _predicting(model, images, mode, macs)
+        predictor = predictor_of(model, mode)
+        share = _fine_share(predictor, images)
+        logits, cost = _logits_of(predictor), macs.expected(share)
+        yield Answerer(PREDICTOR, mode, logits, share, cost)
+        yield StreamAnswerer(STREAM, mode, logits, share, cost, predictor, macs)
 
 
-def _predicting(model: CoarseToFineViT, images: RealImages, mode: Mode, macs: StageMacs) -> Answerer:
-    predictor = predictor_of(model, mode)
-    share = _fine_share(predictor, images)
-    return Answerer(PREDICTOR, mode, lambda pixels: predictor(pixels).logits, share, macs.expected(share))
+def _logits_of(predictor: Predictor) -> Callable[[Tensor], Tensor]:
+    return lambda pixels: predictor(pixels).logits
 
 
 def _fine_share(predictor: Predictor, images: RealImages) -> float:

@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfvit.benchmark.contenders import BACKBONE, NEAR, PREDICTOR
-from cfvit.benchmark.measure import COMPUTING, Batch, Plan, Row
+from cfvit.benchmark.contenders import BACKBONE, BOTH_STAGES, NEAR, OWN, PREDICTOR
+from cfvit.benchmark.measure import CANNOT_BE_TOLD, COMPUTING, Batch, Plan, Row
 from cfvit.calibration import Estimate
 from cfvit.checkpoints import atomic_write
 from cfvit.conditions import Conditions
@@ -26,6 +26,7 @@ COLUMNS = (
     "mode",
     "GMACs",
     "images/s",
+    "mean ms",
     "p50 ms",
     "p95",
     "p99",
@@ -69,8 +70,8 @@ class Bench:
     @property
     def sentences(self) -> list[str]:
         """The notes, and where the machine was too noisy to tell."""
-        doubts = [doubt for batch in (*self.batches, *self.real) for doubt in doubts_of(batch)]
-        return [*self.notes, *doubts]
+        said = [text for batch in (*self.batches, *self.real) for text in (*batch.notes, *doubts_of(batch))]
+        return [*self.notes, *said]
 
 
 def doubts_of(batch: Batch) -> list[str]:
@@ -95,6 +96,7 @@ def cells(row: Row) -> list[str]:
         row.mode,
         f"{row.gmacs:.3f}",
         f"{row.images_per_second:.1f}",
+        _milliseconds(row.mean_ms),
         _milliseconds(row.p50_ms),
         _milliseconds(row.p95_ms),
         _milliseconds(row.p99_ms),
@@ -126,15 +128,52 @@ def heading(batch: Batch) -> str:
     return f"{batch.title}; matrix rate {batch.matrix_gmacs_per_second:.0f} GMACs/s"
 
 
-def papers_comparison(bench: Bench) -> list[list[str]]:
-    """Beside the paper's Table 2, at the largest batch size and in the last mode; empty for another network.
+def peers_comparison(batch: Batch) -> list[list[str]]:
+    """The predictor beside each peer, those that let images exit at the predictor's first share.
 
     Returns:
-        Rows of: eta, hard images, the paper's images per second and their ratio, these and theirs.
+        Rows under `PEERS_COLUMNS`; none if none was timed.
+    """
+    predictors = [row for row in batch.rows if row.name == PREDICTOR]
+    if not predictors:
+        return []
+    first = predictors[0]
+    return [
+        [
+            _name(row),
+            row.mode,
+            first.label,
+            row.mode if any(one.mode == row.mode for one in predictors) else first.mode,
+            "-" if row.predictor_ratio is None else _ratio(row.predictor_ratio, row.predictor_is != CANNOT_BE_TOLD),
+            row.predictor_is or "-",
+        ]
+        for row in batch.rows
+        if row.name not in OWN and row.fine_share in (None, first.fine_share)
+    ]
+
+
+PEERS_TITLE = "The predictor beside its peers"
+PEERS_COLUMNS = ("peer", "mode", "predictor", "its mode", "predictor, times faster", "predictor is")
+
+
+def largest(batches: Sequence[Batch]) -> Batch:
+    """That of the largest batch size."""
+    return max(batches, key=lambda batch: batch.batch_size)
+
+
+def papers_comparison(bench: Bench) -> list[list[str]]:
+    """Beside the paper's Table 2, at the largest batch size and in the mode in which the predictor was fastest.
+
+    Returns:
+        Rows of: eta, hard images, the paper's images per second and their ratio, these and theirs; none for another
+        network.
     """
     if (bench.backbone, bench.grid) != (PAPERS_BACKBONE, PAPERS_GRID) or not bench.batches:
         return []
-    rows = [row for row in bench.batches[-1].rows if row.mode == bench.plan.modes[-1]]
+    batch = largest(bench.batches)
+    predictors = [row for row in batch.rows if row.name == PREDICTOR]
+    fastest = max(predictors, key=lambda row: row.images_per_second, default=batch.rows[-1])
+    rows = [row for row in batch.rows if row.mode == fastest.mode]
     table = []
     for eta, share, speed in PAPERS_SPEED:
         found = [row for row in rows if _answers_papers(row, share)]
@@ -151,12 +190,35 @@ def _answers_papers(row: Row, share: float | None) -> bool:
     if share is None:
         return row.name == BACKBONE
     if share == 1:
-        return row.name == "both stages"
+        return row.name == BOTH_STAGES
     return row.name == PREDICTOR and abs((row.fine_share or 0) - share) <= NEAR
 
 
 def to_json(bench: Bench) -> dict[str, Any]:
     """All that was found, for a file."""
+    return {
+        **_head(bench),
+        "batches": [_batch_to_json(batch) for batch in bench.batches],
+        "real": [_batch_to_json(batch) for batch in bench.real],
+    }
+
+
+def summary(bench: Bench) -> dict[str, Any]:
+    """What a reader of rows has to know of the run and of each batch size, without the rows."""
+    batches = [
+        {
+            "images": batch.rows[0].images,
+            "batch_size": batch.batch_size,
+            "matrix_gmacs_per_second": batch.matrix_gmacs_per_second,
+            "drift": batch.drift,
+            "steady": batch.steady,
+        }
+        for batch in (*bench.batches, *bench.real)
+    ]
+    return {**_head(bench), "measured": batches}
+
+
+def _head(bench: Bench) -> dict[str, Any]:
     return {
         "conditions": asdict(bench.conditions),
         "model": bench.model,
@@ -165,14 +227,14 @@ def to_json(bench: Bench) -> dict[str, Any]:
         "random_weights": bench.random_weights,
         "plan": asdict(bench.plan),
         "notes": bench.sentences,
-        "batches": [_batch_to_json(batch) for batch in bench.batches],
-        "real": [_batch_to_json(batch) for batch in bench.real],
     }
 
 
 def _batch_to_json(batch: Batch) -> dict[str, Any]:
+    """With the seconds of all calls, to a tenth of a microsecond, so that others can redo the statistics."""
     rows = [row.to_dict() for row in batch.rows]
-    return {**asdict(batch), "steady": batch.steady, "rows": rows}
+    seconds = {name: [[round(call, 7) for call in calls] for calls in rounds] for name, rounds in batch.seconds.items()}
+    return {**asdict(batch), "steady": batch.steady, "rows": rows, "seconds": seconds}
 
 
 def to_markdown(bench: Bench) -> str:
@@ -189,9 +251,11 @@ def to_markdown(bench: Bench) -> str:
     ]
     for batch in (*bench.batches, *bench.real):
         lines += ["", f"## {_capitalised(heading(batch))}", "", *_markdown_table(COLUMNS, map(cells, batch.rows))]
+        if beside := peers_comparison(batch):
+            lines += ["", f"### {PEERS_TITLE}", "", *_markdown_table(PEERS_COLUMNS, beside)]
     paper = papers_comparison(bench)
     if paper:
-        lines += ["", f"## Beside the paper's A100, batch size {bench.batches[-1].batch_size} here", ""]
+        lines += ["", f"## Beside the paper's A100, batch size {largest(bench.batches).batch_size} here", ""]
         lines += _markdown_table(PAPERS_COLUMNS, paper)
     return "\n".join(lines) + "\n"
 
@@ -211,7 +275,7 @@ def write_report(bench: Bench, folder: Path) -> None:
         CfvitError: matplotlib is not installed, or the folder cannot be written.
     """
     with atomic_write(folder / "bench.json") as file:
-        file.write_text(json.dumps(to_json(bench), indent=1, allow_nan=False) + "\n")
+        file.write_text(json.dumps(to_json(bench), separators=(",", ":"), allow_nan=False) + "\n")
     with atomic_write(folder / "bench.md") as file:
         file.write_text(to_markdown(bench))
     draw(bench, folder / "bench.png")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from cfvit.acceleration import accelerate
-from cfvit.benchmark.contenders import methods_of
-from cfvit.benchmark.measure import Batch, Plan, measure_batch, random_images
+from cfvit.benchmark.contenders import Method, methods_of
+from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
 from cfvit.conditions import conditions_of
 from cfvit.data import DataSource
-from cfvit.errors import CfvitError
+from cfvit.errors import CfvitError, first_line
+from cfvit.evaluation.timing import lacks_memory
 from cfvit.model import CoarseToFineViT
 
 
@@ -28,9 +32,9 @@ def run_bench(
     random_weights: bool,
     peers: bool,
     source: DataSource | None = None,
-    watch: Callable[[Batch], None] = lambda batch: None,
+    watch: Callable[[Batch, Bench], None] = lambda batch, bench: None,
 ) -> Bench:
-    """Measures at all batch sizes.
+    """Measures at all batch sizes; one that does not fit into memory is left out and becomes a note.
 
     Args:
         model: on its device and in its precision.
@@ -38,24 +42,18 @@ def run_bench(
         random_weights: whether the model was made for the run.
         peers: time those as well, if the backbone is one that they are written for.
         source: real images, answered at the model's own eta.
-        watch: called with what was found at each batch size.
+        watch: called with what was found at each batch size, and with all that was found so far.
 
     Raises:
-        CfvitError: data for a model without a threshold, images that cannot be read.
+        CfvitError: data for a model without a threshold, images that cannot be read, no batch size that fits into
+            memory, a network that torch compiles anew too often.
     """
     if source is not None and model.threshold is None:
         raise CfvitError("real images are answered at the model's own eta and it has none: cfvit calibrate chooses it")
     model = model.eval().requires_grad_(False)
     refusal = why_no_peers(model) if peers else None
     methods = methods_of(model, peers and refusal is None)
-    random, real = [], []
-    for size in batch_sizes:
-        random.append(measure_batch(model, methods, random_images(model, size), plan))
-        watch(random[-1])
-        if source is not None:
-            real.append(measure_real(model, source, size, plan))
-            watch(real[-1])
-    return Bench(
+    bench = Bench(
         conditions=conditions_of(next(model.parameters()).dtype, command),
         model=name,
         backbone=model.config.backbone,
@@ -63,9 +61,66 @@ def run_bench(
         random_weights=random_weights,
         plan=plan,
         notes=tuple(_notes(model, plan, random_weights, refusal)),
-        batches=tuple(random),
-        real=tuple(real),
+        batches=(),
     )
+    for size in batch_sizes:
+        kinds = {RANDOM: partial(_measure_random, model, methods, size, plan)}
+        if source is not None:
+            kinds[REAL] = partial(measure_real, model, source, size, plan)
+        for kind, measure in kinds.items():
+            batch = _if_it_fits(measure, "compiled" in plan.modes)
+            if batch is None:
+                note = f"{kind} images, batch size {size}: not measured, as it does not fit into memory"
+                bench = replace(bench, notes=(*bench.notes, note))
+                continue
+            parts = {"batches": (*bench.batches, batch)} if kind == RANDOM else {"real": (*bench.real, batch)}
+            bench = replace(bench, **parts)
+            watch(batch, bench)
+    if not (bench.batches or bench.real):
+        raise CfvitError(f"a batch of {min(batch_sizes)} images does not fit into memory: lower --batch-sizes")
+    return bench
+
+
+def _measure_random(model: CoarseToFineViT, methods: Sequence[Method], batch_size: int, plan: Plan) -> Batch:
+    return measure_batch(model, methods, random_images(model, batch_size), plan)
+
+
+def _if_it_fits(measure: Callable[[], Batch], compiled: bool) -> Batch | None:
+    """What was measured, or None for lack of memory."""
+    try:
+        with no_silent_eager() if compiled else nullcontext():
+            return measure()
+    except (RuntimeError, MemoryError) as error:
+        if not lacks_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of what the exception kept
+    return None
+
+
+COMPILATIONS = 64
+"""How often torch may compile a function anew; its own limit is soon reached by several sizes and networks."""
+
+
+@contextmanager
+def no_silent_eager() -> Iterator[None]:
+    """Within it, a function that is compiled anew more than `COMPILATIONS` times fails; torch would run it eagerly.
+
+    Raises:
+        CfvitError: torch cannot compile.
+    """
+    from torch._dynamo import config, exc  # some seconds to import
+
+    exceptions = (getattr(exc, "FailOnRecompileLimitHit", exc.TorchDynamoException), exc.TorchDynamoException)
+    wanted = {"recompile_limit": COMPILATIONS, "fail_on_recompile_limit_hit": True}
+    known = {name: value for name, value in wanted.items() if hasattr(config, name)}
+    try:
+        with config.patch(known):
+            yield
+    except exceptions as error:
+        if lacks_memory(error):
+            raise
+        raise CfvitError(f"cannot be timed compiled ({first_line(error)}): choose another --mode") from error
 
 
 def _notes(model: CoarseToFineViT, plan: Plan, random_weights: bool, refusal: str | None) -> list[str]:

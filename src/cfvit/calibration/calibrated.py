@@ -289,10 +289,11 @@ def _figures(trade: TradeOff, eta: float, macs: StageMacs, level: float) -> dict
     def percent(hits: int) -> Estimate:
         return share_estimate(hits, count, level).mapped(lambda value: 100 * value)
 
+    nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
     return {
         "accuracy": percent(right),
-        "drop": paired_difference(worse, better, count, level).mapped(lambda value: 100 * value),
-        "worse": share_estimate(worse, count, level),
+        "drop": nothing if eta >= 1 else paired_difference(worse, better, count, level).mapped(lambda v: 100 * v),
+        "worse": nothing if eta >= 1 else share_estimate(worse, count, level),
         "fine_share": share,
         "gmacs": share.mapped(lambda value: macs.expected(value) / 1e9),
         "saving": share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),

@@ -55,18 +55,21 @@ def require_reachable(target: Target, macs: StageMacs, latency: StageLatency | N
     match target:
         case GmacsBudget(gmacs):
             cost = macs.coarse / 1e9
-            _refuse_above(cost, gmacs, f"{gmacs:g} GMACs", f"the coarse stage alone takes {_up(cost)} GMACs")
+            nearest = f"the coarse stage alone takes {_up(cost)} GMACs at eta 0; ask for at least that"
+            _refuse_above(cost, gmacs, f"{gmacs:g} GMACs", nearest)
         case Saving(percent):
             spent = 100 * macs.coarse / macs.backbone
-            _refuse_above(spent, 100 - percent, f"a saving of {percent:g}%", f"the most is {_down(100 - spent)}%")
+            nearest = f"the most is {_down(100 - spent)}% at eta 0; ask for at most that"
+            _refuse_above(spent, 100 - percent, f"a saving of {percent:g}%", nearest)
         case LatencyBudget(milliseconds):
             time = _measured(latency).coarse
-            _refuse_above(time, milliseconds, f"{milliseconds:g} ms", f"the coarse stage alone takes {_up(time)} ms")
+            nearest = f"the coarse stage alone takes {_up(time)} ms at eta 0; ask for at least that"
+            _refuse_above(time, milliseconds, f"{milliseconds:g} ms", nearest)
 
 
 def _refuse_above(least: float, budget: float, asked: str, nearest: str) -> None:
     if least > budget + _SLACK * abs(budget):
-        raise CfvitError(f"{asked} is out of reach: {nearest} at eta 0; ask for no more than that")
+        raise CfvitError(f"{asked} is out of reach: {nearest}")
 
 
 def _measured(latency: StageLatency | None) -> StageLatency:

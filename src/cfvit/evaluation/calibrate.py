@@ -31,14 +31,13 @@ from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.overlap import refuse_training_images
-from cfvit.evaluation.timing import time_stages
+from cfvit.evaluation.timing import lacks_memory, time_stages
 from cfvit.flops import count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process
 
 Images = tuple[Tensor, Tensor, Tensor]
 _SEED = 0
-_LACK_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
 FEW_IMAGES = 100
 """Below so many there is a warning that a fitted temperature may be chance."""
 
@@ -162,7 +161,7 @@ def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
         images = torch.randn(batch_size, 3, *model.image_size, device=next(model.parameters()).device)
         timed = [time_stages(fast, images[:size]) for size in sizes]
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _LACK_OF_MEMORY)):
+        if not lacks_memory(error):
             raise
         raise CfvitError(f"a batch of {batch_size} images does not fit into memory: lower --batch-size") from error
     seconds = [size * (each.both - each.coarse) for size, each in zip(sizes, timed, strict=True)]

@@ -150,6 +150,14 @@ def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Estima
     return Estimate(statistics.median(ratios), *ends)
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether it says that something does not fit into memory."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _LACK_OF_MEMORY)
+
+
+_LACK_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
+
+
 def is_sharp(ratio: Estimate) -> bool:
     """Whether the interval is narrow enough to tell the ratio."""
     return ratio.high <= SHARP * ratio.low

@@ -310,6 +310,7 @@ def draw_highest_lowest(
     kept: int,
     patches: int,
     caption: str,
+    network: str = "A plain ViT",
 ) -> None:
     """Accuracy on the patches of highest and of lowest class attention in each block, from block 1 (Fig. 1a).
 
@@ -317,8 +318,9 @@ def draw_highest_lowest(
         highest, lowest: top-1 in percent, by block.
         whole: top-1 in percent on all patches.
         kept: how many of the ``patches`` were left.
+        network: what was scored, to begin the title.
     """
-    title = f"A plain ViT on {kept} of its {patches} patches, by class attention"
+    title = f"{network} on {kept} of its {patches} patches, by class attention"
     blocks = range(1, len(highest) + 1)
     with _sheet(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
         axis = figure.subplots()

@@ -19,7 +19,8 @@ from cfvit.flops import count_macs
 from cfvit.labels import readable_class_names
 from cfvit.model import CoarseToFineViT, create_model
 from cfvit.processes import best_device
-from cfvit.reproduction.runs import Finished, RunRecord, score
+from cfvit.reproduction.records import Finished, RunRecord
+from cfvit.reproduction.runs import score
 from cfvit.reproduction.studies import DEFAULT, Study
 from cfvit.training.recipes import Recipe
 
@@ -33,12 +34,10 @@ class Given:
     Attributes:
         model: of a plain ViT, its weights in both stages, which were not trained for the coarse one.
         images: validation images.
-        is_plain: whether it was a plain ViT.
     """
 
     model: CoarseToFineViT
     images: EvalImages
-    is_plain: bool
 
 
 def suits_a_model(study: Study, is_plain: bool) -> bool:
@@ -69,10 +68,9 @@ def open_given(name: str, recipe: Recipe) -> Given:
     Raises:
         CfvitError: no such model, weights that cannot be had, data of other classes.
     """
-    is_plain = names_plain_vit(name)
-    model = (_plain_vit(name) if is_plain else load(name)).eval().to(best_device())
+    model = (_plain_vit(name) if names_plain_vit(name) else load(name)).eval().to(best_device())
     source = labelled_images(model, recipe.val_data or recipe.data)
-    return Given(model, EvalImages(source, model.data_config), is_plain)
+    return Given(model, EvalImages(source, model.data_config))
 
 
 def _plain_vit(name: str) -> CoarseToFineViT:

@@ -14,13 +14,21 @@ import torch
 from torch import Tensor
 
 from cfvit.data import EvalImages, eval_loader
-from cfvit.evaluation.explain import explain
+from cfvit.evaluation.explain import Explanation, explain
 from cfvit.evaluation.metrics import progress_bar
 from cfvit.inference import goes_on
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import best_device
 from cfvit.reproduction import figures, patches
+from cfvit.reproduction.notes import (
+    classes_without_images,
+    family_of,
+    notes_of_family,
+    seed_of_picture,
+    uncertainty,
+)
 from cfvit.reproduction.paper import PaperTable, Published, read_paper
+from cfvit.reproduction.records import Finished, write_record
 from cfvit.reproduction.rows import (
     COUNT_THRESHOLDS,
     HEADINGS,
@@ -37,13 +45,13 @@ from cfvit.reproduction.rows import (
     operating_row,
     summarise,
 )
-from cfvit.reproduction.runs import Finished, write_record
 from cfvit.reproduction.speed import images_per_second
 from cfvit.reproduction.studies import DEFAULT, LARGER_GRID, PLAIN, Study, Variant
 
 Draw = Callable[[Path, str], object]
 Network = tuple[CoarseToFineViT, EvalImages]
 
+_OF_ACCURACIES = ("ablation", "operating_points", "curves")
 EXAMPLES = 6
 ATTENTION_PICTURES = 4
 FALLBACK_ETA = 0.5
@@ -57,15 +65,24 @@ class Sources:
         results: finished runs.
         missing: by name of a run, why seeds of it are not there.
         network: the model of a finished run and its validation images.
-        family: whose rows of tables 2 and 3 stand beside ours, ``DeiT-S`` or ``LV-ViT-S``.
+        backbone: of the runs, by timm's name.
+        class_names: of the validation data.
         speed: whether images per second are measured.
+        plain: what stands for the plain ViT of Figure 1, to begin a title.
     """
 
     results: Results
     missing: Mapping[str, str]
     network: Callable[[Finished], Network]
-    family: str
+    backbone: str
+    class_names: Sequence[str]
     speed: bool
+    plain: str = "A plain ViT"
+
+    @property
+    def family(self) -> str:
+        """Whose rows of Tables 2 and 3 stand beside ours, ``DeiT-S`` or ``LV-ViT-S``."""
+        return family_of(self.backbone)
 
     def first(self, run: str) -> Finished | None:
         """The first seed of a run, if there is one."""
@@ -83,8 +100,19 @@ class Made:
 
 def make(study: Study, sources: Sources) -> Made:
     """Rows and picture of a study from what is there."""
-    made = _KINDS[study.kind](study, sources, read_paper().tables[study.name])
-    return dataclasses.replace(made, notes=(*read_paper().tables[study.name].notes, *made.notes))
+    paper = read_paper().tables[study.name]
+    made = _KINDS[study.kind](study, sources, paper)
+    notes = (*notes_of_family(paper.notes, sources.family), *made.notes, *_notes_on_images(study, sources))
+    return dataclasses.replace(made, notes=notes)
+
+
+def _notes_on_images(study: Study, sources: Sources) -> list[str]:
+    """What has to be said of the validation images, which are the same for all runs of a study."""
+    scored = next((run.validation for name in study.runs for run in sources.results.get(name, ())), None)
+    if scored is None:
+        return []
+    sure = [uncertainty(scored)] if study.kind in _OF_ACCURACIES else []
+    return [*sure, *classes_without_images(scored, sources.class_names)]
 
 
 def _ablation(study: Study, sources: Sources, paper: PaperTable) -> Made:
@@ -93,7 +121,11 @@ def _ablation(study: Study, sources: Sources, paper: PaperTable) -> Made:
         HEADINGS[name].text: [figures.Bar(row.name, _cell(row, name).paper, *_ours(row, name)) for row in rows]
         for name in study.measures
     }
-    return Made(rows, lambda path, caption: figures.draw_table(path, study.title, columns, caption))
+    return Made(rows, partial(_draw_table, study, columns))
+
+
+def _draw_table(study: Study, columns: Mapping[str, Sequence[figures.Bar]], path: Path, caption: str) -> None:
+    figures.draw_table(path, study.title, columns, caption)
 
 
 def _cell(row: Row, measure: str) -> Cell:
@@ -117,7 +149,7 @@ def _operating_points(study: Study, sources: Sources, paper: PaperTable) -> Made
     )
     if study.name == "table2":
         rows = _with_speed(points, rows, plains, sources)
-        if sources.speed:
+        if any(_cell(row, "images_per_second").ours is not None for row in rows):
             notes += (
                 "Images per second are of the first seed, on random images, all rows prepared alike and timed in turn.",
             )
@@ -252,7 +284,8 @@ def _curves(study: Study, sources: Sources, paper: PaperTable) -> Made:
         cost, accuracy = end["gmacs"].measured, end["accuracy"].measured
         ours.append(figures.Curve("without early exit", [cost], [accuracy], joined=False))
     rows += [_published_row(row, family) for row in table2.rows if row.name.startswith(family)]
-    return Made(rows, partial(_draw_curves, study, ours, _published_curves(table2, family)))
+    draw = partial(_draw_curves, study, ours, _published_curves(table2, family))
+    return Made(rows, draw, (f"Ours is built on {sources.backbone}, the published CF-ViT on {family}.",))
 
 
 def _curve_rows(variant: Variant, sources: Sources) -> list[Row]:
@@ -281,18 +314,24 @@ def _counts(study: Study, sources: Sources, paper: PaperTable) -> Made:
         cells = {"right_coarse": coarse, "right_fine": fine}
         rows.append(Row(f"eta {eta:g}", cells, len(runs), "", sources.missing.get(DEFAULT), _is_round(eta)))
     coarse, fine = zip(*counts[0], strict=True)
-    draw = lambda path, caption: figures.draw_counts(path, COUNT_THRESHOLDS, coarse, fine, caption)  # noqa: E731
-    return Made(rows, draw, (f"The picture is of seed {runs[0].recipe.seed}.",) if len(runs) > 1 else ())
+    return Made(rows, partial(_draw_counts, coarse, fine), tuple(seed_of_picture(runs)))
+
+
+def _draw_counts(coarse: Sequence[int], fine: Sequence[int], path: Path, caption: str) -> None:
+    figures.draw_counts(path, COUNT_THRESHOLDS, coarse, fine, caption)
 
 
 def _nothing(study: Study, sources: Sources) -> Made:
-    rows = [Row(variant.label, {}, 0, "", sources.missing.get(variant.run)) for variant in study.variants]
+    """Rows that say which runs are missing, and how many seeds there are of the others."""
+    rows = []
+    for variant in study.variants:
+        runs, missing = sources.results.get(variant.run, ()), sources.missing.get(variant.run)
+        rows.append(Row(variant.label, {}, len(runs), "", missing))
     return Made(rows, None)
 
 
 def _patches(study: Study, sources: Sources, paper: PaperTable) -> Made:
-    run_name = PLAIN if sources.results.get(PLAIN) else DEFAULT  # the latter of a model that was given
-    runs = sources.results.get(run_name, ())
+    runs = sources.results.get(PLAIN, ())
     if not runs:
         return _nothing(study, sources)
     scores, kept, count = [], 0, 0
@@ -304,13 +343,13 @@ def _patches(study: Study, sources: Sources, paper: PaperTable) -> Made:
     rows = []
     for block in range(len(scores[0].highest)):
         cells = {name: summarise([getattr(s, name)[block] for s in scores]) for name in ("highest", "lowest")}
-        rows.append(Row(f"block {block + 1}", cells, len(runs), "", sources.missing.get(run_name)))
+        rows.append(Row(f"block {block + 1}", cells, len(runs), "", sources.missing.get(PLAIN)))
     whole = summarise([s.whole for s in scores])
     rows.append(Row("all patches", {"highest": whole, "lowest": whole}, len(runs)))
     highest, lowest = ([row.cells[name].measured for row in rows[:-1]] for name in ("highest", "lowest"))
 
     def draw(path: Path, caption: str) -> None:
-        figures.draw_highest_lowest(path, highest, lowest, whole.measured, kept, count, caption)
+        figures.draw_highest_lowest(path, highest, lowest, whole.measured, kept, count, caption, sources.plain)
 
     return Made(rows, draw, (f"{kept} of {count} patches are kept, as 100 of 196 in the paper.",))
 
@@ -325,22 +364,26 @@ def _highest_lowest(model: CoarseToFineViT, images: EvalImages, run: Finished, k
 
 def _attention(study: Study, sources: Sources, paper: PaperTable) -> Made:
     coarse, fine = (sources.first(variant.run) for variant in study.variants)
-    given = sources.first(DEFAULT)
-    coarse, fine = coarse or given, fine or given
     if coarse is None or fine is None:
         return _nothing(study, sources)
     (reader, images), (plain, _) = sources.network(coarse), sources.network(fine)
-    chosen = np.unique(
-        np.linspace(0, len(images) - 1, min(ATTENTION_PICTURES, len(images))).round().astype(int)
-    ).tolist()
-    batch, backbone = _batch(images, chosen), plain.backbone
-    pictures = patches.attention_pictures(reader, backbone, batch)
-    rows = [Row(images.source.name(images.indices[item]), {}, 1) for item in chosen]
-    return Made(rows, lambda path, caption: figures.draw_attention(path, pictures, caption))
+    readable = fine.validation.indices
+    places = np.linspace(0, len(readable) - 1, min(ATTENTION_PICTURES, len(readable))).round().astype(int)
+    chosen = readable[np.unique(places)].tolist()
+    pictures = patches.attention_pictures(reader, plain.backbone, _batch(images, chosen))
+    rows = [Row(images.source.name(index), {}, 1) for index in chosen]
+    draw = partial(_draw_attention, pictures)
+    return Made(rows, draw, tuple(seed_of_picture(*(sources.results[run] for run in study.runs))))
 
 
-def _batch(images: EvalImages, items: Sequence[int]) -> Tensor:
-    return torch.stack([images[item][0] for item in items]).to(best_device())
+def _draw_attention(pictures: Sequence[figures.AttentionPicture], path: Path, caption: str) -> None:
+    figures.draw_attention(path, pictures, caption)
+
+
+def _batch(images: EvalImages, indices: Sequence[int]) -> Tensor:
+    """Images by their numbers in the data set."""
+    place = {index: item for item, index in enumerate(images.indices)}
+    return torch.stack([images[place[index]][0] for index in indices]).to(best_device())
 
 
 def _examples(study: Study, sources: Sources, paper: PaperTable) -> Made:
@@ -350,14 +393,17 @@ def _examples(study: Study, sources: Sources, paper: PaperTable) -> Made:
     model, images = sources.network(run)
     eta = FALLBACK_ETA if model.threshold is None else model.threshold
     chosen = {stage: _right_at(run, eta, stage == "fine") for stage in ("coarse", "fine")}
-    place = {index: item for item, index in enumerate(images.indices)}
     rows, sheets = [], []
     for stage, indices in chosen.items():
-        items = [place[index] for index in indices]
-        sheets.append(explain(model, _batch(images, items), eta) if items else [])
+        sheets.append(explain(model, _batch(images, indices), eta) if indices else [])
         rows += [Row(f"right at the {stage} stage: {images.source.name(index)}", {}, 1) for index in indices]
-    draw = (lambda path, caption: figures.draw_examples(path, sheets[0], sheets[1], caption)) if rows else None
-    return Made(rows, draw, (f"eta is {eta:g}; shown are the first images of each class that were answered right.",))
+    draw = partial(_draw_examples, *sheets) if rows else None
+    told = f"eta is {eta:g}; shown are the first images of each class that were answered right."
+    return Made(rows, draw, (told, *seed_of_picture(sources.results[DEFAULT])))
+
+
+def _draw_examples(coarse: Sequence[Explanation], fine: Sequence[Explanation], path: Path, caption: str) -> None:
+    figures.draw_examples(path, coarse, fine, caption)
 
 
 def _right_at(run: Finished, eta: float, fine: bool) -> list[int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from cfvit.checkpoints import atomic_write
@@ -13,24 +12,19 @@ from cfvit.conditions import Conditions, conditions_of
 from cfvit.errors import CfvitError, UsageError
 from cfvit.evaluation.explain import require_matplotlib
 from cfvit.processes import best_device
-from cfvit.reproduction.budget import duration
-from cfvit.reproduction.given import (
-    Given,
-    as_finished,
-    names_plain_vit,
-    open_given,
-    require_suitable,
-    suits_a_model,
-)
+from cfvit.reproduction.budget import Budget, duration
+from cfvit.reproduction.given import as_finished, names_plain_vit, open_given, require_suitable, suits_a_model
 from cfvit.reproduction.making import Made, Network, Sources, make
+from cfvit.reproduction.records import Finished
 from cfvit.reproduction.rows import Row
-from cfvit.reproduction.runs import Finished, Missing, Runs, require_splits, restore
-from cfvit.reproduction.studies import ALL, DEFAULT, PAPERS_METHOD, Study, find_studies, runs_needed
+from cfvit.reproduction.runs import Missing, Runs, require_splits, restore
+from cfvit.reproduction.studies import ALL, COARSE_GRID, DEFAULT, PAPERS_METHOD, PLAIN, Study, find_studies, runs_needed
 from cfvit.reproduction.writing import Account, describe_recipe, write_csv, write_markdown, write_runs
 from cfvit.training.preparation import dtype_of
 from cfvit.training.recipes import RECIPES, Recipe
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
+_BACKBONE_ALONE = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +114,21 @@ def _from_model(request: Request, studies: Sequence[Study], conditions: Conditio
     require_suitable(list(studies), is_plain)
     given = open_given(request.model, request.recipe)
     finished = as_finished(given, request.recipe, conditions)
+    sources = Sources(
+        results={run: [finished] for run in (DEFAULT, PLAIN, COARSE_GRID)},  # it stands for each run of these studies
+        missing={},
+        network=lambda _: (given.model, given.images),
+        backbone=given.model.config.backbone,
+        class_names=given.images.source.class_names,
+        speed=False,
+        plain="A plain ViT" if is_plain else "The backbone of a CF-ViT, run alone,",
+    )
     for study in studies:
-        sources = Sources(
-            {DEFAULT: [finished]}, {}, lambda _: _network_of(given), _family(given.model.config.backbone), False
-        )
         made = make(study, sources)
+        if PLAIN in study.runs and not is_plain:
+            made = replace(made, notes=(*made.notes, _BACKBONE_ALONE))
         _write(study, made, request.out, _account_of_model(request, conditions, finished))
         show(study, made.rows, made.notes)
-
-
-def _network_of(given: Given) -> Network:
-    return given.model, given.images
-
-
-def _family(backbone: str) -> str:
-    return "LV-ViT-S" if backbone.startswith("lvvit") else "DeiT-S"
 
 
 def _account_of_model(request: Request, conditions: Conditions, finished: Finished) -> Account:
@@ -171,12 +165,20 @@ class _Reproduction:
     say: Say
     results: dict[str, list[Finished]] = field(default_factory=dict)
     missing: list[tuple[str, Missing]] = field(default_factory=list)
+    class_names: Sequence[str] = ()
 
     def run(self) -> list[Missing]:
         request = self.request
-        require_splits(request.recipe)
-        deadline = None if request.budget is None else time.monotonic() + request.budget
-        runs = Runs(request.recipe, request.out / RUNS_FOLDER, deadline, self.conditions, self.say)
+        images = require_splits(request.recipe)
+        self.class_names = images.train.source.class_names
+        runs = Runs(
+            request.recipe,
+            request.out / RUNS_FOLDER,
+            Budget.of(request.budget),
+            len(images.train),
+            self.conditions,
+            self.say,
+        )
         waiting = list(self.studies)
         for seed in request.seeds:
             for spec in runs_needed(self.studies):
@@ -202,7 +204,8 @@ class _Reproduction:
             results=self.results,
             missing=self._reasons(study),
             network=_network_of_run,
-            family=_family(self.request.recipe.backbone),
+            backbone=self.request.recipe.backbone,
+            class_names=self.class_names,
             speed=self.request.speed,
         )
         made = make(study, sources)
@@ -218,8 +221,7 @@ class _Reproduction:
 
     def _account(self, study: Study) -> Account:
         recipe, records = self.request.recipe, [r.record for run in study.runs for r in self.results.get(run, ())]
-        here = (self.conditions.hardware, self.conditions.dtype)
-        elsewhere = {(r.conditions["hardware"], r.conditions["dtype"]) for r in records} - {here}
+        elsewhere = {_where(r.conditions) for r in records} - {_where(asdict(self.conditions))}
         return Account(
             data=recipe.data if recipe.val_data is None else f"{recipe.data}, validated on {recipe.val_data}",
             images=_told_images(records[0].images) if records else "none, no run is there",
@@ -227,7 +229,7 @@ class _Reproduction:
             epochs=str(recipe.epochs),
             seeds=", ".join(map(str, self.request.seeds)),
             conditions=self.conditions,
-            trained_on="; ".join(f"{hardware}, {dtype}" for hardware, dtype in sorted(elsewhere)),
+            trained_on="; ".join(sorted(elsewhere)),
         )
 
     def _sum_up(self) -> None:
@@ -240,6 +242,12 @@ class _Reproduction:
             self.say(f"the same command goes on from here; about {duration(sum(known))} are left")
         elif self.missing:
             self.say("the same command goes on from here")
+
+
+def _where(conditions: Mapping[str, str]) -> str:
+    """By what trainings are told apart, see `Conditions`."""
+    known = {name: conditions[name] for name in ("hardware", "dtype", "versions", "commit")}
+    return "{hardware}, {dtype}, {versions}, commit {commit}".format(**known)
 
 
 def _told_images(counts: Mapping[str, int]) -> str:

@@ -12,7 +12,7 @@ from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import SweepPoint, sweep, top_k_accuracy
 from cfvit.inference import goes_on
 from cfvit.reproduction.paper import PaperTable, Published
-from cfvit.reproduction.runs import Finished, Scored
+from cfvit.reproduction.records import Finished, Scored
 from cfvit.reproduction.studies import Study
 
 Results = Mapping[str, Sequence[Finished]]
@@ -204,14 +204,21 @@ def operating_row(
         return _filled(point, values, len(runs), missing)
     pairs = [(run, point.threshold(run, plains.get(run.recipe.seed))) for run in runs]
     reached = [at(run, eta) for run, eta in pairs if eta is not None]
-    if runs and len(reached) < len(runs) and missing is None:
-        missing = _why_no_parity(len(runs) - len(reached), len(runs)) if plains else "the plain ViT is not there"
-    return _filled(point, _columns(reached), len(reached), missing)
+    unknown = sum(run.recipe.seed not in plains for run, eta in pairs if eta is None)
+    short = len(runs) - len(reached) - unknown
+    reasons = [
+        missing or "",
+        _of_seeds("no eta reaches the plain ViT's accuracy on the hold-out", short, len(runs)),
+        _of_seeds("the plain ViT is not there", unknown, len(runs)),
+    ]
+    return _filled(point, _columns(reached), len(reached), "; ".join(filter(None, reasons)) or None)
 
 
-def _why_no_parity(short: int, seeds: int) -> str:
-    why = "no eta reaches the plain ViT's accuracy on the hold-out"
-    return why if short == seeds else f"{why} for {short} of {seeds} seeds"
+def _of_seeds(reason: str, count: int, seeds: int) -> str:
+    """Why a figure is missing and for how many seeds; empty if for none."""
+    if count == 0:
+        return ""
+    return reason if count == seeds else f"{reason} for {count} of {seeds} seeds"
 
 
 def _columns(points: Sequence[SweepPoint]) -> dict[str, list[float]]:

@@ -11,19 +11,27 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from cfvit.checkpoints import WEIGHTS_FILE, atomic_write, load
+from cfvit.checkpoints import WEIGHTS_FILE, load
 from cfvit.conditions import Conditions
-from cfvit.confidence import ExitRule
 from cfvit.data import EvalImages, eval_loader
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import collect, progress_bar
 from cfvit.flops import StageMacs, count_macs
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process, best_device
-from cfvit.reproduction.budget import duration
+from cfvit.reproduction.budget import Budget, Clock, duration, time_left
+from cfvit.reproduction.records import (
+    Finished,
+    RunRecord,
+    Scored,
+    read_finished,
+    read_record,
+    write_record,
+    write_scores,
+)
 from cfvit.reproduction.studies import DEFAULT, RunSpec
 from cfvit.training.loop import (
     ALL_CELLS_FILE,
@@ -34,68 +42,9 @@ from cfvit.training.loop import (
     Stopped,
     train,
 )
-from cfvit.training.preparation import Data, autocast, prepare
+from cfvit.training.preparation import Data, autocast, prepare, steps_per_epoch
 from cfvit.training.recipes import Recipe, load_recipe
 from cfvit.training.reporting import LOG_FILE
-
-RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """What a model answers to some images.
-
-    Attributes:
-        logits: one ``[n, classes]`` for each stage that was trained, coarse before fine.
-        labels: class indices ``[n]``.
-        indices: where each image stands in its data set, ``[n]``.
-    """
-
-    logits: tuple[Tensor, ...]
-    labels: Tensor
-    indices: Tensor
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What ``run.json`` tells of a run.
-
-    Attributes:
-        epochs: that were trained in this folder: of a forked run, those after the fork.
-        seconds: they took, with the scoring.
-        finished: whether the run is trained and scored.
-        forked_from: folder of the run whose first epochs it shares, or None.
-        images: how many there are to train on, in the hold-out and in the validation data; empty while unfinished.
-        macs: cost of an image, see `StageMacs`; empty while unfinished.
-        conditions: see `Conditions`.
-        images_per_second: at the eta of parity, or of the plain ViT; None until it is measured.
-    """
-
-    name: str
-    stages: str
-    grid: str
-    seed: int
-    epochs: int
-    seconds: float
-    finished: bool
-    forked_from: str | None
-    images: dict[str, int]
-    macs: dict[str, int]
-    conditions: dict[str, str]
-    images_per_second: float | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Finished:
-    """A run that can be reported: its recipe, record and answers on hold-out and validation images."""
-
-    recipe: Recipe
-    folder: Path
-    record: RunRecord
-    holdout: Scored
-    validation: Scored
-    macs: StageMacs
-    rule: ExitRule = dataclasses.field(default_factory=ExitRule)
 
 
 @dataclass(frozen=True)
@@ -112,14 +61,21 @@ class Runs:
 
     Args:
         base: the recipe that all of them change.
-        deadline: by `time.monotonic`, when the last training has to end; None for no end.
+        budget: the time for all trainings.
+        train_images: how many images there are to train on.
         say: told a line for each run that is trained.
     """
 
     def __init__(
-        self, base: Recipe, folder: Path, deadline: float | None, conditions: Conditions, say: Callable[[str], object]
+        self,
+        base: Recipe,
+        folder: Path,
+        budget: Budget,
+        train_images: int,
+        conditions: Conditions,
+        say: Callable[[str], object],
     ) -> None:
-        self.base, self.folder, self.deadline = base, folder, deadline
+        self.base, self.folder, self.budget, self.train_images = base, folder, budget, train_images
         self.conditions, self.say = conditions, say
 
     def make(self, spec: RunSpec, seed: int) -> Finished | Missing:
@@ -145,34 +101,43 @@ class Runs:
         return self._score(recipe, folder)
 
     def finished(self) -> list[Finished]:
-        """All finished runs in the folder, also those of earlier calls."""
+        """All finished runs in the folder, also those of earlier calls; one without its recipe is left out and told."""
         found = []
         for folder in sorted(self.folder.glob("*-seed*")):
             record = read_record(folder)
-            if record is not None and record.finished:
-                found.append(read_finished(load_recipe("deit", folder / RECIPE_FILE), folder, record))
+            if record is None or not record.finished:
+                continue
+            if not (folder / RECIPE_FILE).is_file():
+                self.say(f"{folder} has no {RECIPE_FILE} and is left out: remove it, or put its recipe back")
+                continue
+            found.append(read_finished(load_recipe("deit", folder / RECIPE_FILE), folder, record))
         return found
 
     def _train(self, recipe: Recipe, folder: Path) -> Missing | None:
         resume = (folder / CHECKPOINT_FILE).exists()
         fork = None if resume else self._fork_of(recipe, folder)
         record = read_record(folder) or self._new_record(recipe, folder, fork)
-        seconds = self._estimate(record)
-        if not self._fits(seconds):
+        seconds = time_left(record, self._records())
+        if not self.budget.fits(seconds):
             return Missing(folder.name, "does not fit into the budget", seconds)
         begun = f"{'resumed' if resume else 'trained'}{'' if fork is None else f', begun as {fork.name}'}"
         self.say(f"{folder.name}: {record.epochs} epochs, {begun}{_about(seconds)}")
-        started = time.monotonic()
+        clock = Clock(self.budget.is_over)
         try:
-            train(recipe, folder, resume=resume, fork=fork, stop=self._is_over)
+            train(recipe, folder, resume=resume, fork=fork, stop=clock)
         except Stopped:
-            self._keep_time(record, folder, started)
-            if not self._is_over():  # by a signal: whoever sent it wants the whole command to end
+            record = self._timed(record, clock)
+            write_record(record, folder)
+            if not self.budget.is_over():  # by a signal: whoever sent it wants the whole command to end
                 raise Stopped(f"stopped in {folder.name}: the same command again goes on from there") from None
-            left = None if seconds is None else max(0.0, seconds - (time.monotonic() - started))
+            left = time_left(record, self._records())
             return Missing(folder.name, "was stopped by the budget and can be resumed", left)
-        self._keep_time(record, folder, started)
+        write_record(dataclasses.replace(self._timed(record, clock), done=float(record.epochs)), folder)
         return None
+
+    def _records(self) -> list[RunRecord]:
+        found = map(read_record, self.folder.glob("*-seed*"))
+        return [record for record in found if record is not None]
 
     def _fork_of(self, recipe: Recipe, folder: Path) -> Path | None:
         """The default run of the same seed, where all that differs comes after its epochs of all cells."""
@@ -198,25 +163,18 @@ class Runs:
             conditions=asdict(self.conditions),
         )
 
-    def _keep_time(self, record: RunRecord, folder: Path, started: float) -> None:
-        write_record(dataclasses.replace(record, seconds=record.seconds + time.monotonic() - started), folder)
+    def _untimed_record(self, recipe: Recipe, folder: Path) -> RunRecord:
+        """Of a run that was trained by another command, so that its seconds are those of the scoring alone."""
+        return dataclasses.replace(self._new_record(recipe, folder, None), epochs=0)
 
-    def _estimate(self, record: RunRecord) -> float | None:
-        """Seconds that are left of a run, from what an epoch of finished runs took; None if there are none.
-
-        A run of the same stages and grid tells best, else the dearest is taken.
-        """
-        known = [r for r in map(read_record, self.folder.glob("*-seed*")) if r is not None and r.finished and r.epochs]
-        alike = [r for r in known if (r.stages, r.grid) == (record.stages, record.grid)] or known
-        if not alike:
-            return None
-        return max(0.0, max(r.seconds / r.epochs for r in alike) * record.epochs - record.seconds)
-
-    def _fits(self, seconds: float | None) -> bool:
-        return self.deadline is None or time.monotonic() + (seconds or 0.0) < self.deadline
-
-    def _is_over(self) -> bool:
-        return self.deadline is not None and time.monotonic() >= self.deadline
+    def _timed(self, record: RunRecord, clock: Clock) -> RunRecord:
+        steps = steps_per_epoch(self.base, self.train_images, 1)
+        return dataclasses.replace(
+            record,
+            seconds=record.seconds + clock.seconds,
+            done=min(float(record.epochs), (record.done or 0.0) + clock.steps / steps),
+            epoch_seconds=record.epoch_seconds if clock.pace is None else clock.pace * steps,
+        )
 
     def _score(self, recipe: Recipe, folder: Path) -> Finished:
         """Runs the model over hold-out and validation images and keeps what it answers."""
@@ -227,9 +185,8 @@ class Runs:
             assert dataset is not None  # `require_splits` has seen to it
             scored[name] = score(_answers_of(recipe, model), recipe, dataset)
         counts = {"train": len(images.train), **{name: len(part.labels) for name, part in scored.items()}}
-        record = read_record(folder) or self._new_record(recipe, folder, None)
-        with atomic_write(folder / SCORES_FILE) as file:
-            save_file({k: v for name, part in scored.items() for k, v in _to_tensors(name, part).items()}, file)
+        record = read_record(folder) or self._untimed_record(recipe, folder)
+        write_scores(folder, scored)
         record = dataclasses.replace(
             record,
             seconds=record.seconds + time.monotonic() - started,
@@ -245,8 +202,8 @@ def _about(seconds: float | None) -> str:
     return "" if seconds is None else f", about {duration(seconds)}"
 
 
-def require_splits(recipe: Recipe) -> None:
-    """Refuses data without hold-out or validation images before anything is trained.
+def require_splits(recipe: Recipe) -> Data:
+    """The images of a recipe; refuses data without hold-out or validation images before anything is trained.
 
     Raises:
         CfvitError: says which are missing.
@@ -255,7 +212,8 @@ def require_splits(recipe: Recipe) -> None:
     if images.holdout is None:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
     if images.validation is None:
-        raise CfvitError(f"{recipe.data} has no validation images beside train/: name some with --val-data")
+        raise CfvitError(f"{recipe.data} has no validation images: name some with --val-data")
+    return images
 
 
 def restore(recipe: Recipe, folder: Path) -> tuple[Data, CoarseToFineViT]:
@@ -298,52 +256,6 @@ def score(forward: Callable[[Tensor], Sequence[Tensor]], recipe: Recipe, images:
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(images)} images can be read: check the data")
     return Scored(collected.logits, collected.labels, collected.indices)
-
-
-def _to_tensors(name: str, scored: Scored) -> dict[str, Tensor]:
-    stages = {f"{name}.logits.{i}": logits.contiguous() for i, logits in enumerate(scored.logits)}
-    return {**stages, f"{name}.labels": scored.labels, f"{name}.indices": scored.indices}
-
-
-def read_record(folder: Path) -> RunRecord | None:
-    """What ``run.json`` says, None if there is none.
-
-    Raises:
-        CfvitError: it is damaged.
-    """
-    try:
-        return RunRecord(**json.loads((folder / RECORD_FILE).read_text()))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise CfvitError(
-            f"{folder / RECORD_FILE} is damaged ({first_line(error)}): remove {folder} to train it again"
-        ) from error
-
-
-def write_record(record: RunRecord, folder: Path) -> None:
-    """Writes ``run.json``."""
-    with atomic_write(folder / RECORD_FILE) as file:
-        file.write_text(json.dumps(asdict(record), indent=2) + "\n")
-
-
-def read_finished(recipe: Recipe, folder: Path, record: RunRecord) -> Finished:
-    """A run that was scored before.
-
-    Raises:
-        CfvitError: its scores cannot be read.
-    """
-    try:
-        tensors = load_file(folder / SCORES_FILE)
-        holdout, validation = (_from_tensors(name, tensors) for name in ("holdout", "validation"))
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CfvitError(f"{folder / SCORES_FILE} is damaged: remove {folder / RECORD_FILE} to score again") from error
-    return Finished(recipe, folder, record, holdout, validation, StageMacs(**record.macs))
-
-
-def _from_tensors(name: str, tensors: dict[str, Tensor]) -> Scored:
-    stages = sorted(key for key in tensors if key.startswith(f"{name}.logits."))
-    return Scored(tuple(tensors[key] for key in stages), tensors[f"{name}.labels"], tensors[f"{name}.indices"])
 
 
 def _require_recipe(recipe: Recipe, folder: Path) -> None:

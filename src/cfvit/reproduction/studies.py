@@ -98,7 +98,7 @@ class Study:
         title: what it shows.
         kind: how its rows are made from the runs.
         variants: what is compared.
-        measures: columns of an ablation, names of `cfvit.reproduction.measures.MEASURES`.
+        measures: columns of an ablation, names of `cfvit.reproduction.rows.MEASURES`.
     """
 
     name: str

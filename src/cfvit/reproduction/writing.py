@@ -15,7 +15,8 @@ from rich.table import Table
 from cfvit.checkpoints import atomic_write
 from cfvit.conditions import Conditions
 from cfvit.reproduction.paper import read_paper
-from cfvit.reproduction.rows import HEADINGS, Cell, Finished, Row, at, parity_threshold, top1
+from cfvit.reproduction.records import Finished
+from cfvit.reproduction.rows import HEADINGS, Cell, Row, at, parity_threshold, top1
 from cfvit.reproduction.studies import Study
 from cfvit.training.recipes import Recipe
 
@@ -30,7 +31,7 @@ class Account:
         epochs: of each training.
         seeds: of the runs.
         conditions: where and when the study was made.
-        trained_on: hardware and precision of the trainings, where they differ from that.
+        trained_on: hardware, precision, versions and commit of the trainings, where they differ from that.
     """
 
     data: str
