@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from timm.data import create_transform
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from cfvit.checkpoints import initialise
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.model import CoarseToFineViT, TokenOutput, create_model
 from cfvit.processes import Process
+from cfvit.training.optimizers import create_optimizer
 from cfvit.training.recipes import Recipe
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.token_labels import LabelledImages, LabelledTransform
@@ -178,7 +178,7 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
     network: Any = accelerate_training(_network(recipe, model))
     trainable: nn.Module = model.backbone if recipe.stages == "backbone" else model
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
-    optimizer = _optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
+    optimizer = create_optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
@@ -217,23 +217,6 @@ def _teacher(recipe: Recipe, model: CoarseToFineViT, device: torch.device) -> Te
     teacher = load_teacher(recipe.teacher, model.config.num_classes, weights, device, student=model.data_config)
     teacher.require_classes(model.class_names or [])
     return teacher
-
-
-def _optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Timm's optimiser; of a hybrid one such as Muon, AdamW takes the embeddings and the head."""
-    try:
-        return create_optimizer_v2(
-            trainable,
-            opt=recipe.optimizer,
-            lr=lr,
-            weight_decay=recipe.weight_decay,
-            fallback_no_weight_decay=True,
-            fallback_list=("*head.weight", "*patch_embed.*"),
-        )
-    except ValueError as error:
-        raise CfvitError(
-            f"optimizer {recipe.optimizer!r}: {first_line(error)}; give one of timm's, such as adamw"
-        ) from error
 
 
 def steps_per_epoch(recipe: Recipe, num_images: int, world: int) -> int:

@@ -1,0 +1,57 @@
+"""Optimisers: timm's, each where it runs as fast as it can."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import timm.optim.muon
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from cfvit.errors import CfvitError, first_line
+from cfvit.training.recipes import Recipe
+
+
+def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Timm's optimiser; of a hybrid one such as Muon, AdamW takes the embeddings and the head.
+
+    Raises:
+        CfvitError: timm has none of that name.
+    """
+    one_pass: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" else {}
+    try:
+        return create_optimizer_v2(
+            trainable,
+            opt=recipe.optimizer,
+            lr=lr,
+            weight_decay=recipe.weight_decay,
+            fallback_no_weight_decay=True,
+            fallback_list=("*head.weight", "*patch_embed.*"),
+            **one_pass,
+        )
+    except ValueError as error:
+        raise CfvitError(
+            f"optimizer {recipe.optimizer!r}: {first_line(error)}; give one of timm's, such as adamw"
+        ) from error
+
+
+@contextmanager
+def orthogonalising_fast(device: torch.device) -> Iterator[None]:
+    """Within it, Muon's matrix products are computed in float32 on a CPU.
+
+    timm computes them in bfloat16, as suits a GPU. A CPU without instructions for it then takes
+    several times as long for Muon as for all the rest of a step, and timm has no option for it.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    usual = timm.optim.muon.zeropower_via_newtonschulz
+    timm.optim.muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        timm.optim.muon.zeropower_via_newtonschulz = usual
