@@ -24,12 +24,11 @@ from cfvit import CoarseToFineViT, load
 from cfvit.conditions import conditions_of
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
-from cfvit.flops import StageMacs, count_macs
 from cfvit.processes import Process
 from cfvit.reproduction import making, speed
 from cfvit.reproduction import runs as running
 from cfvit.reproduction.budget import Budget
-from cfvit.reproduction.records import Finished, read_record, write_record
+from cfvit.reproduction.records import Finished, logged_pace, read_record, write_record
 from cfvit.reproduction.reproduce import Request, reproduce
 from cfvit.reproduction.runs import Missing, Runs
 from cfvit.reproduction.studies import DEFAULT, RUNS
@@ -64,22 +63,6 @@ TINY: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Models of the same sizes are counted once for all tests."""
-    monkeypatch.setattr(running, "count_macs", _macs)
-
-
-def _macs(model: CoarseToFineViT) -> StageMacs:
-    key = repr(model.config)
-    if key not in COUNTED:
-        COUNTED[key] = count_macs(model)
-    return COUNTED[key]
-
-
-COUNTED: dict[str, StageMacs] = {}
 
 
 def _write_spots(folder: Path, per_class: int, seed: int) -> None:
@@ -575,3 +558,11 @@ def test_speed_is_of_the_share_that_is_asked_for(
     measured = speed.images_per_second(model, {"a quarter": (model, 0.25), "none": (model, 0.0)}, recipe)
     assert stages == [0.25, 0.0]
     assert measured == {"plain": 16.0, "a quarter": 16.0, "none": 16.0}
+
+
+def test_the_pace_of_a_training_is_the_median_of_its_log(tmp_path: Path) -> None:
+    assert logged_pace(tmp_path) == {}
+    lines = [{"event": "train", "images_per_second": speed, "matrix_share": speed / 100} for speed in (5, 20, 8)]
+    lines += [{"event": "eval", "holdout_fine_top1": 50.0}, {"event": "train", "images_per_second": 9}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert logged_pace(tmp_path) == {"images_per_second": 8.5, "matrix_share": 0.08}

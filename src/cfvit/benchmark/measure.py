@@ -14,11 +14,19 @@ from torch import Tensor, nn
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Method, methods_of, prepare
 from cfvit.calibration import Estimate
-from cfvit.evaluation.timing import STEADY, Call, Timing, is_sharp, paired_ratio, percentile, time_in_turn
+from cfvit.evaluation.timing import (
+    MATRIX_SIDES,
+    STEADY,
+    Call,
+    Timing,
+    is_sharp,
+    paired_ratio,
+    percentile,
+    time_in_turn,
+)
 from cfvit.model import CoarseToFineViT
 from cfvit.variants import Mode
 
-MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 COMPUTING = "computing"
 """What is timed of an answer if its images lie on the device, ready for the network."""
 RANDOM, REAL = "random", "real"

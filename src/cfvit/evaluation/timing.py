@@ -25,6 +25,8 @@ FEWEST_ROUNDS = 6
 """Fewer rounds give no 95% interval of a median, whatever they say."""
 STEADY = 1.05
 """Medians of a reference's first and second half that differ by more say that the machine was busy."""
+MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
+"""Sides of the square matrices whose product tells what a device could do."""
 SHARP = 1.10
 """An interval whose ends differ by more is too wide to tell."""
 

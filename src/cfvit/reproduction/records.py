@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from cfvit.confidence import ExitRule
 from cfvit.errors import CfvitError, first_line
 from cfvit.flops import StageMacs
 from cfvit.training.recipes import Recipe
+from cfvit.training.reporting import LOG_FILE
 
 RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
 
@@ -97,6 +99,16 @@ def read_record(folder: Path) -> RunRecord | None:
         raise CfvitError(
             f"{folder / RECORD_FILE} is damaged ({first_line(error)}): remove {folder} to train it again"
         ) from error
+
+
+def logged_pace(folder: Path) -> dict[str, float]:
+    """The median ``images_per_second`` and ``matrix_share`` that a run's log tells of its training, if it does."""
+    try:
+        lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return {}
+    told = {name: [line[name] for line in lines if name in line] for name in ("images_per_second", "matrix_share")}
+    return {name: statistics.median(values) for name, values in told.items() if values}
 
 
 def write_record(record: RunRecord, folder: Path) -> None:

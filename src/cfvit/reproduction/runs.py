@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -45,6 +46,9 @@ from cfvit.training.loop import (
 from cfvit.training.preparation import Data, autocast, prepare, steps_per_epoch
 from cfvit.training.recipes import Recipe, load_recipe
 from cfvit.training.reporting import LOG_FILE
+
+AS_IT_IS: Mapping[str, Any] = {"initial_weights": None, "hold_decoded": False}
+"""What a recipe need not prepare where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,7 @@ def require_splits(recipe: Recipe) -> Data:
     Raises:
         CfvitError: says which are missing.
     """
-    images, _ = prepare(recipe.replace({"initial_weights": None}), Process(0, 1, torch.device("cpu")))
+    images, _ = prepare(recipe.replace(AS_IT_IS), Process(0, 1, torch.device("cpu")))
     if images.holdout is None:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
     if images.validation is None:
@@ -223,7 +227,7 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, CoarseToFineViT]:
         CfvitError: the folder or the data are no longer what they were.
     """
     process = Process(0, 1, best_device())
-    images, model = prepare(recipe.replace({"initial_weights": None}), process)
+    images, model = prepare(recipe.replace(AS_IT_IS), process)
     if recipe.stages != "backbone":
         return images, load(folder).to(process.device)
     try:

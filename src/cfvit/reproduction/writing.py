@@ -15,7 +15,7 @@ from rich.table import Table
 from cfvit.checkpoints import atomic_write
 from cfvit.conditions import Conditions
 from cfvit.reproduction.paper import read_paper
-from cfvit.reproduction.records import Finished
+from cfvit.reproduction.records import Finished, logged_pace
 from cfvit.reproduction.rows import HEADINGS, Cell, Row, at, parity_threshold, top1
 from cfvit.reproduction.studies import Study
 from cfvit.training.recipes import Recipe
@@ -223,13 +223,18 @@ RUN_COLUMNS = (
     "eta",
     "images_per_second",
     "seconds",
+    "training_images_per_second",
+    "training_matrix_share",
     "hardware",
     "dtype",
     "versions",
     "commit",
     "command",
 )
-"""Accuracy, exit share in percent, GMACs, eta and images/s are at parity with the plain ViT, or of that itself."""
+"""Accuracy, exit share in percent, GMACs, eta and images/s are at parity with the plain ViT, or of that itself.
+
+What begins with ``training`` is the median of the training's log.
+"""
 
 
 def write_runs(path: Path, runs: Sequence[Finished]) -> None:
@@ -251,6 +256,7 @@ def _run_line(run: Finished, plains: Mapping[int, Finished]) -> list[Any]:
         "images_per_second": _plain(record.images_per_second),
         "seconds": f"{record.seconds:.0f}",
         **{name: _plain(value) for name, value in figures.items()},
+        **{f"training_{name}": _plain(value) for name, value in logged_pace(run.folder).items()},
         **{name: where[name] for name in ("hardware", "dtype", "versions", "commit", "command")},
     }
     return [values.get(column, "") for column in RUN_COLUMNS]

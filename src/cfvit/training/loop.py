@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.model import CoarseToFineViT
 from cfvit.processes import Process, average_buffers, join_processes, mean_over_processes
+from cfvit.training.pace import pace_of
 from cfvit.training.preparation import CoarseNetwork, Data, Trained, assemble, autocast, prepare, steps_per_epoch
 from cfvit.training.recipes import Recipe
 from cfvit.training.reporting import Reporter
@@ -119,7 +119,9 @@ def _read_checkpoint(path: Path, recipe: Recipe, process: Process, free: frozens
     return checkpoint
 
 
-FREE_TO_CHANGE = frozenset({"workers", "eval_batch_size", "log_interval", "checkpoint_interval", "compile"})
+FREE_TO_CHANGE = frozenset(
+    {"workers", "hold_decoded", "eval_batch_size", "log_interval", "checkpoint_interval", "compile"}
+)
 """Fields that do not change what is computed."""
 
 FREE_TO_FORK = FREE_TO_CHANGE | {"informative_ratio", "attention_momentum", "selection"}
@@ -155,19 +157,8 @@ def _run(
     stopping: Callable[[], bool],
 ) -> dict[str, float]:
     steps = steps_per_epoch(recipe, len(images.train), process.world)
-    sampler = datasets.TrainSampler(
-        images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world
-    )
-    loader = DataLoader(
-        images.train,
-        recipe.batch_size,
-        sampler=sampler,
-        num_workers=recipe.workers,
-        pin_memory=process.device.type == "cuda",
-        drop_last=True,
-        persistent_workers=recipe.workers > 0,
-        worker_init_fn=datasets.leave_signals_to_the_run,
-    )
+    loader, sampler = _training_loader(recipe, images, process)
+    pace = pace_of(recipe, trained.model, process)
     figures: dict[str, float] = {}
     all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
     while trained.step < recipe.epochs * steps:
@@ -176,21 +167,18 @@ def _run(
         batches = iter(loader)
         ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
         reporter.start_epoch(epoch, recipe.epochs, done, steps)
-        started, first = time.monotonic(), trained.step
+        pace.start(ratio)
         for _ in range(done, steps):
             loss = take_step(recipe, trained, batches, ratio, process)
+            pace.advance()
             ends = trained.step % steps == 0  # then the checkpoint waits for the evaluation
             saves = trained.step % recipe.checkpoint_interval == 0 and not ends
             if saves or ends or trained.step % 10 == 0:  # a GPU is not waited for at each step
                 _require_finite(loss, trained.step, out)
             if trained.step % recipe.log_interval == 0:
-                speed = (trained.step - first) * recipe.batch_size * recipe.accumulate / (time.monotonic() - started)
+                lr = trained.optimizer.param_groups[0]["lr"]
                 reporter.log_step(
-                    epoch=epoch,
-                    step=trained.step,
-                    loss=mean_over_processes(loss),
-                    lr=trained.optimizer.param_groups[0]["lr"],
-                    images_per_second=round(speed * process.world, 1),
+                    epoch=epoch, step=trained.step, loss=mean_over_processes(loss), lr=lr, **pace.figures()
                 )
             reporter.advance(loss)
             stops = not ends and stopping()
@@ -208,6 +196,24 @@ def _run(
         if epoch + 1 < recipe.epochs and stopping():
             raise _stopped(trained)
     return figures or _evaluate_and_save(recipe, out, images, trained, process)
+
+
+def _training_loader(recipe: Recipe, images: Data, process: Process) -> tuple[DataLoader[Any], datasets.TrainSampler]:
+    """Augmented batches, and what decides their order."""
+    sampler = datasets.TrainSampler(
+        images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world
+    )
+    loader = DataLoader(
+        images.train,
+        recipe.batch_size,
+        sampler=sampler,
+        num_workers=recipe.workers,
+        pin_memory=process.device.type == "cuda",
+        drop_last=True,
+        persistent_workers=recipe.workers > 0,
+        worker_init_fn=datasets.leave_signals_to_the_run,
+    )
+    return loader, sampler
 
 
 def _stopped(trained: Trained) -> Stopped:

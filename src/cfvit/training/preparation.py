@@ -22,6 +22,7 @@ from cfvit.checkpoints import initialise
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.model import CoarseToFineViT, TokenOutput, create_model
 from cfvit.processes import Process
+from cfvit.training.held_images import hold
 from cfvit.training.optimizers import create_optimizer
 from cfvit.training.recipes import Recipe
 from cfvit.training.teacher import Teacher, load_teacher
@@ -131,9 +132,13 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
         model.data_config["crop_pct"] = recipe.crop_pct
     kept, held = datasets.split_holdout(source, recipe.holdout, recipe.seed)
     rank, world = process.rank, process.world
+    if recipe.hold_decoded:
+        source = hold(source, recipe.workers, process.leads)
     validation = None
     if recipe.val_data or datasets.has_validation_split(recipe.data):
         chosen = datasets.open_data(recipe.val_data or recipe.data, "validation").aligned(source.class_names)
+        if recipe.hold_decoded:
+            chosen = hold(chosen, recipe.workers, process.leads)
         validation = datasets.EvalImages(chosen, model.data_config, rank=rank, world=world)
     holdout = datasets.EvalImages(source, model.data_config, held, rank, world) if held else None
     return Data(_train_images(recipe, source, kept, model), holdout, validation), model.to(process.device)

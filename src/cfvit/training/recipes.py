@@ -92,6 +92,7 @@ class Recipe:
     compile: bool = _about(False, "torch.compile the network")
     seed: int = _about(0, "fixes every random choice")
     workers: int = _about(2, "processes that load images")
+    hold_decoded: bool = _about(False, "decode each image once and hold its pixels, in a temporary file")
     eval_batch_size: int = _about(128, "images per batch in evaluation")
     eval_interval: int = _about(1, "epochs between evaluations")
     log_interval: int = _about(50, "steps between lines of the log")

@@ -61,8 +61,8 @@ def _batch_loss(
     """The loss of one batch of the loader: images, classes and, if they are on disk, label maps and windows."""
     if recipe.learns_from_tokens:
         return _token_loss(recipe, trained, [part.to(device, non_blocking=True) for part in batch], ratio, seed)
-    images, targets = mix_images(recipe, batch[0], batch[1], seed, trained.model.config.num_classes)
-    images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    images, targets = (part.to(device, non_blocking=True) for part in batch)
+    images, targets = mix_images(recipe, images, targets, seed, trained.model.config.num_classes)
     return _loss(recipe, trained.network, images, targets, ratio)
 
 
