@@ -23,7 +23,7 @@ from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accele
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
 
-packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs, and this torch lacks it")
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,10 @@ class TestScaledDecode:
         pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
         return Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
-    @pytest.fixture
-    def large(self, tmp_path: Path) -> list[Path]:
-        """JPEGs of several kinds, and PNGs between them."""
+    @pytest.fixture(scope="class")
+    def large(self, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+        """JPEGs of several kinds, and PNGs between them. Only to be read."""
+        folder = tmp_path_factory.mktemp("large")
         exif = Image.Exif()
         exif[0x0112] = 6
         kinds: list[tuple[str, str, dict[str, Any]]] = [
@@ -174,8 +176,13 @@ class TestScaledDecode:
         ]
         for seed, (name, mode, options) in enumerate(kinds):
             quality = {"quality": 95} if name.endswith("jpg") else {}
-            self._smooth(seed, mode=mode).save(tmp_path / name, **quality, **options)
-        return [tmp_path / name for name, _, _ in kinds]
+            self._smooth(seed, mode=mode).save(folder / name, **quality, **options)
+        return [folder / name for name, _, _ in kinds]
+
+    @pytest.fixture
+    def doomed(self, large: list[Path], tmp_path: Path) -> list[Path]:
+        """Copies of them, which may be deleted."""
+        return [Path(shutil.copy(path, tmp_path)) for path in large]
 
     @staticmethod
     def _between(paths: list[Path], colour_model: Path) -> Predictor:
@@ -268,24 +275,24 @@ class TestScaledDecode:
 
     @pytest.mark.parametrize("gone", [[1], [0, 2], [0, 1, 2, 3, 4, 5, 6, 7]])
     def test_one_that_is_gone_when_it_is_to_be_read_in_full_fails_alone(
-        self, gone: list[int], large: list[Path], colour_model: Path
+        self, gone: list[int], doomed: list[Path], colour_model: Path
     ) -> None:
         def watch(paths: list[Path], images: Tensor) -> None:
             for i in gone:
-                large[i].unlink(missing_ok=True)
+                doomed[i].unlink(missing_ok=True)
 
-        results = list(classify_files(large, Predictor(load(colour_model), 1), watch=watch, scaled_decode=True))
-        assert [result.path for result in results] == large
+        results = list(classify_files(doomed, Predictor(load(colour_model), 1), watch=watch, scaled_decode=True))
+        assert [result.path for result in results] == doomed
         assert [i for i, result in enumerate(results) if isinstance(result, FileFailure)] == gone
         assert {result.error for result in results if isinstance(result, FileFailure)} == {"no such file"}
 
-    def test_one_that_is_gone_and_was_named_twice_fails_twice(self, large: list[Path], colour_model: Path) -> None:
-        paths = [large[0], large[1], large[0]]
+    def test_one_that_is_gone_and_was_named_twice_fails_twice(self, doomed: list[Path], colour_model: Path) -> None:
+        paths = [doomed[0], doomed[1], doomed[0]]
         results = list(
             classify_files(
                 paths,
                 Predictor(load(colour_model), 1),
-                watch=lambda read, images: large[0].unlink(),
+                watch=lambda read, images: doomed[0].unlink(),
                 scaled_decode=True,
             )
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,11 +138,11 @@ def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
     """The model without memory for its weights, once it is known to be suitable."""
     if not timm.is_model(name):
         raise CfvitError(f"timm has no model {name!r}: {_suggestion(name)}")
-    model = _on_meta(name, timm_kwargs)
+    model = _on_meta(name, _Arguments(timm_kwargs))
     reason = _refusal(model)
     if reason is None:
         return cast(Backbone, model)
-    if timm_kwargs and _refusal(_on_meta(name, {})) is None:
+    if timm_kwargs and _refusal(_on_meta(name, _Arguments())) is None:
         raise CfvitError(f"{name} with {_spelled(timm_kwargs)} {reason}: leave out or change these arguments")
     raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}")
 
@@ -153,7 +154,16 @@ def _suggestion(name: str) -> str:
     return f"did you mean {', '.join(near)}?" if near else WHAT_WOULD_DO
 
 
-def _on_meta(name: str, timm_kwargs: dict[str, Any]) -> nn.Module:
+class _Arguments(dict[str, Any]):
+    """Keyword arguments, which may be told apart by a cache."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - nobody changes them
+        return hash(repr(sorted(self.items())))
+
+
+@lru_cache(maxsize=8)
+def _on_meta(name: str, timm_kwargs: _Arguments) -> nn.Module:
+    """The model without memory for its weights, to be read alone: it is made once for several questions."""
     try:
         with torch.device("meta"):
             return timm.create_model(name, **timm_kwargs)

@@ -11,6 +11,7 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,12 +29,17 @@ if TYPE_CHECKING:
     from cfvit.benchmark.measure import Batch
     from cfvit.benchmark.report import Bench
     from cfvit.calibration import Calibration, Drift, Target
+    from cfvit.confidence import Measure
     from cfvit.data import DataSource
+    from cfvit.evaluation.explain import PictureFolder
     from cfvit.evaluation.metrics import Evaluation
+    from cfvit.inference import Predictor
     from cfvit.model import CoarseToFineViT
-    from cfvit.prediction import FileAnswer
+    from cfvit.prediction import FileAnswer, FileFailure
     from cfvit.reproduction.rows import Row
     from cfvit.reproduction.studies import Study
+
+    BenchWatch = Callable[[Batch, Bench], None]
 
 app = App(
     name="cfvit",
@@ -154,45 +160,54 @@ def predict(
     status is 1 at the end.
     """
     from cfvit.data import find_images
-    from cfvit.evaluation.breakdown import shown_confidence
     from cfvit.flops import count_macs
     from cfvit.inference import Predictor
-    from cfvit.prediction import FileFailure, classify_files
+    from cfvit.prediction import FileAnswer, classify_files
     from cfvit.processes import best_device
 
     if explain is not None and scaled_decode:
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
     predictor = Predictor(_load(model, calibration).to(best_device()), threshold)
     files = find_images(paths)
-    if explain is not None and any(file.resolve().parent == explain.resolve() for file in files):
-        raise UsageError(
-            f"--explain {explain} holds images that are to be read: choose another folder for the pictures"
-        )
+    watch = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
     macs = count_macs(predictor.model)
-    watch = {}
-    if explain is not None:
-        from cfvit.evaluation.explain import PictureFolder
-
-        watch["watch"] = PictureFolder(explain, predictor.model, predictor.threshold)
     width = max(len(str(path)) for path in files)
     answers: list[FileAnswer] = []
     for result in classify_files(files, predictor, batch_size, macs=macs, scaled_decode=scaled_decode, **watch):
-        if isinstance(result, FileFailure):
-            _say(f"cfvit: {result.path}: {result.error}")
-            if json:
-                _print_json(path=str(result.path), error=result.error)
-            continue
-        answers.append(result)
-        if json:
-            _print_json(**{**dataclasses.asdict(result), "path": str(result.path)})
+        if isinstance(result, FileAnswer):
+            answers.append(result)
+            _print_answer(result, width, predictor.model.exit_rule.measure, json)
         else:
-            stage = STAGES[result.stage]
-            sure = shown_confidence(result.confidence, predictor.model.exit_rule.measure)
-            answer = f"{result.label:24} {sure:>6}  {stage:6}  {result.gmacs:.3f} GMACs"
-            _print(f"{result.path!s:{width}}  {answer}")
+            _tell_failure(result, json)
     if answers:
         _say(_summary(answers, macs.backbone / 1e9, predictor.threshold))
     return int(len(answers) < len(files))
+
+
+def _pictures(folder: Path, files: Sequence[Path], predictor: Predictor) -> PictureFolder:
+    """A folder for pictures, which is none that the files come from."""
+    from cfvit.evaluation.explain import PictureFolder
+
+    if any(file.resolve().parent == folder.resolve() for file in files):
+        raise UsageError(f"--explain {folder} holds images that are to be read: choose another folder for the pictures")
+    return PictureFolder(folder, predictor.model, predictor.threshold)
+
+
+def _print_answer(answer: FileAnswer, width: int, measure: Measure, as_json: bool) -> None:
+    if as_json:
+        _print_json(**{**dataclasses.asdict(answer), "path": str(answer.path)})
+        return
+    from cfvit.evaluation.breakdown import shown_confidence
+
+    sure = shown_confidence(answer.confidence, measure)
+    told = f"{answer.label:24} {sure:>6}  {STAGES[answer.stage]:6}  {answer.gmacs:.3f} GMACs"
+    _print(f"{answer.path!s:{width}}  {told}")
+
+
+def _tell_failure(failure: FileFailure, as_json: bool) -> None:
+    _say(f"cfvit: {failure.path}: {failure.error}")
+    if as_json:
+        _print_json(path=str(failure.path), error=failure.error)
 
 
 def _load(model: str, calibration: Path | None) -> CoarseToFineViT:
@@ -677,7 +692,6 @@ def reproduce(
     seconds = None if budget is None else parse_budget(budget)
     from cfvit.reproduction.command import command_line
     from cfvit.reproduction.reproduce import Request, reproduce
-    from cfvit.reproduction.writing import as_json, print_table
 
     start = None if model is not None and recipe == "deit" else recipe  # a model that is given has none
     flags = {"recipe": start, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
@@ -693,14 +707,17 @@ def reproduce(
         command=command_line(name, {**flags, "speed": None if speed else False, **given}),
     )
 
-    def show(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
-        if json:
-            for row in rows:
-                _print_json(**as_json(study, row))
-        else:
-            print_table(study, rows, notes)
+    reproduce(request, partial(_print_study, json=json), _say)
 
-    reproduce(request, show, _say)
+
+def _print_study(study: Study, rows: Sequence[Row], notes: Sequence[str], json: bool) -> None:
+    from cfvit.reproduction.writing import as_json, print_table
+
+    if json:
+        for row in rows:
+            _print_json(**as_json(study, row))
+    else:
+        print_table(study, rows, notes)
 
 
 def _seeds(given: tuple[int, ...]) -> tuple[int, ...]:
@@ -874,22 +891,54 @@ def bench(
     import torch
 
     from cfvit.benchmark.measure import Plan
-    from cfvit.benchmark.report import write_report
     from cfvit.benchmark.run import run_bench
-    from cfvit.checkpoints import load, require_writable
     from cfvit.data import open_images
-    from cfvit.evaluation.explain import require_matplotlib
-    from cfvit.model import create_model
     from cfvit.processes import join_processes
+
+    _require_bench_folder(out)
+    network = _network_to_time(model, backbone, coarse_grid)
+    source = None if data is None else open_images(data)
+
+    def run(watch: BenchWatch) -> Bench:
+        with join_processes() as process:
+            return run_bench(
+                network.to(process.device, getattr(torch, precision)),
+                batch_sizes,
+                Plan(mode, fine_share, rounds, seconds),
+                name=backbone or model or DEFAULT_MODEL,
+                command=shlex.join(["cfvit", *sys.argv[1:]]),
+                random_weights=backbone is not None,
+                peers=peers,
+                source=source,
+                watch=watch,
+            )
+
+    _follow_bench(run, out, json)
+
+
+def _require_bench_folder(out: Path | None) -> None:
+    """Before the timing, so that nobody waits for what cannot be drawn or written."""
+    from cfvit.checkpoints import require_writable
+    from cfvit.evaluation.explain import require_matplotlib
 
     if out is not None:
         require_matplotlib()
         require_writable(out / "bench.json")
+
+
+def _network_to_time(model: str | None, backbone: str | None, coarse_grid: str | None) -> CoarseToFineViT:
+    """The named model, or one on a backbone with random weights."""
+    from cfvit.checkpoints import load
+    from cfvit.model import create_model
+
     if backbone is None:
-        network = load(model or DEFAULT_MODEL)
-    else:
-        network = create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
-    source = None if data is None else open_images(data)
+        return load(model or DEFAULT_MODEL)
+    return create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
+
+
+def _follow_bench(run: Callable[[BenchWatch], Bench], out: Path | None, json: bool) -> None:
+    """Tells each batch as it is measured, and in the end all that was, after a failure as well."""
+    from cfvit.benchmark.report import write_report
 
     found: list[Bench] = []
 
@@ -901,23 +950,10 @@ def bench(
             _print_batch(batch)
 
     try:
-        with join_processes() as process:
-            found[:] = [
-                run_bench(
-                    network.to(process.device, getattr(torch, precision)),
-                    batch_sizes,
-                    Plan(mode, fine_share, rounds, seconds),
-                    name=backbone or model or DEFAULT_MODEL,
-                    command=shlex.join(["cfvit", *sys.argv[1:]]),
-                    random_weights=backbone is not None,
-                    peers=peers,
-                    source=source,
-                    watch=keep,
-                )
-            ]
-    finally:  # what was measured before a failure is told as well
-        for run in found:
-            _tell_bench(run, out, json)
+        found[:] = [run(keep)]
+    finally:
+        for measured in found:
+            _tell_bench(measured, out, json)
 
 
 def _tell_bench(bench: Bench, out: Path | None, json: bool) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
 from timm.data import ImageNetInfo
+
+_IDENTIFIER = re.compile(r"n\d{8}")
 
 
 def readable_class_names(names: Sequence[str]) -> list[str]:
@@ -15,9 +18,11 @@ def readable_class_names(names: Sequence[str]) -> list[str]:
     them, and with the identifier where even these are (``crane``, bird and machine). So no two
     classes share a name, and a subset of ImageNet is named as the whole.
     """
+    if not names or not all(_IDENTIFIER.fullmatch(name) for name in names):
+        return list(names)  # and timm's tables, which take a while to read, are not needed
     info = ImageNetInfo()
     wnids = info.label_names()
-    if not names or not set(names) <= set(wnids):
+    if not set(names) <= set(wnids):
         return list(names)
     described = {wnid: info.label_name_to_description(wnid) for wnid in wnids}
     first = {wnid: description.split(", ")[0] for wnid, description in described.items()}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,11 @@ class _Files:
     def batches(self, size: int) -> Iterator[Tensor]:
         """The images that can be read, and a note of the others."""
         parts = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
-        ahead = iter([self.pool.map(self.first, part) for part in parts[:1]])
-        for number, batch in enumerate(parts):
-            reading = next(ahead)
-            ahead = iter([self.pool.map(self.first, part) for part in parts[number + 1 : number + 2]])
+        readings = chain((self.pool.map(self.first, part) for part in parts), [()])
+        for part, (reading, _) in zip(parts, pairwise(readings), strict=True):  # the next part is being read meanwhile
             good: list[Path] = []
             images: list[Tensor] = []
-            for path, image in zip(batch, reading, strict=True):
+            for path, image in zip(part, reading, strict=True):
                 self.waiting.append(FileFailure(path, image) if isinstance(image, str) else path)
                 if isinstance(image, Tensor):
                     good.append(path)
@@ -133,6 +132,7 @@ class _Files:
     def answered(
         self, prediction: StreamedPrediction, model: CoarseToFineViT, macs: StageMacs
     ) -> Iterator[FileAnswer | FileFailure]:
+        """The answers of a prediction, each behind the failures that come before it in order."""
         classes = prediction.logits.argmax(dim=-1).tolist()
         for place, index, confidence, stage in zip(
             prediction.index.tolist(), classes, prediction.confidence.tolist(), prediction.stage.tolist(), strict=True

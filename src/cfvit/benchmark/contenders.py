@@ -121,6 +121,7 @@ def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
     predictor = predictor_of(twin, mode, FORCED_ETA)
 
     def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+        """All calls share the predictor, which may be compiled: each sets its own exits anew."""
         (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
 
         def call() -> object:
@@ -143,6 +144,7 @@ def _streams(model: CoarseToFineViT, mode: Mode) -> Runner:
     predictor = predictor_of(twin, mode, FORCED_ETA)
 
     def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+        """All calls share the predictor, which may be compiled: each batch sets its own exits anew."""
         rules = ForcedExits.of_batches(model.exit_rule, images, goings)
 
         def batches() -> Iterator[Tensor]:
@@ -179,6 +181,7 @@ def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> M
     large_macs = macs_of(lambda: meta.backbone(images))
 
     def build(mode: Mode) -> Runner:
+        """Prepares both networks once for all calls."""
         networks = prepare(small, mode), prepare(model.backbone, mode)
 
         def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:

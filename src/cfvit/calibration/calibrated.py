@@ -191,9 +191,7 @@ def calibrate(
     Raises:
         CfvitError: input that cannot be used, or a wish out of reach, with the nearest value that is not.
     """
-    check_logits(coarse, "coarse")
-    check_logits(fine, "fine")
-    _check_labels(coarse, fine, labels)
+    _check_images(coarse, fine, labels)
     missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), len(labels))
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
@@ -256,8 +254,10 @@ def missing_classes(present: Collection[int], names: Sequence[object], images: i
     return f"classes {named} have none of the {_images(images)}"
 
 
-def _check_labels(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
-    """Refuses labels that do not fit the logits."""
+def _check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
+    """Refuses logits that cannot be used, and labels that do not fit them."""
+    check_logits(coarse, "coarse")
+    check_logits(fine, "fine")
     if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
         shapes = f"{list(coarse.shape)}, {list(fine.shape)} and {list(labels.shape)}"
         raise CfvitError(f"coarse logits, fine logits and labels are {shapes}: give [n, classes] twice and [n]")

@@ -97,13 +97,8 @@ def calibrate_model(
     require_reachable(wish.target, macs, latency)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    network = accelerate(model)
-    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
-    coarse, fine = collected.logits
-    check_logits(coarse, "coarse")
-    check_logits(fine, "fine")
-    _require_classes(collected.labels.tolist(), len(collected.labels), model, wish)
-    images = (coarse, fine, collected.labels)
+    images, unreadable = _collect(model, source, batch_size, workers, process)
+    _require_classes(images[2].tolist(), len(images[2]), model, wish)
     fitted, chosen = _halves(images) if wish.scale_temperatures else (None, images)
     temperatures = (1.0, 1.0) if fitted is None else [fit_temperature(logits, fitted[2]) for logits in fitted[:2]]
     calibration = calibrate(
@@ -117,18 +112,39 @@ def calibrate_model(
         allow_missing_classes=True,  # those of all images were looked at
         class_names=model.class_names,
     )
+    fitted_on = [] if fitted is None else fitted[2].tolist()
+    doubts = _doubts(temperatures, fitted_on, _names(model)) + ([NOT_COMPARED] if training is None else [])
+    return _with_origin(calibration, model, data, len(fitted_on), doubts), unreadable
+
+
+def _collect(
+    model: CoarseToFineViT, source: DataSource, batch_size: int, workers: int, process: Process
+) -> tuple[Images, list[str]]:
+    """Logits of both stages, all finite, and labels; and the names of images that could not be read."""
+    network = accelerate(model)
+    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
+    coarse, fine = collected.logits
+    check_logits(coarse, "coarse")
+    check_logits(fine, "fine")
+    return (coarse, fine, collected.labels), unreadable
+
+
+def _with_origin(
+    calibration: Calibration, model: CoarseToFineViT, data: str, temperature_images: int, doubts: Sequence[str]
+) -> Calibration:
+    """A calibration that says where it comes from, the doubts among its warnings."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    fitted_on = 0 if fitted is None else len(fitted[2])
-    doubts = [] if fitted is None else _doubts(temperatures, fitted[2].tolist(), _names(model))
     return dataclasses.replace(
         calibration,
-        origin=Origin(data, now, cfvit.__version__, fitted_on, weights_digest(model)),
-        warnings=(*calibration.warnings, *doubts, *([NOT_COMPARED] if training is None else [])),
-    ), unreadable
+        origin=Origin(data, now, cfvit.__version__, temperature_images, weights_digest(model)),
+        warnings=(*calibration.warnings, *doubts),
+    )
 
 
 def _doubts(temperatures: Sequence[float], labels: Sequence[int], names: Sequence[object]) -> list[str]:
-    """What speaks against temperatures that were fitted on images with these labels."""
+    """What speaks against temperatures that were fitted on images with these labels; nothing where no image was."""
+    if not labels:
+        return []
     count = len(labels)
     said = [f"{count} images are few to fit a temperature on: use more"] if count < FEW_IMAGES else []
     if missing := missing_classes(labels, names, count):

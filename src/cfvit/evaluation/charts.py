@@ -24,18 +24,13 @@ if TYPE_CHECKING:
 INK, QUIET, LINE, COARSE, FINE = "#1c2127", "#59636e", "#d3d9e0", "#1a62b3", "#b3500f"
 _VARIABLES = {INK: "ink", QUIET: "quiet", LINE: "line", COARSE: "coarse", FINE: "fine"}
 
-_STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of their own
-    "svg.fonttype": "none",
-    "svg.hashsalt": "cfvit",
-    "font.family": "DejaVu Sans",
+STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of their own
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": QUIET,
     "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": LINE,
     "grid.linewidth": 0.6,
@@ -44,6 +39,15 @@ _STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of 
     "xtick.labelcolor": INK,
     "ytick.labelcolor": INK,
     "legend.frameon": False,
+}
+"""What all drawings of this package share."""
+
+_PAGE_STYLE = STYLE | {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cfvit",
+    "font.family": "DejaVu Sans",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
     "path.simplify": False,
 }
 _CURVE_POINTS, _BAND_POINTS = 256, 48
@@ -146,7 +150,7 @@ def _figure(height: float) -> Iterator[Figure]:
     make = require_matplotlib()
     from matplotlib import style
 
-    with style.context(["default", _STYLE]):  # whatever the user's own style is
+    with style.context(["default", _PAGE_STYLE]):  # whatever the user's own style is
         yield make(figsize=(_WIDTH, height), layout="constrained")
 
 

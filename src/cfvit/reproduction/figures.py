@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfvit.checkpoints import atomic_write
-from cfvit.evaluation.charts import COARSE, FINE, INK, LINE, QUIET
+from cfvit.evaluation.charts import COARSE, FINE, INK, LINE, QUIET, STYLE
 from cfvit.evaluation.explain import Explanation, require_matplotlib, veil
 
 if TYPE_CHECKING:
@@ -74,27 +74,13 @@ class AttentionPicture:
     fine: np.ndarray
 
 
-_SETTINGS: dict[Any, Any] = {  # matplotlib's names for its settings are a type of their own
+_SHEET_STYLE = STYLE | {
     "savefig.dpi": "figure",
     "figure.constrained_layout.h_pad": 0.07,
     "figure.constrained_layout.w_pad": 0.07,
     "text.parse_math": False,  # a dollar sign is a dollar sign
-    "text.color": INK,
-    "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.axisbelow": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
 }
 _DPI = 130
 _CAPTION_SIZE, _CAPTION_LINES = 7.5, 4
@@ -113,7 +99,7 @@ def _sheet(path: Path, width: float, height: float, title: str, caption: str) ->
     heading = _lines(title, width, 12, 2)
     small = _lines(caption, width, _CAPTION_SIZE, _CAPTION_LINES)
     height += 0.25 + 0.2 * len(heading) + 0.14 * len(small)
-    with style.context(["default", _SETTINGS]):  # whatever the user's own style is
+    with style.context(["default", _SHEET_STYLE]):  # whatever the user's own style is
         figure = make(figsize=(width, height), dpi=_DPI, layout="constrained")
         beginning = {"x": 0.08 / width, "ha": "left"}
         figure.suptitle("\n".join(heading), fontsize=12, fontweight="bold", **beginning)

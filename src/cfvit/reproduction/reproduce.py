@@ -168,6 +168,7 @@ class _Reproduction:
     class_names: Sequence[str] = ()
 
     def run(self) -> list[Missing]:
+        """Makes run after run, seed by seed, and publishes each study as soon as its runs are there."""
         request = self.request
         images = require_splits(request.recipe)
         self.class_names = images.train.source.class_names

@@ -36,6 +36,7 @@ def images_per_second(
     generator = torch.Generator().manual_seed(0)
 
     def call(model: CoarseToFineViT, share: float | None) -> Callable[[], object]:
+        """What is timed: the predictor at this share of images that go on, or without one the backbone alone."""
         model = model.eval().to(device)
         images = torch.randn(batch, 3, *model.image_size, generator=generator).to(device)
         if share is None:

@@ -1,0 +1,112 @@
+"""No tensor is left behind on the CPU: the network on a GPU that torch only pretends to have.
+
+Operations on torch's fake tensors compute nothing, but refuse tensors of different devices as a GPU would.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cfvit import CoarseToFineViT, create_model
+from cfvit.benchmark.peers import EViT, ToMe
+from cfvit.confidence import ExitRule
+from cfvit.inference import goes_on
+from cfvit.training.losses import coarse_to_fine_loss, token_label_loss
+from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
+from cfvit.training.recipes import Recipe
+from cfvit.training.token_labels import pool_scores
+
+GPU = torch.device("cuda", 0)
+CLASSES = 5
+BACKBONES = [
+    "deit_tiny_patch16_224",
+    "deit_tiny_distilled_patch16_224",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "lvvit_tiny_patch16_224",
+]
+VARIANTS: list[dict[str, Any]] = [
+    {"selection": "random"},
+    {"selection": "negative"},
+    *({"feature_reuse": kind} for kind in ("none", "linear", "class_token", "uninformative")),
+]
+
+
+def on_gpu(model: CoarseToFineViT) -> CoarseToFineViT:
+    """The model with weights without contents on the GPU; to be called under `FakeTensorMode`."""
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype, device=GPU))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=GPU)
+    return model
+
+
+def images_of(model: CoarseToFineViT) -> Tensor:
+    return torch.randn(4, 3, *model.image_size, device=GPU)
+
+
+def labels() -> Tensor:
+    return torch.zeros(4, dtype=torch.long, device=GPU)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("training", [False, True])
+def test_both_stages_stay_on_the_gpu(backbone: str, training: bool) -> None:
+    model = create_model(backbone, num_classes=CLASSES, coarse_grid=2, depth=4).train(training)
+    with FakeTensorMode():
+        model = on_gpu(model)
+        images = images_of(model)
+        state = model.coarse(images)
+        answers = [state.logits, state.class_attention, state.confidence, model.fine(images, state[labels()])]
+        confidence = ExitRule("margin").coarse(state.logits)
+        answers += [confidence, goes_on(confidence, 0.5), goes_on(confidence, 1)]
+        assert {answer.device for answer in answers} == {GPU}
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(variant.values()))
+def test_variants_stay_on_the_gpu(variant: dict[str, Any]) -> None:
+    model = create_model("test_vit", num_classes=CLASSES, coarse_grid=2, **variant)
+    with FakeTensorMode():
+        output = on_gpu(model)(images_of(model), informative_ratio=0.3)
+        assert {output.coarse.device, output.fine.device} == {GPU}
+
+
+def test_the_loss_of_mixed_images_stays_on_the_gpu() -> None:
+    model, recipe = create_model("test_vit", num_classes=CLASSES, coarse_grid=2), Recipe()
+    with FakeTensorMode():
+        images, targets = mix_images(recipe, images_of(on_gpu(model)), labels(), 0, CLASSES)
+        assert coarse_to_fine_loss(model(images), targets).device == GPU
+
+
+def test_the_loss_of_token_labels_stays_on_the_gpu() -> None:
+    model = create_model("lvvit_tiny_patch16_224", num_classes=CLASSES, coarse_grid=3, depth=4)
+    with FakeTensorMode():
+        images = images_of(on_gpu(model))
+        mixed = draw_mixed_cells(model.grid, 0, GPU)
+        scores = torch.randn(4, CLASSES, 7, 7, device=GPU)
+        output = model.forward_tokens(images, mixed=torch.zeros_like(mixed))
+        fine, coarse = (pool_scores(scores, grid=grid) for grid in ((6, 6), (3, 3)))
+        tokens = token_target(fine, coarse, output, None, 3)
+        assert token_label_loss(output, class_target(labels(), None, 0.1, CLASSES), tokens, 1.0).device == GPU
+
+
+@pytest.mark.parametrize("make", [lambda backbone: ToMe(backbone, 2), lambda backbone: EViT(backbone, 0.7)])
+def test_peers_stay_on_the_gpu(make: Any) -> None:
+    model = create_model("deit_tiny_patch16_224", num_classes=CLASSES, coarse_grid=3, depth=4).eval()
+    with FakeTensorMode(), torch.no_grad():
+        peer = make(on_gpu(model).backbone)
+        assert peer(images_of(model)).device == GPU
+
+
+def test_a_tensor_on_the_cpu_would_be_found() -> None:
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="devices"):
+        torch.ones(3, device=GPU) + torch.ones(3)
