@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "make setup got $$($(BIN)/python -V), cfvit needs 3.11 or newer: make setup PYTHON=python3.11" >&2; rm -rf .venv; exit 1; }
 	@command -v uv >/dev/null || [ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet uv
 	@echo "Installing cfvit and its tools into .venv ..."
-	@UV=$$(command -v uv || echo $(BIN)/uv); $$UV pip install --quiet --python $(BIN)/python \
+	@UV=$$(command -v uv || echo $(BIN)/uv); $$UV pip install --quiet --compile-bytecode --python $(BIN)/python \
 	    --constraints constraints.txt --editable '.[plots,train,demo]' --group dev
 	@touch $@
 

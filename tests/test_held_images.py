@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import errno
-import gc
-import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
 
 from cfvit.data import ImageError, open_data
 from cfvit.errors import CfvitError
 from cfvit.training import held_images
-from cfvit.training.held_images import hold
+from cfvit.training.held_images import HeldSource, hold
 from cfvit.training.loop import train
 from cfvit.training.recipes import Recipe
 
@@ -72,34 +70,57 @@ def test_images_are_not_read_from_where_they_came_any_more(mixed: Path) -> None:
     assert np.array_equal(np.asarray(held.read(0)[0]), expected)
 
 
-def test_another_process_maps_the_same_file_and_the_file_goes_with_its_owner(mixed: Path) -> None:
+class _First(Dataset):
+    """The first image of a source, as pixels."""
+
+    def __init__(self, source: HeldSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.asarray(self.source.read(index)[0])
+
+
+def test_a_process_that_inherits_nothing_is_handed_the_pixels(mixed: Path) -> None:
     held = hold(open_data(str(mixed)), 0)
-    assert held.pixels is not None
-    file = Path(held.pixels.name)
-    twin = pickle.loads(pickle.dumps(held.pixels))
-    assert np.array_equal(twin[0:105], held.pixels[0:105])
-    del twin
-    gc.collect()
-    assert file.exists()
-    held = replace(held, pixels=None)
-    gc.collect()
-    assert not file.exists()
+    loader = DataLoader(_First(held), batch_size=None, num_workers=1, multiprocessing_context="spawn")
+    (pixels,) = list(loader)
+    assert np.array_equal(pixels, np.asarray(held.read(0)[0]))
 
 
-def test_want_of_room_is_one_line_and_leaves_no_file(
+def test_the_file_has_no_name_that_a_killed_run_could_leave_behind(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(held_images.tempfile, "tempdir", str(tmp_path / "full"))
-    (tmp_path / "full").mkdir()
+    (tmp_path / "scratch").mkdir()
+    monkeypatch.setattr(held_images.tempfile, "tempdir", str(tmp_path / "scratch"))
+    held = hold(open_data(str(mixed)), 0)
+    assert not list((tmp_path / "scratch").iterdir())
+    assert held.pixels is not None
+    assert held.pixels.size == 3 * (7 * 5 + 4 * 9 + 16 * 12 + 6 * 6)
 
+
+def test_no_folder_for_temporary_files_is_one_line(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(held_images.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(CfvitError, match=r"cannot be held.*TMPDIR"):
+        hold(open_data(str(mixed)), 0)
+
+
+def test_a_held_source_cannot_be_aligned(mixed: Path) -> None:
+    with pytest.raises(NotImplementedError):
+        hold(open_data(str(mixed)), 0).aligned(["a", "b"])
+
+
+def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: object, pixels: np.ndarray) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(held_images._Pixels, "append", fail)
-    with pytest.raises(CfvitError, match=r"No space left on device; 0 of 5 were held.*TMPDIR.*hold-decoded"):
+    with pytest.raises(CfvitError, match=r"No space left on device; 0 of 5 were.*TMPDIR.*hold-decoded"):
         hold(open_data(str(mixed)), 0)
-    gc.collect()
-    assert not list((tmp_path / "full").iterdir())
 
 
 def test_a_run_with_held_images_is_the_run_without(colours: Path, tmp_path: Path) -> None:

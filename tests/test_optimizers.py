@@ -1,10 +1,12 @@
+"""Optimisers: fast where they run, and the same when a run is resumed."""
+
 import pytest
 import timm.optim.muon
 import torch
 from torch import nn
 
 from cfvit.errors import CfvitError
-from cfvit.training.optimizers import create_optimizer, orthogonalising_fast
+from cfvit.training.optimizers import create_optimizer, orthogonalising_fast, resume_optimizer
 from cfvit.training.recipes import Recipe
 
 
@@ -44,7 +46,7 @@ def test_timms_muon_is_as_it_was_afterwards_even_after_an_error():
     assert timm.optim.muon.zeropower_via_newtonschulz is before
 
 
-def test_an_update_in_float32_is_the_one_in_bfloat16_up_to_its_rounding():
+def test_an_update_of_full_rank_is_the_one_in_bfloat16_up_to_its_rounding():
     torch.manual_seed(0)
     layers = [layer_with_gradient()]
     layers.append(nn.Linear(16, 8))
@@ -67,3 +69,16 @@ def test_adamw_updates_in_one_pass():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(CfvitError, match="adamww"):
         create_optimizer(Recipe(optimizer="adamww"), layer_with_gradient(), 1e-3)
+
+
+def test_a_checkpoint_written_without_one_pass_is_resumed_with_it_also_under_a_scaler():
+    layer = layer_with_gradient()
+    old = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    old.step()
+    optimizer = create_optimizer(Recipe(optimizer="adamw", weight_decay=0.0), layer, 1e-3)
+    resume_optimizer(optimizer, old.state_dict())
+    assert all(group["fused"] for group in optimizer.param_groups)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(torch.randn(4, 16)).sum()).backward()
+    scaler.step(optimizer)
+    assert [int(state["step"]) for state in optimizer.state.values()] == [2, 2]

@@ -6,12 +6,10 @@ import errno
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,15 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from cfvit import CoarseToFineOutput, create_model, load, processes
-from cfvit.cli import main
 from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
@@ -37,7 +37,7 @@ from cfvit.training import loop, preparation, step
 from cfvit.training.loop import Stopped, train
 from cfvit.training.losses import token_label_loss
 from cfvit.training.mixing import draw_mixed_cells
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipes import DIGITS, Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -119,14 +119,16 @@ def _start(recipe: Recipe, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def _wait_for_step(out: Path, step: int, is_over: Callable[[], bool]) -> None:
-    """Until the log speaks of a step, or the run is over."""
+def _signal_at_step(process: subprocess.Popen[str], out: Path, step: int, number: signal.Signals) -> str:
+    """Sends a signal to the whole group, as a terminal does, once the log speaks of a step; gives the last words."""
     deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and not is_over():
+    while time.monotonic() < deadline and process.poll() is None:
         with suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
             if _log(out, "train")[-1]["step"] >= step:
-                return
+                break
         time.sleep(0.01)
+    os.killpg(process.pid, number)
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 def _assert_weights_equal(run: Path, other: Path) -> None:
@@ -163,9 +165,7 @@ def test_all_cells_are_split_at_first(recipe: Recipe, tmp_path: Path, monkeypatc
 def test_killed_run_resumes_as_if_nothing_had_happened(restless: Recipe, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = _start(restless.replace({"workers": 1}), killed)
-    _wait_for_step(killed, 8, lambda: process.poll() is not None)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=PATIENCE)
+    _signal_at_step(process, killed, 8, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
     assert 6 <= step < 20
@@ -197,41 +197,12 @@ def _stop_at(step: int) -> Callable[[], bool]:
     return lambda: next(left) == 0
 
 
-@pytest.fixture
-def guarded() -> Iterator[None]:
-    """A signal that a run leaves alone fails the test, and does not end the tests."""
-
-    def fail(number: int, frame: object) -> None:
-        raise AssertionError(f"signal {number} was not caught")
-
-    previous = signal.signal(signal.SIGTERM, fail)
-    yield
-    signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate_at_step(out: Path, step: int, over: threading.Event) -> None:
-    """Signals this process and those that load its images, as a terminal does: not as the run, which may end them."""
-    _wait_for_step(out, step, over.is_set)
-    if not over.is_set():
-        group = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
-        subprocess.run(["sh", "-c", f"kill -TERM {' '.join(map(str, group))}"], check=True)
-
-
-@pytest.mark.usefixtures("guarded")
-def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out, over = tmp_path / "run", threading.Event()
+def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
+    out = tmp_path / "run"
     settings = {"epochs": 1000, "eval_interval": 1000, "checkpoint_interval": 100_000}
-    _, _, *words = _command(restless.replace({**settings, "workers": 1}), out, tmp_path / "run.yaml")
-    sender = threading.Thread(target=_terminate_at_step, args=(out, 2, over))
-    sender.start()
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main(words)
-    finally:
-        over.set()
-        sender.join()
-    assert ended.value.code == 1
-    said = capfd.readouterr().err
+    long = restless.replace({**settings, "workers": 1})
+    said = _signal_at_step(process := _start(long, out), out, 2, signal.SIGTERM)
+    assert process.returncode == 1
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     assert step >= 2
     assert said.splitlines()[-1] == f"cfvit: stopped at step {step}: add --resume to continue"
@@ -569,6 +540,18 @@ def test_forked_run_resumes(fork_again: bool, forkable: Recipe, forked_at: Path,
     _assert_weights_equal(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 of scikit-learn's digits to learn from and 200 others. Only to be read."""
+    folder = tmp_path_factory.mktemp("few_digits")
+    scans: Any = load_digits()
+    for place, i in enumerate(np.random.default_rng(0).permutation(len(scans.target))[:600].tolist()):
+        target = folder / ("train" if place % 3 else "val") / str(scans.target[i])
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((scans.images[i] * 255 / 16).astype(np.uint8)).save(target / f"{i}.png")
+    return folder
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -581,12 +564,23 @@ def test_forked_run_resumes(fork_again: bool, forkable: Recipe, forked_at: Path,
         ("feature_reuse", "uninformative"),
     ],
 )
-def test_the_papers_variants_learn(name: str, value: Any, recipe: Recipe, tmp_path: Path) -> None:
-    """Most of the steps with some cells split, and two blocks that give their class attention."""
-    brief = {"timm_kwargs": {"patch_size": 4, "depth": 5}, "epochs": 4, "all_cells_share": 0.25, "eval_interval": 4}
-    figures = train(recipe.replace({**brief, name: value}), tmp_path / "run")
-    assert figures["validation_coarse_top1"] > 80, "chance is 33"
-    assert figures["validation_fine_top1"] > 80
+def test_the_papers_variants_learn_digits(name: str, value: Any, few_digits: Path, tmp_path: Path) -> None:
+    brief = {
+        "data": str(few_digits),
+        "holdout": 0.0,
+        "coarse_grid": 2,
+        "timm_kwargs": {"patch_size": 4, "depth": 5},  # two blocks give their class attention
+        "epochs": 7,
+        "lr_base": 1e-2,
+        "warmup_epochs": 0.5,
+        "ema_decay": 0.0,
+        "crop_scale_min": 1.0,
+        "color_jitter": 0.0,
+        "eval_interval": 7,
+    }
+    figures = train(DIGITS.replace({**brief, name: value}), tmp_path / "run")
+    assert figures["validation_coarse_top1"] > 20, "chance is 10"
+    assert figures["validation_fine_top1"] > 30
 
 
 def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> None:

@@ -349,7 +349,7 @@ class TrainImages(Dataset):
         position, seed = key
         random.seed(seed)
         np.random.seed(seed)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than an augmentation, for GPUs' sake
         return self.augment(*self._read(position))
 
     def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-import weakref
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from multiprocessing import reduction
+from typing import IO, Any, cast
 
 import numpy as np
 from PIL import Image
@@ -31,43 +31,43 @@ class _Held:
 
 
 class _Pixels:
-    """Bytes in a temporary file that every loading process maps, and that goes with the object that wrote it.
+    """Bytes in a temporary file without a name, which every loading process maps and which goes with the last of them.
 
-    A file and not the process's own memory: the system holds it in memory while there is room, and processes that
-    do not inherit memory find it all the same.
+    A file and not the process's own memory: where it lies on a disk, the system holds it in memory while there is
+    room, and processes that do not inherit memory are handed it all the same.
     """
 
-    def __init__(self) -> None:
-        handle, self.name = tempfile.mkstemp(prefix="cfvit-images-")
-        self.size = 0
-        self._file: IO[bytes] | None = os.fdopen(handle, "wb")
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.size = file, 0
         self._map: np.memmap | None = None
-        weakref.finalize(self, _remove, self.name, os.getpid())
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None, "_map": None}
 
     def append(self, pixels: np.ndarray) -> int:
         """Writes an array at the end; returns its place."""
-        assert self._file is not None
         place = self.size
         self.size += self._file.write(pixels.tobytes())
         return place
 
-    def close(self) -> None:
-        """All is written."""
-        if self._file is not None:
-            self._file.close()
+    def seal(self) -> None:
+        """All is written: it can be read."""
+        self._file.flush()
+        if self.size:
+            self._map = np.memmap(self._file, dtype=np.uint8, mode="r")
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        if self._map is None:
-            self._map = np.memmap(self.name, dtype=np.uint8, mode="r")
-        return self._map[part]
+    def read(self, place: int, count: int) -> np.ndarray:
+        """So many bytes from a place on."""
+        assert self._map is not None
+        return self._map[place : place + count]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (reduction.DupFd(self._file.fileno()), self.size)
 
 
-def _remove(name: str, owner: int) -> None:
-    if os.getpid() == owner:  # and not a loading process, forked from it
-        Path(name).unlink(missing_ok=True)
+def _receive(handle: Any, size: int) -> _Pixels:
+    """In a process that did not inherit the pixels."""
+    pixels = _Pixels(os.fdopen(handle.detach(), "rb"))
+    pixels.size = size
+    pixels.seal()
+    return pixels
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,12 @@ class HeldSource(DataSource):
         if held.failure is not None or self.pixels is None:
             raise ImageError(held.failure or "is not held")
         shape = held.height, held.width, 3
-        pixels = self.pixels[held.place : held.place + held.height * held.width * 3]
+        pixels = self.pixels.read(held.place, held.height * held.width * 3)
         return Image.fromarray(pixels.reshape(shape)), held.target
+
+    def aligned(self, class_names: Sequence[str]) -> DataSource:
+        """Not possible any more: align a source before it is held."""
+        raise NotImplementedError
 
 
 class _Decoded(Dataset):
@@ -112,7 +116,8 @@ class _Decoded(Dataset):
 def hold(source: DataSource, workers: int, leads: bool = True) -> HeldSource:
     """Decodes all images of a source, and gives a source of the same images that need no decoding.
 
-    Their pixels take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``).
+    Their pixels take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``). Each process of
+    a distributed run holds them for itself.
 
     Args:
         workers: processes that decode.
@@ -129,19 +134,30 @@ def hold(source: DataSource, workers: int, leads: bool = True) -> HeldSource:
         worker_init_fn=leave_signals_to_the_run,
     )
     held: list[_Held] = []
+    with _telling_what_was_held(held, len(source)):
+        pixels = _Pixels(cast(IO[bytes], tempfile.TemporaryFile()))  # noqa: SIM115 - it outlives this function
+    with progress_bar(len(source), leads) as advance:
+        items = iter(decoded)
+        for _ in range(len(source)):
+            image, target = next_batch(items)
+            with _telling_what_was_held(held, len(source)):
+                held.append(_append(pixels, image, target))
+            advance(1)
+    with _telling_what_was_held(held, len(source)):
+        pixels.seal()
+    return HeldSource(source.dataset, source.class_names, source.targets, tuple(held), pixels)
+
+
+@contextmanager
+def _telling_what_was_held(held: Sequence[_Held], count: int) -> Iterator[None]:
+    """An error of the system as one line."""
     try:
-        pixels = _Pixels()
-        with closing(pixels), progress_bar(len(source), leads) as advance:
-            items = iter(decoded)
-            for _ in range(len(source)):
-                held.append(_append(pixels, *next_batch(items)))
-                advance(1)
+        yield
     except OSError as error:
         raise CfvitError(
-            f"the decoded images do not fit into {tempfile.gettempdir()} ({error.strerror or error}; {len(held)} of "
-            f"{len(source)} were held): make room, set TMPDIR to another folder, or leave out --hold-decoded"
+            f"the decoded images cannot be held ({error.strerror or error}; {len(held)} of {count} were): "
+            "make room for temporary files, set TMPDIR to a folder that has some, or leave out --hold-decoded"
         ) from error
-    return HeldSource(source.dataset, source.class_names, source.targets, tuple(held), pixels)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -39,12 +39,20 @@ def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.o
         ) from error
 
 
+def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes over the state of a run's optimiser; whether it updates in one pass is no part of that."""
+    one_pass = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}
+    groups = [{**group, **one_pass} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 @contextmanager
 def orthogonalising_fast(device: torch.device) -> Iterator[None]:
     """Within it, Muon's matrix products are computed in float32 on a CPU.
 
-    timm computes them in bfloat16, as suits a GPU. A CPU without instructions for it then takes
-    several times as long for Muon as for all the rest of a step, and timm has no option for it.
+    timm computes them in bfloat16, as suits a GPU, and has no option for it. A CPU without instructions for
+    that takes several times as long for Muon as for all the rest of a step. Not for threads that train side by
+    side: timm's function is exchanged for all of them.
     """
     if device.type != "cpu":
         yield

@@ -26,6 +26,8 @@ PASSES = 3
 class Pace:
     """Images per second of all processes, and the share of their matrix rate that the network's products reach.
 
+    A teacher's products are not counted; the time that it takes is.
+
     Args:
         images_per_step: of one process.
         gradient_macs: of an image, forwards and backwards, by the share of cells that are split.
@@ -51,7 +53,7 @@ class Pace:
         """``images_per_second`` and ``matrix_share`` since the start."""
         own = self.steps * self.images_per_step / (time.monotonic() - self.begun)
         share = own * self.gradient_macs(self.ratio) / self.matrix_rate
-        return {"images_per_second": round(own * self.world, 1), "matrix_share": round(share, 4)}
+        return {"images_per_second": round(own * self.world, 1), "matrix_share": float(f"{share:.3g}")}
 
 
 def pace_of(recipe: Recipe, model: CoarseToFineViT, process: Process) -> Pace:
@@ -85,7 +87,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """MACs per second of a large matrix product, by the layer that training multiplies by."""
     side = MATRIX_SIDES.get(device.type, MATRIX_SIDES["cuda"])
     generator = torch.Generator(device).manual_seed(0)  # of its own: a run's random choices follow from its seed
-    layer = nn.Linear(side, side, bias=False, device="meta").to_empty(device=device).to(dtype)
+    layer = nn.Linear(side, side, bias=False, device="meta", dtype=dtype).to_empty(device=device)
     layer.weight.normal_(generator=generator)
     rows = torch.randn(side, side, device=device, dtype=dtype, generator=generator)
     layer = accelerate_training(layer)

@@ -23,7 +23,7 @@ from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.model import CoarseToFineViT, TokenOutput, create_model
 from cfvit.processes import Process
 from cfvit.training.held_images import hold
-from cfvit.training.optimizers import create_optimizer
+from cfvit.training.optimizers import create_optimizer, resume_optimizer
 from cfvit.training.recipes import Recipe
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.token_labels import LabelledImages, LabelledTransform
@@ -73,7 +73,7 @@ class Trained:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        resume_optimizer(self.optimizer, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
