@@ -109,4 +109,4 @@ def test_peers_stay_on_the_gpu(make: Any) -> None:
 
 def test_a_tensor_on_the_cpu_would_be_found() -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError, match="devices"):
-        torch.ones(3, device=GPU) + torch.ones(3)
+        torch.add(torch.ones(3, device=GPU), torch.ones(3))
