@@ -22,7 +22,7 @@ demo: setup
 	@$(BIN)/cfvit demo
 
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: setup
 	@$(BIN)/ruff check .
