@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from cfvit.errors import CfvitError
-from cfvit.training.optimizers import create_optimizer, orthogonalising_fast, resume_optimizer
+from cfvit.training.optimizers import create_optimizer, orthogonalising_in, resume_optimizer
 from cfvit.training.recipes import Recipe
 
 
@@ -30,17 +30,25 @@ def products(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cpu", torch.float32), ("cuda", None)])
-def test_muon_multiplies_in_float32_on_a_cpu_alone(products, device, precision):
+@pytest.mark.parametrize(
+    ("device", "dtype", "precision"),
+    [
+        ("cpu", torch.float32, torch.float32),
+        ("cpu", torch.bfloat16, None),
+        ("cuda", torch.float32, None),
+        ("cuda", torch.bfloat16, None),
+    ],
+)
+def test_muon_multiplies_in_float32_on_a_cpu_that_trains_in_it_alone(products, device, dtype, precision):
     optimizer = create_optimizer(Recipe(optimizer="muon"), layer_with_gradient(), 1e-2)
-    with orthogonalising_fast(torch.device(device)):
+    with orthogonalising_in(dtype, torch.device(device)):
         optimizer.step()
     assert products == [precision]
 
 
 def test_timms_muon_is_as_it_was_afterwards_even_after_an_error():
     before = timm.optim.muon.zeropower_via_newtonschulz
-    with pytest.raises(ZeroDivisionError), orthogonalising_fast(torch.device("cpu")):
+    with pytest.raises(ZeroDivisionError), orthogonalising_in(torch.float32, torch.device("cpu")):
         assert timm.optim.muon.zeropower_via_newtonschulz is not before
         raise ZeroDivisionError
     assert timm.optim.muon.zeropower_via_newtonschulz is before
@@ -54,7 +62,7 @@ def test_an_update_of_full_rank_is_the_one_in_bfloat16_up_to_its_rounding():
     layers[1].weight.grad, layers[1].bias.grad = layers[0].weight.grad, layers[0].bias.grad
     start = layers[0].weight.detach().clone()
     for layer, device in zip(layers, ("cpu", "cuda"), strict=True):
-        with orthogonalising_fast(torch.device(device)):
+        with orthogonalising_in(torch.float32, torch.device(device)):
             create_optimizer(Recipe(optimizer="muon", weight_decay=0.0), layer, 1e-2).step()
     fast, usual = ((layer.weight - start).detach() for layer in layers)
     assert usual.norm() > 1e-3

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
+from torch.nn import functional
 
 from cfvit import CoarseToFineOutput, create_model, load, processes
 from cfvit.data import open_data
@@ -37,6 +38,7 @@ from cfvit.training import loop, preparation, step
 from cfvit.training.loop import Stopped, train
 from cfvit.training.losses import token_label_loss
 from cfvit.training.mixing import draw_mixed_cells
+from cfvit.training.preparation import autocast
 from cfvit.training.recipes import DIGITS, Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
@@ -683,6 +685,20 @@ def test_runs_that_cannot_start(
     with fails(reason):
         train(recipe.replace(changes), tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize(("precision", "fused"), [("bfloat16", False), ("float32", True)])
+def test_attention_is_fused_on_a_cpu_but_in_half_precision(precision: str, fused: bool) -> None:
+    part = torch.randn(1, 2, 5, 8, requires_grad=True)
+
+    def is_fused() -> bool:
+        output = functional.scaled_dot_product_attention(part, part, part)
+        assert output.grad_fn is not None
+        return "Flash" in output.grad_fn.name()
+
+    with autocast(Recipe().replace({"precision": precision}), torch.device("cpu")):
+        assert is_fused() == fused
+    assert is_fused()
 
 
 def test_bfloat16_autocast(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

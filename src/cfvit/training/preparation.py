@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from timm.data import create_transform
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from cfvit import data as datasets
@@ -249,7 +250,17 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return getattr(torch, recipe.precision)
 
 
-def autocast(recipe: Recipe, device: torch.device) -> Any:
-    """The context in which a network runs in the recipe's precision."""
+@contextmanager
+def autocast(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """The context in which a network runs in the recipe's precision.
+
+    In half precision on a CPU attention is computed step by step: torch's fused one takes half of a whole training step
+    there for its backward pass.
+    """
     dtype = dtype_of(recipe, device)
-    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+    if dtype is torch.float32:
+        yield
+        return
+    stepwise = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, dtype), stepwise:
+        yield

@@ -15,8 +15,8 @@ from cfvit.errors import CfvitError
 from cfvit.processes import Process
 from cfvit.training.losses import classification_loss, coarse_to_fine_loss, token_label_loss
 from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
-from cfvit.training.optimizers import orthogonalising_fast
-from cfvit.training.preparation import Trained, autocast
+from cfvit.training.optimizers import orthogonalising_in
+from cfvit.training.preparation import Trained, autocast, dtype_of
 from cfvit.training.recipes import Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
@@ -45,7 +45,7 @@ def take_step(
     if recipe.clip_grad > 0:
         trained.scaler.unscale_(trained.optimizer)
         nn.utils.clip_grad_norm_(trained.model.parameters(), recipe.clip_grad)
-    with orthogonalising_fast(process.device):
+    with orthogonalising_in(dtype_of(recipe, process.device), process.device):
         trained.scaler.step(trained.optimizer)
     trained.scaler.update()
     trained.optimizer.zero_grad(set_to_none=True)
