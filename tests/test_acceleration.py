@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from cfvit import CoarseToFineViT, Predictor, acceleration
-from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accelerate_training
+from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accelerate_training, compiled, in_sizes
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
@@ -420,3 +421,60 @@ def test_a_predictor_follows_a_module_that_is_replaced(model: CoarseToFineViT, i
     _mlp(model).act = nn.ReLU()
     with torch.inference_mode():
         torch.testing.assert_close(predictor(images).logits, model(images).fine, atol=1e-4, rtol=0)
+
+
+def test_stages_in_few_sizes_answer_alike(make_model: MakeModel, make_images: MakeImages) -> None:
+    model, seen = make_model(depth=4), []
+
+    def noting(stage: Callable[..., Any]) -> Callable[..., Any]:
+        def run(images: Tensor, *state: Any) -> Any:
+            seen.append(len(images))
+            return stage(images, *state)
+
+        return in_sizes(run, (1, 4, 6))
+
+    coarse, fine = noting(model.coarse), noting(model.fine)
+    with torch.inference_mode():
+        for count in range(1, 7):
+            images = make_images(model, count)
+            state, expected = coarse(images), model.coarse(images)
+            for name in ("logits", "tokens", "embedding", "class_attention", "class_token"):
+                torch.testing.assert_close(getattr(state, name), getattr(expected, name))
+            torch.testing.assert_close(fine(images, state), model.fine(images, expected))
+    assert seen == [1, 1, 4, 4, 4, 4, 4, 4, 6, 6, 6, 6]
+
+
+def test_an_answer_survives_the_next_call_to_a_function_that_writes_where_it_wrote_before() -> None:
+    memory = torch.empty(4)
+    double = in_sizes(lambda images: torch.mul(images, 2, out=memory), (4,))
+    first, second = double(torch.ones(2)), double(torch.full((4,), 3.0))
+    assert first.tolist() == [2, 2]
+    assert second.tolist() == [6, 6, 6, 6]
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "mode", "size"),
+    [
+        ("cuda", 1, "reduce-overhead", 1),
+        ("cuda", 5, "reduce-overhead", 6),
+        ("cuda", 128, "reduce-overhead", 128),
+        ("cuda", 129, None, 129),
+        ("cuda", 0, None, 0),
+        ("cpu", 5, None, 5),
+    ],
+)
+def test_launches_of_small_batches_on_a_gpu_are_recorded(
+    device: str, count: int, mode: str | None, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+
+    def compile(run: Callable[..., Any], *, dynamic: bool, mode: str | None = None) -> Callable[..., Any]:
+        assert dynamic
+        return lambda images: called.append((mode, len(images))) or run(images)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    with FakeTensorMode():
+        answer = compiled(torch.neg)(torch.empty(count, 2, device=device))
+    assert called == [(mode, size)]
+    assert answer.device.type == device
+    assert len(answer) == count

@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from cfvit.acceleration import accelerate, may_be_packed
+from cfvit.acceleration import accelerate, compiled, may_be_packed
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
 
@@ -85,8 +85,8 @@ class Predictor:
             confidence that ``model.exit_rule`` measures, the highest softmax probability unless the
             model was calibrated for another.
         compile: None for what suits the device (`cfvit.acceleration.accelerate`), which costs no waiting; True for
-            ``torch.compile`` of both stages, with any number of images; False for the model as it is. The answers
-            are the same up to rounding.
+            ``torch.compile`` of both stages (`cfvit.acceleration.compiled`), for any number of images, on a GPU with
+            CUDA graphs of small batches; False for the model as it is. The answers are the same up to rounding.
 
     Raises:
         CfvitError: a threshold outside [0, 1], or none given and none calibrated.
@@ -104,8 +104,7 @@ class Predictor:
         self._coarse: Callable[[Tensor], CoarseState] = self._run_coarse
         self._fine: Callable[[Tensor, CoarseState], Tensor] = self._run_fine
         if compile:
-            self._coarse = torch.compile(self._run_coarse, dynamic=True)
-            self._fine = torch.compile(self._run_fine, dynamic=True)
+            self._coarse, self._fine = compiled(self._run_coarse), compiled(self._run_fine)
 
     def _run_coarse(self, images: Tensor) -> CoarseState:
         return (self.model if self._fast is None else self._fast()).coarse(images)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cfvit import backbones
-from cfvit.acceleration import accelerate
+from cfvit.acceleration import accelerate, compiled
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.confidence import ExitRule
 from cfvit.evaluation.timing import Call
@@ -69,7 +69,7 @@ class Method:
 def prepare(network: Any, mode: Mode) -> Any:
     """The one place where networks are made ready, so that the backbone and its rivals are treated alike."""
     if mode == "compiled":
-        return torch.compile(network, dynamic=True)
+        return compiled(network)
     return accelerate(network) if mode == "accelerated" else network
 
 
@@ -84,11 +84,13 @@ def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
     """
     macs = count_macs(model)
 
+    @cache  # the coarse stage is compiled once for both
     def stages(mode: Mode) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-        if mode == "compiled":
-            return prepare(model.coarse, mode), prepare(model.forward, mode)
-        fast = prepare(model, mode)
-        return fast.coarse, fast
+        if mode != "compiled":
+            fast = prepare(model, mode)
+            return fast.coarse, fast
+        coarse, fine = prepare(model.coarse, mode), prepare(model.fine, mode)
+        return coarse, lambda images: fine(images, coarse(images))
 
     own = [
         Method(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
