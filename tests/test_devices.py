@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfvit import CoarseToFineViT, create_model
+from cfvit.acceleration import placed
 from cfvit.benchmark.peers import EViT, ToMe
 from cfvit.confidence import ExitRule
 from cfvit.inference import goes_on
@@ -105,6 +107,22 @@ def test_peers_stay_on_the_gpu(make: Any) -> None:
     with FakeTensorMode(), torch.no_grad():
         peer = make(on_gpu(model).backbone)
         assert peer(images_of(model)).device == GPU
+
+
+def test_images_are_converted_where_the_weights_are_and_nobody_waits() -> None:
+    steps: list[tuple[Any, ...]] = []
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            answer = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default:
+                steps.append((args[0].device.type, answer.device.type, answer.dtype, bool(kwargs.get("non_blocking"))))
+            return answer
+
+    with FakeTensorMode(), Note():
+        answer = placed(torch.empty(2, 3, 4, 4), torch.empty(1, device=GPU, dtype=torch.bfloat16))
+    assert (answer.device, answer.dtype) == (GPU, torch.bfloat16)
+    assert steps == [("cpu", "cuda", torch.float32, True), ("cuda", "cuda", torch.bfloat16, False)]
 
 
 def test_a_tensor_on_the_cpu_would_be_found() -> None:

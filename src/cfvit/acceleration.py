@@ -65,6 +65,15 @@ class ConvolvedLinear(nn.Module):
         return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
+def placed(images: Tensor, weight: Tensor) -> Tensor:
+    """Images on the device and in the precision of a weight; from pinned memory nothing waits for the copy to a GPU.
+
+    They are converted there: on the way torch would convert them on the host first, into memory that is not pinned.
+    """
+    overlaps = weight.device.type != "cpu"  # what the CPU reads at once has to be there
+    return images.to(weight.device, non_blocking=overlaps).to(weight.dtype)
+
+
 RECORDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 """Batches of which a GPU's launches are recorded; larger ones keep it busy for longer than launching takes."""
 

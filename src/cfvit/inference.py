@@ -9,7 +9,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
-from cfvit.acceleration import accelerate, compiled, may_be_packed
+from cfvit.acceleration import accelerate, compiled, may_be_packed, placed
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
 
@@ -134,9 +134,7 @@ class Predictor:
 
     def _placed(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         self.model.check_images(images, size)  # at once, and not only when one of them goes on
-        parameter = next(self.model.parameters())
-        overlaps = parameter.device.type != "cpu"  # what the CPU reads at once has to be there
-        return images.to(parameter.device, parameter.dtype, non_blocking=overlaps)
+        return placed(images, next(self.model.parameters()))
 
     def stream(
         self,

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cfvit.acceleration import placed
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, relate
 from cfvit.data import DataSource, ImageError, eval_transform, open_image
@@ -221,18 +222,15 @@ def _inputs(
     scope: str, images: RealImages, model: CoarseToFineViT, pool: ThreadPoolExecutor
 ) -> list[Callable[[], Tensor]]:
     """For each batch, what makes pixels on the device from what the scope begins with."""
-    parameter, transform = next(model.parameters()), eval_transform(model.data_config)
-
-    def place(pixels: Tensor) -> Tensor:
-        return pixels.to(parameter.device, parameter.dtype, non_blocking=True)
+    weight, transform = next(model.parameters()), eval_transform(model.data_config)
 
     def join(tensors: Any) -> Tensor:
-        return place(torch.stack(list(tensors)))
+        return placed(torch.stack(list(tensors)), weight)
 
     if scope == COMPUTING:
         return [lambda batch=batch: batch for batch in images.resident]
     if scope == COPYING:
-        return [lambda batch=batch: place(batch) for batch in images.pixels]
+        return [lambda batch=batch: placed(batch, weight) for batch in images.pixels]
     if scope == RESIZING:
         return [lambda batch=batch: join(pool.map(transform, batch)) for batch in images.decoded]
     return [lambda b=batch: join(pool.map(lambda file: transform(open_image(file)), b)) for batch in images.files]
