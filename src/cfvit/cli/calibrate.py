@@ -1,0 +1,221 @@
+"""``cfvit calibrate``: eta for a target."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from cfvit.cli.application import app
+from cfvit.cli.output import print_json, print_line, report_unreadable, say, show
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, Json, Model, Workers, load_model
+from cfvit.errors import CfvitError, UsageError
+from cfvit.training.recipes import load_recipe
+
+if TYPE_CHECKING:
+    from cfvit.calibration import Calibration, Target
+    from cfvit.data import DataSource
+
+Made = typing.TypeVar("Made")
+
+
+def _percent(hint: Any, tokens: Sequence[Any]) -> float:
+    return float(tokens[0].value.removesuffix("%"))
+
+
+Percent = Parameter(converter=_percent)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetFlags:
+    """What `calibrate` can be asked for: one target, and the details of a risk."""
+
+    gmacs: Annotated[float | None, Parameter(help="target: the most accurate eta at this mean cost")] = None
+    saving: Annotated[
+        float | None, Percent, Parameter(help="target: the same at this saving of the plain backbone's, as in 60%")
+    ] = None
+    latency_ms: Annotated[
+        float | None, Parameter(help="target: the same at this mean time of an image, measured here and now")
+    ] = None
+    accuracy: Annotated[float | None, Percent, Parameter(help="target: the cheapest eta of this accuracy")] = None
+    max_drop: Annotated[
+        float | None, Percent, Parameter(help="target: the lowest eta that loses at most these points")
+    ] = None
+    risk: Annotated[
+        float | None, Parameter(help="target: the lowest eta that promises at most this share of worse answers")
+    ] = None
+    confidence: Annotated[
+        float | None, Parameter(help="of a risk: how surely the promise is kept; by default 0.95")
+    ] = None
+    method: Annotated[
+        str | None, Parameter(help="of a risk: upper_bound or fixed_sequence; by default upper_bound")
+    ] = None
+
+    def chosen(self) -> Target:
+        """The one target that is given.
+
+        Raises:
+            UsageError: none or several, or a value that is never allowed.
+        """
+        from cfvit import calibration
+
+        details: dict[str, Any] = {
+            name: value
+            for name, value in (("confidence", self.confidence), ("method", self.method))
+            if value is not None
+        }
+        kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
+            "--gmacs": (self.gmacs, calibration.GmacsBudget),
+            "--saving": (self.saving, calibration.Saving),
+            "--latency-ms": (self.latency_ms, calibration.LatencyBudget),
+            "--accuracy": (self.accuracy, calibration.Accuracy),
+            "--max-drop": (self.max_drop, calibration.Drop),
+            "--risk": (self.risk, lambda share: calibration.Risk(share, **details)),
+        }
+        given = [name for name, (value, _) in kinds.items() if value is not None]
+        if len(given) != 1:
+            problem = f"{' and '.join(given)} are given" if given else "no target is given"
+            raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
+        if details and self.risk is None:
+            raise UsageError(f"--{next(iter(details))} belongs to --risk and {given[0]} is given: leave it out")
+        value, make = kinds[given[0]]
+        return _as_usage(lambda: make(value))
+
+
+NO_TARGET = TargetFlags()
+
+
+@app.command
+def calibrate(
+    *,
+    data: Annotated[str, Parameter(help="images that the model was not trained on and will not be scored on")],
+    model: Model = DEFAULT_MODEL,
+    target: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET,
+    measure: Annotated[
+        str, Parameter(help="of confidence: max_probability, margin, entropy or energy")
+    ] = "max_probability",
+    temperature_scaling: Annotated[
+        bool, Parameter(negative="", help="fit temperatures on a random half, choose eta on the other")
+    ] = False,
+    out: Annotated[Path | None, Parameter(help="write this .json file, and not into the model's folder")] = None,
+    allow_missing_classes: Annotated[
+        bool, Parameter(negative="", help="go on if some class has no image, with a warning")
+    ] = False,
+    train_data: Annotated[
+        str | None, Parameter(help="what the model was trained on; by default as its recipe.yaml says")
+    ] = None,
+    json: Json = False,
+    batch_size: BatchSize = 64,
+    workers: Workers = 2,
+) -> int:
+    """Choose eta for a target, which predict, eval and the Predictor then use. Give exactly one target.
+
+    Writes calibration.json into the model's folder and touches nothing else there. Images that are also
+    among the training images are refused. A target out of reach is told with the nearest that is not.
+    """
+    wanted = target.chosen()
+    path = _calibration_path(model, out)
+    from cfvit.checkpoints import require_writable, write_calibration
+    from cfvit.confidence import ExitRule
+    from cfvit.evaluation.calibrate import Wish, calibrate_model
+    from cfvit.evaluation.metrics import labelled_images
+    from cfvit.processes import Process, best_device
+
+    checked = _as_usage(lambda: ExitRule(typing.cast(typing.Any, measure))).measure
+    require_writable(path)
+    network = load_model(model, None)
+    source = labelled_images(network, data)
+    training = _training_images(model, train_data)
+    wish = Wish(wanted, checked, temperature_scaling, allow_missing_classes)
+    process = Process(0, 1, best_device())
+    calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process, training)
+    try:
+        write_calibration(calibration, path)
+    finally:  # a full disk does not cost what was found
+        _print_calibration(calibration, json)
+    report_unreadable(unreadable)
+    say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
+    return int(bool(unreadable))
+
+
+def _as_usage(make: Callable[[], Made]) -> Made:
+    """What is refused here was given on the command line."""
+    try:
+        return make()
+    except CfvitError as error:
+        raise UsageError(str(error)) from error
+
+
+def _calibration_path(model: str, out: Path | None) -> Path:
+    """Where to write, which is a new file or a former calibration."""
+    from cfvit.checkpoints import CALIBRATION_FILE, read_calibration
+
+    if out is None:
+        if Path(model).is_dir():
+            return Path(model) / CALIBRATION_FILE
+        raise UsageError(f"{model} is no folder to write to: name a file with --out FILE.json")
+    if out.suffix != ".json":
+        raise UsageError(f"--out {out} does not end in .json: name a file such as {CALIBRATION_FILE}")
+    if out.exists():
+        try:
+            read_calibration(out)
+        except CfvitError as error:
+            raise UsageError(f"--out {out} is there and is no calibration: name a new file") from error
+    return out
+
+
+def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
+    """What the model was trained on, and which of it; None if that is not known or not there."""
+    from cfvit.data import open_data, split_holdout
+
+    if train_data is not None:
+        source = open_data(train_data, "train")
+        return source, range(len(source))
+    config = Path(model) / "recipe.yaml"
+    if not config.is_file():
+        return None
+    try:
+        recipe = load_recipe("deit", config)
+    except UsageError as error:
+        raise CfvitError(
+            f"{config} does not tell the training images ({error}): name them with --train-data"
+        ) from error
+    if not recipe.data or not Path(recipe.data).exists():
+        return None
+    source = open_data(recipe.data, "train")
+    return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
+
+
+def _print_calibration(calibration: Calibration, as_json: bool) -> None:
+    if as_json:
+        print_json(**calibration.to_dict())
+        return
+    from rich.table import Table
+
+    head = f"eta {calibration.threshold:.9g}, {calibration.measure}, {calibration.images} images"
+    table = Table("", "value", f"{calibration.level:.0%} interval", title=head, box=None, title_justify="left")
+    on = calibration.fine_share
+    exits = dataclasses.replace(on, value=1 - on.value, low=1 - on.high, high=1 - on.low)
+    rows = [
+        ("accuracy %", calibration.accuracy, ".2f"),
+        ("drop, points", calibration.drop, ".2f"),
+        ("exit share", exits, ".1%"),
+        ("GMACs", calibration.gmacs, ".3f"),
+        ("saving %", calibration.saving, ".1f"),
+        *([] if calibration.latency is None else [("ms an image", calibration.latency, ".2f")]),
+    ]
+    for name, figure, form in rows:
+        table.add_row(name, f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}")
+    show(table)
+    if calibration.origin and calibration.origin.temperature_images:
+        print_line(
+            f"temperatures: {calibration.coarse_temperature:.3g} coarse, {calibration.fine_temperature:.3g} fine, "
+            f"fitted on {calibration.origin.temperature_images} other images of the data"
+        )
+    print_line(f"promise: {calibration.promise}")
+    for warning in calibration.warnings:
+        print_line(f"warning: {warning}")

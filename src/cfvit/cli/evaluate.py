@@ -1,0 +1,167 @@
+"""``cfvit eval``: how good a model is on images with labels, and whether images have changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from cfvit.cli.application import app
+from cfvit.cli.output import eta_text, print_json, print_line, report_unreadable, saving_text, say, show, warnings_said
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, load_model
+from cfvit.errors import CfvitError, UsageError
+
+if TYPE_CHECKING:
+    from cfvit.calibration import Calibration, Drift
+    from cfvit.data import DataSource
+    from cfvit.evaluation.metrics import Evaluation
+    from cfvit.model import CoarseToFineViT
+
+DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+REPORT_FILE = "report.html"
+Data = Annotated[str, Parameter(help="image folder, tar, or timm data set (hfds/..., torch/...)")]
+
+
+@app.command(name="eval")
+def evaluate(
+    *,
+    data: Data,
+    model: Annotated[
+        str | None, Parameter(help=f"as of predict; by default a folder given as --against, or {DEFAULT_MODEL}")
+    ] = None,
+    calibration: CalibrationFile = None,
+    against: Annotated[
+        Path | None,
+        Parameter(help="compare with the images of this calibration.json, or of this model's; needs no labels"),
+    ] = None,
+    report: Annotated[
+        Path | None, Parameter(help="folder for report.html: curve, reliability, classes and examples on one page")
+    ] = None,
+    thresholds: Annotated[
+        tuple[float, ...],
+        Parameter(validator=Number(gte=0, lte=1), help="values of eta to report", consume_multiple=True, negative=""),
+    ] = DEFAULT_THRESHOLDS,
+    json: Json = False,
+    batch_size: BatchSize = 64,
+    workers: Workers = 2,
+) -> int:
+    """Accuracy of both stages, and accuracy, exit share and expected GMACs over a sweep of eta.
+
+    With --against: whether images in use, with or without classes, still look like those that eta was
+    chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
+    processes, each counted once.
+    """
+    from cfvit.evaluation.metrics import evaluate_model, labelled_images
+    from cfvit.evaluation.report import require_report
+    from cfvit.processes import join_processes
+
+    if against is not None and (report is not None or calibration is not None):
+        raise UsageError(
+            "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
+        )
+    if against is not None:
+        chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
+        return _tell_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
+    network = load_model(model or DEFAULT_MODEL, calibration)
+    if report is not None and network.threshold is None:
+        raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
+    source = labelled_images(network, data)
+    with join_processes() as process:
+        if report is not None and process.leads:
+            require_report(report / REPORT_FILE)
+        result = evaluate_model(network, source, thresholds, batch_size, workers, process)
+        if process.leads:
+            _print_evaluation(result, as_json=json)
+            report_unreadable(result.unreadable)
+            if report is not None:
+                _write_report(report / REPORT_FILE, network, source, result, model or DEFAULT_MODEL, data)
+    return int(bool(result.unreadable))
+
+
+def _write_report(
+    path: Path, network: CoarseToFineViT, source: DataSource, result: Evaluation, model: str, data: str
+) -> None:
+    from cfvit.evaluation.report import write_report
+
+    assert network.threshold is not None
+    write_report(
+        path,
+        model=network,
+        collected=result.collected,
+        source=source,
+        macs=result.macs,
+        threshold=network.threshold,
+        model_name=model,
+        data_name=data,
+    )
+    say(f"the report is {path}")
+
+
+def _tell_drift(
+    network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
+) -> int:
+    from cfvit.checkpoints import read_calibration, warn_of_other_weights
+    from cfvit.data import open_images
+    from cfvit.evaluation.calibrate import check_drift_of
+    from cfvit.processes import join_processes
+
+    before = read_calibration(against)
+    source = open_images(data)
+    with join_processes() as process:
+        drift, unreadable = check_drift_of(network, source, before, batch_size, workers, process)
+        if process.leads:
+            _print_drift(drift, before, as_json)
+            report_unreadable(unreadable)
+            if network.calibration != before:  # else it was said on loading
+                with warnings_said():
+                    warn_of_other_weights(network, before, against)
+    return int(bool(unreadable))
+
+
+def _print_drift(drift: Drift, before: Calibration, as_json: bool) -> None:
+    if as_json:
+        print_json(**dataclasses.asdict(drift))
+        return
+    from rich.table import Table
+
+    table = Table(f"eta {eta_text(before.threshold)}", "calibration", "now", "p", box=None)
+    table.add_row("images", str(before.images), str(drift.images), "")
+    exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
+    table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
+    medians = (f"{value:.3f}" for value in (drift.expected_confidence, drift.confidence))
+    table.add_row("median confidence", *medians, f"{drift.distance_p:.2g}")
+    show(table)
+    print_line(drift.sentence)
+
+
+def _print_evaluation(result: Evaluation, as_json: bool) -> None:
+    if as_json:
+        for stage in result.stages:
+            print_json(**dataclasses.asdict(stage))
+        for point in result.sweep:
+            print_json(**dataclasses.asdict(point))
+        return
+    from rich.table import Table
+
+    stages = Table(
+        "stage", "top-1 %", "top-5 %", "GMACs", title=f"{result.images} images", box=None, title_justify="left"
+    )
+    for stage in result.stages:
+        stages.add_row(stage.stage, f"{stage.top1:.2f}", f"{stage.top5:.2f}", f"{stage.gmacs:.3f}")
+    trade = Table("eta", "top-1 %", "exit share", "GMACs", "against plain", box=None)
+    for point in result.sweep:
+        mark = " (the model's)" if point.threshold == result.calibrated else ""
+        cost = saving_text(point.gmacs, result.backbone_gmacs)
+        trade.add_row(
+            f"{eta_text(point.threshold)}{mark}",
+            f"{point.accuracy:.2f}",
+            f"{point.exit_share:.1%}",
+            f"{point.gmacs:.3f}",
+            cost,
+        )
+    show(stages)
+    print_line("")
+    show(trade)

@@ -1,0 +1,116 @@
+"""``cfvit models``, ``convert`` and ``cost``: which models there are, and what they would cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from cfvit.cli.application import app
+from cfvit.cli.output import print_json, say, show
+from cfvit.cli.parameters import Json, Share
+from cfvit.errors import CfvitError
+from cfvit.training.recipes import Recipe
+
+COSTED_BACKBONES = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+    "deit_small_distilled_patch16_224",
+    "deit3_small_patch16_224",
+    "lvvit_tiny_patch16_224",
+    "lvvit_small_patch16_224",
+    "lvvit_medium_patch16_224",
+    "vit_small_patch32_224",
+    "vit_base_patch8_224",
+    "vit_large_patch16_224",
+    "vit_base_patch16_clip_224",
+    "vit_small_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3",
+    "eva02_tiny_patch14_224",
+    "eva02_small_patch14_224",
+    "vit_base_patch16_rope_224",
+)
+
+
+@app.command
+def convert(
+    source: Annotated[Path, Parameter(help="one of the authors' .pth files; it is only read")],
+    folder: Annotated[Path, Parameter(help="where to write config.json and model.safetensors")],
+    /,
+    *,
+    overwrite: Annotated[bool, Parameter(negative="", help="replace a model that is there")] = False,
+) -> None:
+    """Turn one of the authors' checkpoints into a saved folder."""
+    from cfvit.checkpoints import CONFIG_FILE, load_authors_checkpoint, save
+
+    if not source.is_file():
+        raise CfvitError(f"no file {source}: name one of the authors' .pth files")
+    if (folder / CONFIG_FILE).exists() and not overwrite:
+        raise CfvitError(f"{folder} already holds a model: choose another folder or add --overwrite")
+    model = load_authors_checkpoint(source)
+    save(model, folder)
+    say(f"{model.config.backbone}, coarse grid {model.config.coarse_grid}, is in {folder}")
+
+
+@app.command
+def models() -> None:
+    """List the bundled models with their size and cost."""
+    from rich.table import Table
+
+    from cfvit.checkpoints import bundled_models, load
+    from cfvit.flops import count_macs
+
+    table = Table("name", "backbone", "classes", "image", "eta", "GMACs coarse", "both", "plain", box=None)
+    for name in bundled_models():
+        model = load(name)
+        macs = count_macs(model)
+        eta = "-" if model.threshold is None else f"{model.threshold:.2f}"
+        costs = (f"{cost / 1e9:.2f}" for cost in (macs.coarse, macs.both, macs.backbone))
+        size = "x".join(map(str, model.image_size))
+        table.add_row(name, model.config.backbone, str(model.config.num_classes), size, eta, *costs)
+    show(table)
+
+
+@app.command
+def cost(
+    backbones: Annotated[
+        tuple[str, ...], Parameter(help="timm's names, or lvvit_...; by default a selection", show_default=False)
+    ] = COSTED_BACKBONES,
+    /,
+    *,
+    coarse_grid: Annotated[str, Parameter(help="side of the coarse grid in cells, or ROWSxCOLUMNS")] = "7",
+    fine_share: Annotated[
+        tuple[Share, ...],
+        Parameter(help="shares of images that go on, to give the mean cost for", consume_multiple=True),
+    ] = (0.24, 0.5),
+    json: Json = False,
+) -> None:
+    """Tell what backbones would cost in two stages, before any training: parameters and GMACs of an image.
+
+    The output is a Markdown table; nothing is downloaded or computed, only counted.
+    """
+    import torch
+
+    from cfvit.flops import count_macs
+    from cfvit.model import create_model
+
+    shares = [f"{share:.0%} hard" for share in fine_share]
+    columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]
+    rows = []
+    for name in backbones:
+        with torch.device("meta"):
+            model = create_model(name, coarse_grid=Recipe(coarse_grid=coarse_grid).grid)
+        macs, size = count_macs(model), "x".join(map(str, model.image_size))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        costs = [macs.backbone, macs.coarse, macs.both, *(macs.expected(share) for share in fine_share)]
+        if json:
+            figures = dict(zip(columns[3:], costs, strict=True))
+            print_json(backbone=name, pixels=model.image_size, parameters=parameters, macs=figures)
+        rows.append([name, size, f"{parameters / 1e6:.1f}", *(f"{cost / 1e9:.2f}" for cost in costs)])
+    if not json:
+        for row in (columns, ["---"] * len(columns), *rows):
+            sys.stdout.write(f"| {' | '.join(row)} |\n")

@@ -1,0 +1,75 @@
+"""Parameters that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from cfvit.cli.output import warnings_said
+from cfvit.training.recipes import Recipe, read_value
+
+if TYPE_CHECKING:
+    from cfvit.model import CoarseToFineViT
+
+DEFAULT_MODEL = "deit_tiny_imagenette"
+Threshold = Annotated[
+    float | None,
+    Parameter(
+        validator=Number(gte=0, lte=1),
+        help="eta, the confidence at which the coarse answer is given; by default the model's",
+    ),
+]
+Model = Annotated[str, Parameter(help="saved folder, authors' .pth, or a bundled name (see cfvit models)")]
+CalibrationFile = Annotated[
+    Path | None, Parameter(name="--calibration", help="use this calibration.json instead of the model's own eta")
+]
+Json = Annotated[bool, Parameter(negative="", help="one JSON object per line on stdout, nothing else there")]
+BatchSize = Annotated[int, Parameter(validator=Number(gte=1), help="images per batch")]
+Workers = Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")]
+Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
+
+
+def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
+    """The model, under another calibration if one is given; what is odd about them becomes a line on standard error."""
+    from cfvit.checkpoints import apply_calibration, load
+
+    with warnings_said():
+        network = load(model)
+        if calibration is not None:
+            apply_calibration(network, calibration)
+    return network
+
+
+def _overrides_class() -> type:
+    """All fields of a recipe as optional flags, so that only those given override it."""
+    hints = typing.get_type_hints(Recipe) | {"timm_kwargs": dict[str, str]}
+    return dataclasses.make_dataclass(
+        "Overrides",
+        [
+            (f.name, Annotated[hints[f.name] | None, Parameter(help=f.metadata["help"], show_default=False)], None)
+            for f in dataclasses.fields(Recipe)
+        ],
+        kw_only=True,
+        frozen=True,
+        namespace={"__module__": __name__},  # cyclopts takes a class of module "types" for a built-in
+    )
+
+
+if TYPE_CHECKING:
+    Overrides = Recipe
+else:
+    Overrides = _overrides_class()
+NO_OVERRIDES = Overrides()
+
+
+def given_fields(overrides: Overrides) -> dict[str, Any]:
+    """The fields of a recipe that were given as flags."""
+    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
+    if "timm_kwargs" in given:
+        given["timm_kwargs"] = {k.replace("-", "_"): read_value(text) for k, text in given["timm_kwargs"].items()}
+    return given
