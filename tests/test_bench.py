@@ -20,7 +20,7 @@ from conftest import Outcome
 from PIL import Image
 from torch import Tensor
 
-from cfvit import CoarseToFineViT, Predictor, count_macs, load
+from cfvit import CoarseToFineOutput, CoarseToFineViT, Predictor, count_macs, load
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
@@ -183,13 +183,16 @@ def test_compiled_calls_answer_alike(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     images = make_images(model, 4)
     for method in methods:
-        if method.name in ("coarse stage", "ToMe, r=13"):
+        if method.name in ("coarse stage", "both stages", "predictor", "ToMe, r=13"):
             eager, compiled = (method.build(mode)(images, [2])() for mode in ("eager", "compiled"))
             torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
 
 
 def _logits(answer: Any) -> Tensor:
-    return answer if isinstance(answer, Tensor) else answer.logits
+    """The last stage's, of whatever a method gives."""
+    if isinstance(answer, Tensor):
+        return answer
+    return answer.fine if isinstance(answer, CoarseToFineOutput) else answer.logits
 
 
 def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(

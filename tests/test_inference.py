@@ -558,3 +558,11 @@ def test_images_at_half_their_sides_are_refused_whether_any_goes_on_or_not(
 ) -> None:
     with pytest.raises(CfvitError, match=r"\[2, 3, 16, 16\]: give normalised \[B, 3, 32, 32\]"):
         Predictor(model, threshold)(torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("threshold", [0, 1])
+def test_images_that_are_no_floats_were_not_normalised_and_are_refused(
+    threshold: float, model: CoarseToFineViT
+) -> None:
+    with pytest.raises(CfvitError, match=r"images of uint8: give floats \[B, 3, 32, 32\], normalised"):
+        Predictor(model, threshold)(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))

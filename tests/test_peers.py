@@ -164,6 +164,7 @@ def test_a_cascade_costs_both_networks(deit_small: dict[str, Method]) -> None:
         ({"backbone": "lvvit_tiny_patch16_224", "patch_size": 8}, "LVViT"),
         ({"reg_tokens": 2}, "no other token"),
         ({"class_token": True, "no_embed_class": True}, "absolute positions"),
+        ({"dynamic_img_size": True}, "images of one size"),
         ({"selection": "random"}, "selection"),
         ({"feature_reuse": "none"}, "feature reuse"),
     ],

@@ -38,7 +38,7 @@ from cfvit.training import loop, preparation, step
 from cfvit.training.loop import Stopped, train
 from cfvit.training.losses import token_label_loss
 from cfvit.training.mixing import draw_mixed_cells
-from cfvit.training.preparation import autocast
+from cfvit.training.preparation import attention_for_gradients
 from cfvit.training.recipes import DIGITS, Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
@@ -696,7 +696,7 @@ def test_attention_is_fused_on_a_cpu_but_in_half_precision(precision: str, fused
         assert output.grad_fn is not None
         return "Flash" in output.grad_fn.name()
 
-    with autocast(Recipe().replace({"precision": precision}), torch.device("cpu")):
+    with attention_for_gradients(Recipe().replace({"precision": precision}), torch.device("cpu")):
         assert is_fused() == fused
     assert is_fused()
 

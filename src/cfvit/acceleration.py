@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -74,25 +75,50 @@ def placed(images: Tensor, weight: Tensor) -> Tensor:
     return images.to(weight.device, non_blocking=overlaps).to(weight.dtype)
 
 
-RECORDED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-"""Batches of which a GPU's launches are recorded; larger ones keep it busy for longer than launching takes."""
+RECORDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Batches of which a GPU's launches are recorded: small ones, which it answers faster than the host launches them."""
+
+COMPILATIONS = 64
+"""How often torch may compile one function anew, where it can be told; beyond that it would go on in eager mode."""
 
 
 def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` of a function of batches, for any number of images.
 
     On a GPU batches of up to the last of `RECORDED_SIZES` are filled up to the next of them, and their launches
-    recorded as a CUDA graph, by torch's ``reduce-overhead``: the first two batches of each size wait for that.
+    recorded as a CUDA graph, by torch's ``reduce-overhead``: the first two batches of each size wait for that, in each
+    thread of its own.
 
     Args:
-        run: takes and gives what an index picks images of, such as tensors and a ``CoarseState``.
+        run: takes and gives what an index picks images of: tensors and a ``CoarseState``.
     """
-    any_size = torch.compile(run, dynamic=True)
-    recorded = in_sizes(torch.compile(run, dynamic=True, mode="reduce-overhead"), RECORDED_SIZES)
+    any_size = _compile(run)
+    recorded = in_sizes(_compile(run, mode="reduce-overhead"), RECORDED_SIZES)
 
     def call(images: Tensor, *more: Any) -> Any:
         small = images.device.type == "cuda" and 0 < len(images) <= RECORDED_SIZES[-1]
         return (recorded if small else any_size)(images, *more)
+
+    return call
+
+
+def _compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiled with the number of images alone left open.
+
+    ``dynamic=True`` leaves more open: the sides of images, and Python's floats, which would come to a GPU from the host
+    at each call.
+    """
+    from torch._dynamo import maybe_mark_dynamic  # some seconds to import
+
+    own = {"isolate_recompiles": True, "recompile_limit": COMPILATIONS}
+    known = {name: value for name, value in own.items() if name in inspect.signature(torch.compile).parameters}
+    fast = torch.compile(run, **options, **known)
+
+    def call(*parts: Any) -> Any:
+        for part in parts:
+            for tensor in (part,) if isinstance(part, Tensor) else vars(part).values():
+                maybe_mark_dynamic(tensor, 0)
+        return fast(*parts)
 
     return call
 
@@ -107,11 +133,18 @@ def in_sizes(run: Callable[..., Any], sizes: Sequence[int]) -> Callable[..., Any
         sizes: rising; no batch may be larger than the last, or empty.
     """
 
+    @cache
+    def places(count: int, device: torch.device) -> Tensor:
+        return torch.arange(count, device=device)
+
     def call(images: Tensor, *more: Any) -> Any:
-        count = len(images)
-        rows = torch.arange(sizes[bisect_left(sizes, count)], device=images.device)
-        filled = rows.clamp(max=count - 1)
-        return run(*(part[filled] for part in (images, *more)))[rows[:count]]
+        count, device = len(images), images.device
+        size = sizes[bisect_left(sizes, count)]
+        parts = (images, *more)
+        if size > count:
+            filled = places(size, device).clamp(max=count - 1)
+            parts = tuple(part[filled] for part in parts)
+        return run(*parts)[places(count, device)]
 
     return call
 

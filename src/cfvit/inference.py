@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +101,23 @@ class Predictor:
             raise CfvitError(f"threshold is {eta}: give a confidence between 0 (coarse only) and 1 (always fine)")
         self.model = model.eval()
         self.threshold = float(eta)
+        self._compile = compile
         self._fast = _Fast(self.model) if compile is None else None
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._coarse: Callable[[Tensor], CoarseState] = self._run_coarse
         self._fine: Callable[[Tensor, CoarseState], Tensor] = self._run_fine
-        if compile:
+        if self._compile:
             self._coarse, self._fine = compiled(self._run_coarse), compiled(self._run_fine)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled without what was compiled, which would go on answering by the former weights."""
+        return {name: value for name, value in vars(self).items() if name not in ("_coarse", "_fine")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._prepare()
 
     def _run_coarse(self, images: Tensor) -> CoarseState:
         return (self.model if self._fast is None else self._fast()).coarse(images)

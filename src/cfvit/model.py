@@ -410,9 +410,12 @@ class CoarseToFineViT(nn.Module):
         Raises:
             CfvitError: they are not.
         """
+        allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
-            allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
             raise CfvitError(f"images of shape {list(images.shape)}: give normalised {allowed}")
+        if not images.is_floating_point():
+            kind = str(images.dtype).removeprefix("torch.")
+            raise CfvitError(f"images of {kind}: give floats {allowed}, normalised by model.data_config")
 
 
 def create_model(

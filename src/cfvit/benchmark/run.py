@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from cfvit.acceleration import accelerate
+from cfvit.acceleration import COMPILATIONS, accelerate
 from cfvit.benchmark.contenders import Method, methods_of
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.peers import why_no_peers
@@ -96,10 +96,6 @@ def _if_it_fits(measure: Callable[[], Batch], compiled: bool) -> Batch | None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # of what the exception kept
     return None
-
-
-COMPILATIONS = 64
-"""How often torch may compile a function anew; its own limit is soon reached by several sizes and networks."""
 
 
 @contextmanager

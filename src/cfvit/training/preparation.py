@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -250,17 +250,16 @@ def dtype_of(recipe: Recipe, device: torch.device) -> torch.dtype:
     return getattr(torch, recipe.precision)
 
 
-@contextmanager
-def autocast(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    """The context in which a network runs in the recipe's precision.
-
-    In half precision on a CPU attention is computed step by step: torch's fused one takes half of a whole training step
-    there for its backward pass.
-    """
+def autocast(recipe: Recipe, device: torch.device) -> Any:
+    """The context in which a network runs in the recipe's precision."""
     dtype = dtype_of(recipe, device)
-    if dtype is torch.float32:
-        yield
-        return
-    stepwise = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, dtype), stepwise:
-        yield
+    return nullcontext() if dtype is torch.float32 else torch.autocast(device.type, dtype)
+
+
+def attention_for_gradients(recipe: Recipe, device: torch.device) -> Any:
+    """The context in which attention has a fast backward pass: in half precision on a CPU it is computed step by step.
+
+    torch's fused attention takes a third of a whole training step there for that pass.
+    """
+    halved = device.type == "cpu" and dtype_of(recipe, device) is not torch.float32
+    return sdpa_kernel(SDPBackend.MATH) if halved else nullcontext()

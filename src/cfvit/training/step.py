@@ -16,7 +16,7 @@ from cfvit.processes import Process
 from cfvit.training.losses import classification_loss, coarse_to_fine_loss, token_label_loss
 from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
 from cfvit.training.optimizers import orthogonalising_in
-from cfvit.training.preparation import Trained, autocast, dtype_of
+from cfvit.training.preparation import Trained, attention_for_gradients, autocast, dtype_of
 from cfvit.training.recipes import Recipe
 from cfvit.training.token_labels import pool_labels, pool_scores
 
@@ -38,7 +38,7 @@ def take_step(
         torch.manual_seed(seed)
         last = micro + 1 == recipe.accumulate
         with nullcontext() if last or process.world == 1 else trained.network.no_sync():
-            with autocast(recipe, process.device):
+            with autocast(recipe, process.device), attention_for_gradients(recipe, process.device):
                 loss = _batch_loss(recipe, trained, batch, ratio, seed, process.device) / recipe.accumulate
             trained.scaler.scale(loss).backward()
         total += loss.detach()
