@@ -316,11 +316,11 @@ IMAGENETTE = Recipe(
 )
 """Imagenette (ten classes, 9,469 images) from scratch on a CPU: small images, Muon, light augmentation.
 
-Begun on small images and ended at 224 pixels, 49 epochs and some four hours of two cores; the bundled model's card has the
-commands. Scores on ``val.tar`` beside the plain DeiT-T of the same training, 83.2% top-1: 83.8% with 64% fewer MACs, and 84.7%
-at eta 1 (the paper's DeiT-S on ImageNet: even with 61% fewer, and a point gained). Learnt: it takes a coarse stage that
-is good, which 3 x 3 cells of a 96-pixel image are too few for. ``results/`` has the table, and the command for a
-GPU, which was not run. Reproduced: yes on ten classes, by one run each.
+Begun on small images and ended at 224 pixels, 49 epochs and some three hours of two cores; the bundled model's
+card has the commands. Scores on ``val.tar`` beside the plain DeiT-T of the same training, 83.2% top-1: 83.8% with 64%
+fewer MACs, and 84.8% at eta 1 (the paper's DeiT-S on ImageNet: even with 61% fewer, and a point gained). Learnt: it
+takes a coarse stage that is good, which 3 x 3 cells of a 96-pixel image are too few for. ``results/`` has the table,
+and the command for a GPU, which was not run. Reproduced: yes on ten classes, by one run each.
 """
 
 DIGITS = Recipe(
