@@ -368,6 +368,8 @@ def test_aligned_classes_follow_the_model(make_colours: Callable[..., Path], fai
     for i in range(3):
         image, target = aligned.read(i)
         assert aligned.class_names[target] == _colour_of(image)
+    again = aligned.aligned(["green", "blue", "purple", "red"])
+    assert [again.class_names[again.read(i)[1]] for i in range(3)] == [source.class_names[i] for i in range(3)]
     with fails("class 'green' of the data is not among the model's 2 classes"):
         source.aligned(["red", "blue"])
 

@@ -109,9 +109,15 @@ def test_no_folder_for_temporary_files_is_one_line(
         hold(open_data(str(mixed)), 0)
 
 
-def test_a_held_source_cannot_be_aligned(mixed: Path) -> None:
-    with pytest.raises(NotImplementedError):
-        hold(open_data(str(mixed)), 0).aligned(["a", "b"])
+@pytest.mark.parametrize("names", [["b", "a"], ["b", "z", "a"]])
+def test_a_held_source_is_aligned_as_any_other(names: list[str], mixed: Path) -> None:
+    source = open_data(str(mixed))
+    for held in (hold(source, 0).aligned(names), hold(source.aligned(["z", "b", "a"]), 0).aligned(["b", "a", "z"])):
+        assert isinstance(held, HeldSource)
+        for index in (0, 4):
+            assert held.class_names[held.read(index)[1]] == source.class_names[source.read(index)[1]]
+    with pytest.raises(CfvitError, match="'b' of the data is not among"):
+        hold(source, 0).aligned(["a"])
 
 
 def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

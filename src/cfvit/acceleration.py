@@ -1,4 +1,4 @@
-"""The same network, faster: what torch does not do by itself for matrix products on this processor."""
+"""The same network, faster: matrix products by oneDNN, compilation for batches of any size, copies that do not wait."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def placed(images: Tensor, weight: Tensor) -> Tensor:
 
 
 RECORDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
-"""Batches of which a GPU's launches are recorded: small ones, which it answers faster than the host launches them."""
+"""Batches of which a GPU's launches are recorded: small ones, where launching may take longer than computing."""
 
 COMPILATIONS = 64
 """How often torch may compile one function anew, where it can be told; beyond that it would go on in eager mode."""

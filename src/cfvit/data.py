@@ -13,7 +13,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
@@ -172,17 +172,22 @@ class DataSource:
                 f"class {unknown[0]!r} of the data is not among the model's {len(class_names)} classes "
                 f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"
             )
-        targets = [list(class_names).index(name) for name in self.class_names]
-        return DataSource(self.dataset, list(class_names), targets)
+        places = [list(class_names).index(name) for name in self.class_names]
+        targets = places if self.targets is None else [places[target] for target in self.targets]
+        return replace(self, class_names=list(class_names), targets=targets)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Image and class index. Raises `ImageError` where the image cannot be read."""
+        image, target = self.decode(index)
+        return image, target if self.targets is None else self.targets[target]
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """Image and the data set's own class index, before ``targets``. Raises `ImageError` as `read` does."""
         image, target = self._item(index)
-        target = int(target) if self.targets is None else self.targets[int(target)]
-        return (_to_rgb(image) if isinstance(image, Image.Image) else open_image(image)), target
+        return (_to_rgb(image) if isinstance(image, Image.Image) else open_image(image)), int(target)
 
     def stored(self, index: int) -> IO[bytes]:
         """An image as it is stored, or its pixels where the data set gives these.

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -68,32 +69,35 @@ def bench(
         raise UsageError("--coarse-grid is a model's own: give it with --backbone")
     if backbone is not None and (model is not None or data is not None):
         raise UsageError("--backbone has random weights: give it without --model and --data")
-    import torch
-
     from cfvit.benchmark.measure import Plan
-    from cfvit.benchmark.run import run_bench
     from cfvit.data import open_images
-    from cfvit.processes import join_processes
 
     _require_bench_folder(out)
-    network = _network_to_time(model, backbone, coarse_grid)
-    source = None if data is None else open_images(data)
-
-    def run(watch: BenchWatch) -> Bench:
-        with join_processes() as process:
-            return run_bench(
-                network.to(process.device, getattr(torch, precision)),
-                batch_sizes,
-                Plan(mode, fine_share, rounds, seconds),
-                name=backbone or model or DEFAULT_MODEL,
-                command=shlex.join(["cfvit", *sys.argv[1:]]),
-                random_weights=backbone is not None,
-                peers=peers,
-                source=source,
-                watch=watch,
-            )
-
+    run = partial(
+        _run,
+        _network_to_time(model, backbone, coarse_grid),
+        precision,
+        batch_sizes=batch_sizes,
+        plan=Plan(mode, fine_share, rounds, seconds),
+        name=backbone or model or DEFAULT_MODEL,
+        random_weights=backbone is not None,
+        peers=peers,
+        source=None if data is None else open_images(data),
+    )
     _follow_bench(run, out, json)
+
+
+def _run(network: CoarseToFineViT, precision: str, *, watch: BenchWatch, **details: Any) -> Bench:
+    """The benchmark on this process's device; ``details`` as of `run_bench`."""
+    import torch
+
+    from cfvit.benchmark.run import run_bench
+    from cfvit.processes import join_processes
+
+    command = shlex.join(["cfvit", *sys.argv[1:]])
+    with join_processes() as process:
+        placed = network.to(process.device, getattr(torch, precision))
+        return run_bench(placed, command=command, watch=watch, **details)
 
 
 def _require_bench_folder(out: Path | None) -> None:
@@ -116,7 +120,7 @@ def _network_to_time(model: str | None, backbone: str | None, coarse_grid: str |
     return create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
 
 
-def _follow_bench(run: Callable[[BenchWatch], Bench], out: Path | None, json: bool) -> None:
+def _follow_bench(run: Callable[..., Bench], out: Path | None, json: bool) -> None:
     """Tells each batch as it is measured, and in the end all that was, after a failure as well."""
     from cfvit.benchmark.report import write_report
 
@@ -130,7 +134,7 @@ def _follow_bench(run: Callable[[BenchWatch], Bench], out: Path | None, json: bo
             _print_batch(batch)
 
     try:
-        found[:] = [run(keep)]
+        found[:] = [run(watch=keep)]
     finally:
         for measured in found:
             _tell_bench(measured, out, json)

@@ -82,8 +82,8 @@ class HeldSource(DataSource):
     held: tuple[_Held, ...] = ()
     pixels: _Pixels | None = None
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        """Image and class index, as the source would give them. Raises `ImageError` where it did."""
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """Image and the data set's own class index, as the source would give them. Raises `ImageError` where it did."""
         held = self.held[index]
         if held.failure is not None or self.pixels is None:
             raise ImageError(held.failure or "is not held")
@@ -91,13 +91,9 @@ class HeldSource(DataSource):
         pixels = self.pixels.read(held.place, held.height * held.width * 3)
         return Image.fromarray(pixels.reshape(shape)), held.target
 
-    def aligned(self, class_names: Sequence[str]) -> DataSource:
-        """Not possible any more: align a source before it is held."""
-        raise NotImplementedError
-
 
 class _Decoded(Dataset):
-    """Pixels ``[H, W, 3]`` and class index of each image of a source, or why it cannot be read."""
+    """Pixels ``[H, W, 3]`` and the data set's own class index of each image, or why it cannot be read."""
 
     def __init__(self, source: DataSource) -> None:
         self.source = source
@@ -107,7 +103,7 @@ class _Decoded(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray | str, int]:
         try:
-            image, target = self.source.read(index)
+            image, target = self.source.decode(index)
         except ImageError as error:
             return str(error), -1
         return np.asarray(image), target

@@ -48,11 +48,11 @@ def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 @contextmanager
 def orthogonalising_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Within it, Muon's matrix products on a CPU are computed in the precision of the run.
+    """Within it, Muon's matrix products on a CPU that trains in float32 are computed in that.
 
     timm computes them in bfloat16, as suits a GPU, and has no option for it. A CPU without instructions for
-    that takes several times as long for Muon as for all the rest of a step; who trains in bfloat16 has
-    them. Not for threads that train side by side: timm's function is exchanged for all of them.
+    that takes several times as long for Muon as for all the rest of a step. Not for threads that train side by
+    side: timm's function is exchanged for all of them.
     """
     if device.type != "cpu" or dtype is not torch.float32:
         yield
