@@ -48,7 +48,7 @@ def why_no_peers(model: CoarseToFineViT) -> str | None:
         return "they are written for plain attention and absolute positions"
     if backbone.num_prefix_tokens != 1 or backbone.global_pool != "token":
         return "they are written for a class token that gives the answer and no other token beside the patches"
-    if getattr(backbone, "dynamic_img_size", False):
+    if backbone.dynamic_img_size:
         return "they are written for images of one size and this backbone takes any"
     if (model.config.selection, model.config.feature_reuse) != ("attention", "mlp"):
         return "they are written for the paper's selection and feature reuse"
