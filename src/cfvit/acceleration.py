@@ -24,6 +24,22 @@ FEWEST_WEIGHTS = 2**15
 Network = TypeVar("Network", bound=nn.Module)
 
 
+_OPERATORS = torch.library.Library("cfvit", "DEF")
+_OPERATORS.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt out_features, bool gelu) -> Tensor")
+
+
+@torch.library.impl(_OPERATORS, "packed_linear", "CompositeExplicitAutograd")
+def _packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, gelu: bool) -> Tensor:
+    """An operator of our own, as torch.compile takes torch's for constant weights alone."""
+    name, algorithm = ("gelu", "none") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, name, [], algorithm)
+
+
+@torch.library.register_fake("cfvit::packed_linear", lib=_OPERATORS)
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int, gelu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
 class PackedLinear(nn.Module):
     """A linear layer in float32 whose weights lie as oneDNN wants them, for inference on a CPU.
 
@@ -42,11 +58,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach(), persistent=False)
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-        self.activation = ("gelu", "none") if gelu else ("none", "")
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        name, algorithm = self.activation
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        return torch.ops.cfvit.packed_linear.default(x, self.packed, self.bias, self.out_features, self.gelu)
 
 
 class ConvolvedLinear(nn.Module):
@@ -90,7 +105,7 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     thread of its own.
 
     Args:
-        run: takes and gives what an index picks images of: tensors and a ``CoarseState``.
+        run: takes what an index picks images of, tensors and a ``CoarseState``, and gives one such thing or a tuple.
     """
     any_size = _compile(run)
     recorded = in_sizes(_compile(run, mode="reduce-overhead"), RECORDED_SIZES)
@@ -144,7 +159,8 @@ def in_sizes(run: Callable[..., Any], sizes: Sequence[int]) -> Callable[..., Any
         if size > count:
             filled = places(size, device).clamp(max=count - 1)
             parts = tuple(part[filled] for part in parts)
-        return run(*parts)[places(count, device)]
+        answer, rows = run(*parts), places(count, device)
+        return tuple(part[rows] for part in answer) if isinstance(answer, tuple) else answer[rows]
 
     return call
 
@@ -162,7 +178,12 @@ def accelerate(network: Network) -> Network:
     copy is in evaluation mode and shares all other weights with the original; it must be made anew after training
     has changed them, and is not for autocast.
     """
-    return _twin(network, PackedLinear).eval() if may_be_packed(network) and packing_pays() else network
+    return _twin(network, PackedLinear).eval() if is_copied(network) else network
+
+
+def is_copied(network: nn.Module) -> bool:
+    """Whether `accelerate` makes a copy of it."""
+    return _is_float32_on_a_cpu(network) and packing_pays()
 
 
 def accelerate_training(network: Network) -> Network:
@@ -171,11 +192,10 @@ def accelerate_training(network: Network) -> Network:
     On a CPU and in float32, a copy with all parameters and buffers of the original in which linear layers run as
     convolutions, if a trial as of `accelerate` finds that this pays; elsewhere the network itself.
     """
-    return _twin(network, ConvolvedLinear) if may_be_packed(network) and convolving_pays() else network
+    return _twin(network, ConvolvedLinear) if _is_float32_on_a_cpu(network) and convolving_pays() else network
 
 
-def may_be_packed(network: nn.Module) -> bool:
-    """Whether it is on a CPU and in float32."""
+def _is_float32_on_a_cpu(network: nn.Module) -> bool:
     parameter = next(network.parameters(), None)
     return parameter is not None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
 

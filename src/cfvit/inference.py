@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from threading import Lock
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from cfvit.acceleration import accelerate, compiled, may_be_packed, placed
+from cfvit.acceleration import accelerate, compiled, is_copied, placed
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
 
@@ -101,29 +101,11 @@ class Predictor:
             raise CfvitError(f"threshold is {eta}: give a confidence between 0 (coarse only) and 1 (always fine)")
         self.model = model.eval()
         self.threshold = float(eta)
-        self._compile = compile
-        self._fast = _Fast(self.model) if compile is None else None
-        self._prepare()
+        self._stages = _Stages(self.model, compile)
 
-    def _prepare(self) -> None:
-        self._coarse: Callable[[Tensor], CoarseState] = self._run_coarse
-        self._fine: Callable[[Tensor, CoarseState], Tensor] = self._run_fine
-        if self._compile:
-            self._coarse, self._fine = compiled(self._run_coarse), compiled(self._run_fine)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copied and pickled without what was compiled, which would go on answering by the former weights."""
-        return {name: value for name, value in vars(self).items() if name not in ("_coarse", "_fine")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._prepare()
-
-    def _run_coarse(self, images: Tensor) -> CoarseState:
-        return (self.model if self._fast is None else self._fast()).coarse(images)
-
-    def _run_fine(self, images: Tensor, state: CoarseState) -> Tensor:
-        return (self.model if self._fast is None else self._fast()).fine(images, state)
+    def _goes_on(self, confidence: Tensor) -> Tensor:
+        """Which images of a batch need the fine stage, ``[B] -> [B]`` of bool; the one place where that is decided."""
+        return goes_on(confidence, self.threshold)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
@@ -133,15 +115,15 @@ class Predictor:
             CfvitError: images of another shape.
         """
         images = self._placed(images, self.model.image_size)
-        state = self._coarse(images)
-        logits, rule = state.logits, self.model.exit_rule
-        confidence = rule.coarse(logits)
-        hard = goes_on(confidence, self.threshold).nonzero().flatten()
-        stage = torch.full_like(confidence, COARSE, dtype=torch.long)
+        coarse, fine = self._stages.now()
+        state, confidence = coarse(images)
+        hard = self._goes_on(confidence).nonzero().flatten()
+        if 0 < len(hard) == len(images):
+            return Prediction(*fine(images, state), torch.full_like(hard, FINE))
+        logits, stage = state.logits, torch.full_like(confidence, COARSE, dtype=torch.long)
         if len(hard):
-            every = len(hard) == len(images)
-            fine = self._fine(images, state) if every else self._fine(images[hard], state[hard])
-            logits, confidence = logits.index_copy(0, hard, fine), confidence.index_copy(0, hard, rule.fine(fine))
+            fine_logits, fine_confidence = fine(images[hard], state[hard])
+            logits, confidence = logits.index_copy(0, hard, fine_logits), confidence.index_copy(0, hard, fine_confidence)
             stage[hard] = FINE
         return Prediction(logits, confidence, stage)
 
@@ -222,9 +204,9 @@ class Predictor:
     def _glance(self, images: Tensor, first: int, size: tuple[int, int]) -> tuple[StreamedPrediction, _Hard]:
         """The coarse stage: answers for easy images, and the others."""
         images = self._placed(images, size)
-        state = self._coarse(images)
-        confidence = self.model.exit_rule.coarse(state.logits)
-        on = goes_on(confidence, self.threshold).cpu()  # the only wait for the device
+        coarse, _ = self._stages.now()
+        state, confidence = coarse(images)
+        on = self._goes_on(confidence).cpu()  # the only wait for the device
         places = [which.nonzero().flatten() for which in (~on, on)]
         easy, hard = (rows.to(images.device, non_blocking=True) for rows in places)
         stage = torch.full_like(easy, COARSE)
@@ -235,38 +217,76 @@ class Predictor:
     def _look_again(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
         """The fine stage."""
         images = hard.images if whole is None else self._placed(whole(hard.index.tolist()), self.model.image_size)
-        logits = self._fine(images, hard.state)
+        _, fine = self._stages.now()
+        logits, confidence = fine(images, hard.state)
         stage = torch.full((len(logits),), FINE, device=logits.device)
-        return StreamedPrediction(logits, self.model.exit_rule.fine(logits), stage, hard.index)
+        return StreamedPrediction(logits, confidence, stage, hard.index)
 
 
-class _Fast:
-    """The accelerated twin of a model, made when it is first needed and anew when the weights have changed."""
+CoarseStage = Callable[[Tensor], tuple[CoarseState, Tensor]]
+"""From images to what the coarse stage knows of them and its confidence."""
+FineStage = Callable[[Tensor, CoarseState], tuple[Tensor, Tensor]]
+"""From images and their states to logits and their confidence."""
 
-    def __init__(self, model: CoarseToFineViT) -> None:
-        self.model, self.lock = model, Lock()
-        self.twin, self.made_from = model, None
 
-    def __call__(self) -> CoarseToFineViT:
-        untracked = any(parameter.is_inference() for parameter in self.model.parameters())
-        if untracked or not may_be_packed(self.model) or torch.is_autocast_enabled("cpu"):
-            return self.model
+class _Stages:
+    """Both stages as a predictor runs them. Those on packed weights are made when they are first needed and anew when
+    the weights have changed."""
+
+    def __init__(self, model: CoarseToFineViT, compile: bool | None) -> None:
+        self.model, self.compile, self.lock = model, compile, Lock()
+        self.plain = self._on(model)
+        self.packed, self.made_from = self.plain, None
+
+    def now(self) -> tuple[CoarseStage, FineStage]:
+        """Both, for the weights as they are."""
+        if self.compile is False or not is_copied(self.model) or torch.is_autocast_enabled("cpu"):
+            return self.plain
+        fingerprint = _fingerprint(self.model)
+        if fingerprint is None:
+            return self.plain
         with self.lock:  # threads that share a predictor share one twin
-            now = _fingerprint(self.model)
-            if now != self.made_from:
-                self.twin, self.made_from = accelerate(self.model), now
-            return self.twin
+            if fingerprint != self.made_from:
+                self.packed, self.made_from = self._on(accelerate(self.model)), fingerprint
+            return self.packed
 
-    def __reduce__(self) -> tuple[type[_Fast], tuple[CoarseToFineViT]]:
-        """Copied and pickled without the twin, whose packed weights cannot be."""
-        return _Fast, (self.model,)
+    def _on(self, network: CoarseToFineViT) -> tuple[CoarseStage, FineStage]:
+        """Both, by the weights of a network and the model's own exit rule."""
+
+        def coarse(images: Tensor) -> tuple[CoarseState, Tensor]:
+            state = network.coarse(images)
+            return state, self.model.exit_rule.coarse(state.logits)
+
+        def fine(images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
+            logits = network.fine(images, state)
+            return logits, self.model.exit_rule.fine(logits)
+
+        return (compiled(coarse), compiled(fine)) if self.compile else (coarse, fine)
+
+    def __reduce__(self) -> tuple[type[_Stages], tuple[CoarseToFineViT, bool | None]]:
+        """Copied and pickled without what was packed or compiled, which would go on answering by the former weights."""
+        return _Stages, (self.model, self.compile)
 
 
-def _fingerprint(model: CoarseToFineViT) -> tuple[object, ...]:
-    """Changes whenever a module or parameter is replaced, moved, converted or written to (but through ``.data``)."""
-    parameters = [parameter for parameter in model.parameters() if type(parameter) is nn.Parameter]
-    versions = sum(parameter._version for parameter in parameters)
-    return model.config, versions, *map(id, model.modules()), *(parameter.data_ptr() for parameter in parameters)
+def _fingerprint(model: CoarseToFineViT) -> tuple[object, ...] | None:
+    """Changes whenever a module or parameter is replaced, moved, converted or written to (but through ``.data``).
+
+    None where that cannot be told: parameters made in inference mode count no changes. This runs at each call, so it
+    walks the modules itself, four times as fast as ``model.modules()`` and ``model.parameters()``.
+    """
+    found: list[object] = [model.config]
+    versions, waiting = 0, [cast(nn.Module, model)]
+    while waiting:
+        module = waiting.pop()
+        found.append(id(module))
+        waiting.extend(child for child in module._modules.values() if child is not None)
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter:
+                if parameter.is_inference():
+                    return None
+                found.append(parameter.data_ptr())
+                versions += parameter._version
+    return versions, *found
 
 
 class _Queue:
