@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from cfvit import CoarseToFineViT, Predictor, acceleration
 from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accelerate_training, compiled, in_sizes
+from cfvit.confidence import ExitRule
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
@@ -151,14 +153,14 @@ def test_small_layers_are_left_alone(model: CoarseToFineViT) -> None:
 
 @packs
 def test_exact_gelu_alone_is_fused() -> None:
-    def parts(activation: Any) -> tuple[str, type[nn.Module]]:
+    def parts(activation: Any) -> tuple[bool, type[nn.Module]]:
         twin = accelerate(Mlp(192, 768, act_layer=activation))
         assert isinstance(twin.fc1, PackedLinear)
-        return twin.fc1.activation[0], type(twin.act)
+        return twin.fc1.gelu, type(twin.act)
 
-    assert parts(nn.GELU) == ("gelu", nn.Identity)
-    assert parts(partial(nn.GELU, approximate="tanh")) == ("none", nn.GELU)
-    assert parts(nn.SiLU) == ("none", nn.SiLU)
+    assert parts(nn.GELU) == (True, nn.Identity)
+    assert parts(partial(nn.GELU, approximate="tanh")) == (False, nn.GELU)
+    assert parts(nn.SiLU) == (False, nn.SiLU)
 
 
 @packs
@@ -453,28 +455,28 @@ def test_an_answer_survives_the_next_call_to_a_function_that_writes_where_it_wro
 
 
 @pytest.mark.parametrize(
-    ("device", "count", "mode", "size"),
+    ("device", "count", "recorded", "size"),
     [
-        ("cuda", 1, "reduce-overhead", 1),
-        ("cuda", 5, "reduce-overhead", 8),
-        ("cuda", 64, "reduce-overhead", 64),
-        ("cuda", 65, None, 65),
-        ("cuda", 0, None, 0),
-        ("cpu", 5, None, 5),
+        ("cuda", 1, True, 1),
+        ("cuda", 5, True, 8),
+        ("cuda", 64, True, 64),
+        ("cuda", 65, False, 65),
+        ("cuda", 0, False, 0),
+        ("cpu", 5, False, 5),
     ],
 )
 def test_launches_of_small_batches_on_a_gpu_are_recorded(
-    device: str, count: int, mode: str | None, size: int, monkeypatch: pytest.MonkeyPatch
+    device: str, count: int, recorded: bool, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
 
-    def compile(run: Callable[..., Any], *, mode: str | None = None) -> Callable[..., Any]:
-        return lambda images: called.append((mode, len(images))) or run(images)
+    def compile(run: Callable[..., Any], *, options: dict[str, Any]) -> Callable[..., Any]:
+        return lambda images: called.append((options.get("triton.cudagraphs", False), len(images))) or run(images)
 
     monkeypatch.setattr(torch, "compile", compile)
     with FakeTensorMode():
         answer = compiled(torch.neg)(torch.empty(count, 2, device=device))
-    assert called == [(mode, size)]
+    assert called == [(recorded, size)]
     assert answer.device.type == device
     assert len(answer) == count
 
@@ -485,7 +487,7 @@ def test_what_is_compiled_leaves_the_number_of_images_open_and_takes_nothing_els
     """A float or a number of zero dimensions among a graph's inputs would be copied to a GPU at each call."""
     graphs: list[list[Any]] = []
 
-    def look(graph: Any, inputs: list[Any]) -> Any:
+    def look(graph: Any, inputs: list[Any], **options: Any) -> Any:
         graphs.append([node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"])
         return graph
 
@@ -503,6 +505,64 @@ def test_what_is_compiled_leaves_the_number_of_images_open_and_takes_nothing_els
         assert all(tensor.ndim > 0 for tensor in tensors)
         assert all(type(side) is int for tensor in tensors for side in tensor.shape[1:])
         assert not any(isinstance(value, float | torch.SymFloat) for value in inputs)
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """In place of the compiler, what traces down to torch's operators and makes no code; counts its graphs."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def backend(graph: Any, inputs: Any, options: Any = None) -> Any:
+        return counter(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    return counter
+
+
+@packs
+def test_what_is_packed_can_be_compiled(
+    model: CoarseToFineViT, make_images: MakeImages, traced: CompileCounterWithBackend
+) -> None:
+    predictor = Predictor(model, 1, compile=True)
+    for count in (3, 2, 5):
+        images = make_images(model, count)
+        with torch.inference_mode():
+            torch.testing.assert_close(predictor(images).logits, model(images).fine, atol=1e-4, rtol=0)
+    assert traced.frame_count == 2
+    operators = [node.target for graph in traced.graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert operators.count(torch.ops.cfvit.packed_linear.default) == 2 * 4 * 4 + 2
+
+
+@pytest.mark.parametrize("packing", [False, pytest.param(True, marks=packs)])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_compiled_predictor_follows_the_model(
+    change: str,
+    packing: bool,
+    model: CoarseToFineViT,
+    images: Tensor,
+    traced: CompileCounterWithBackend,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(acceleration, "packing_pays", lambda: packing)
+    predictor = Predictor(model, 1, compile=True)
+    predictor(images)
+    ready = traced.frame_count
+    CHANGES[change](model)
+    with torch.inference_mode():
+        expected = model(images.to(next(model.parameters()).dtype)).fine
+    torch.testing.assert_close(predictor(images).logits, expected, atol=1e-4, rtol=0)
+    if change in ("step", "load_state_dict") and not packing:
+        assert traced.frame_count == ready, "weights that were written to need no new code"
+
+
+def test_a_compiled_predictor_measures_by_the_models_rule(
+    model: CoarseToFineViT, images: Tensor, traced: CompileCounterWithBackend
+) -> None:
+    predictor = Predictor(model, 0, compile=True)
+    for rule in (ExitRule(), ExitRule("margin"), ExitRule("entropy", coarse_temperature=2.0)):
+        model.exit_rule = rule
+        answer = predictor(images)
+        torch.testing.assert_close(answer.confidence, rule.coarse(answer.logits))
 
 
 def test_a_copied_compiled_predictor_answers_by_its_own_weights(

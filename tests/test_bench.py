@@ -26,6 +26,7 @@ from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
 from cfvit.benchmark.contenders import ForcedExits, Method, methods_of, prepare, whole_fine_batches, whole_images
 from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
+from cfvit.benchmark.memory import peak_bytes
 from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
     Bench,
@@ -40,11 +41,9 @@ from cfvit.benchmark.report import (
 from cfvit.benchmark.run import run_bench
 from cfvit.calibration import Estimate
 from cfvit.conditions import Conditions
-from cfvit.confidence import ExitRule
 from cfvit.data import open_images
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
-from cfvit.inference import goes_on
 from cfvit.prediction import FileAnswer
 from cfvit.variants import Mode
 
@@ -55,6 +54,7 @@ QUICK = Plan(("eager",), (0.5,), 1, 1)
 NAMES = [
     "backbone",
     "coarse stage",
+    "fine stage",
     "both stages",
     "predictor",
     "stream",
@@ -95,6 +95,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         }
 
     monkeypatch.setattr(measure_module, "time_in_turn", time_in_turn)
+    monkeypatch.setattr(measure_module, "peak_bytes", lambda call, device: 3_000_000)
     return kept
 
 
@@ -129,24 +130,15 @@ def test_a_stream_meets_its_share_evenly_and_in_whole_batches_of_the_fine_stage(
     assert 0 <= min(goings) <= max(goings) <= min(count, min(goings) + 1)
 
 
-@pytest.mark.parametrize("value", [0.0, 50.0, float("nan")])
+@pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 @pytest.mark.parametrize(("count", "going"), [(1, 0), (1, 1), (8, 3), (7, 7), (7, 0)])
-def test_exits_are_forced_whatever_the_logits(value: float, count: int, going: int) -> None:
-    rule = ForcedExits.of(ExitRule("entropy"), count, going, torch.device("cpu"))
-    logits = torch.full((count, 5), value)
-    logits[:, 0] += 1
-    on = goes_on(rule.coarse(logits), 0.5)
+def test_exits_are_forced_whatever_the_confidence(value: float, count: int, going: int) -> None:
+    confidence = torch.full((count,), value)
+    on = ForcedExits.of(count, going, torch.device("cpu"))(confidence)
     assert on.sum() == going
     if going:
         gaps = on.nonzero().flatten().diff()
         assert not len(gaps) or gaps.max() - gaps.min() <= 1, "they are evenly spread"
-
-
-def test_forced_exits_still_measure_the_confidence() -> None:
-    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    rule = ExitRule("margin", coarse_temperature=2)
-    moved = ForcedExits.of(rule, 4, 2, torch.device("cpu")).coarse(logits) - rule.coarse(logits)
-    assert moved.round(decimals=5).tolist() == [2, -2, 2, -2]
 
 
 def test_every_call_answers_by_what_it_names(
@@ -162,7 +154,8 @@ def test_every_call_answers_by_what_it_names(
         close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(answers["backbone"], model.backbone(images), **close)
         torch.testing.assert_close(answers["coarse stage"].logits, coarse, **close)
-        torch.testing.assert_close(answers["both stages"].fine, fine, **close)
+        torch.testing.assert_close(answers["fine stage"], fine, **close)
+        torch.testing.assert_close(answers["both stages"], fine, **close)
         assert (answers["predictor"].stage == 1).tolist() == on.tolist()
         expected = torch.where(on[:, None], fine, coarse)
         torch.testing.assert_close(answers["predictor"].logits, expected, **close)
@@ -183,7 +176,14 @@ def test_compiled_calls_answer_alike(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     images = make_images(model, 4)
     for method in methods:
-        if method.name in ("coarse stage", "both stages", "predictor", "ToMe, r=13"):
+        if method.name in (
+            "coarse stage",
+            "fine stage",
+            "both stages",
+            "predictor",
+            "cascade of two ViTs",
+            "ToMe, r=13",
+        ):
             eager, compiled = (method.build(mode)(images, [2])() for mode in ("eager", "compiled"))
             torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
 
@@ -249,10 +249,11 @@ def test_rows_follow_from_the_times_and_the_macs(
     ]
     batch = measure_batch(model, methods, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
     macs = count_macs(model)
-    assert [row.label for row in batch.rows][:8] == [
+    assert [row.label for row in batch.rows][:9] == [
         "backbone",
         "backbone",
         "coarse stage",
+        "fine stage",
         "both stages",
         "predictor, 25% fine",
         "predictor, 50% fine",
@@ -271,7 +272,7 @@ def test_rows_follow_from_the_times_and_the_macs(
     assert stream.mean_ms == pytest.approx(1000 * 4 / stream.images_per_round)
     assert (stream.p50_ms, stream.p95_ms, stream.p99_ms) == (None, None, None)
     assert stream.ratio.value == pytest.approx(4 * stream.images_per_round / 4), "by images, not by calls"
-    assert (row.p95_ms, row.p99_ms, row.peak_megabytes, row.rounds) == (None, None, None, 8)
+    assert (row.p95_ms, row.p99_ms, row.peak_megabytes, row.rounds) == (None, None, 3, 8)
     assert (row.ratio.value, row.eager_ratio.value) == pytest.approx((2, 4))
     assert row.macs_ratio == macs.backbone / cost
     assert row.telling
@@ -283,7 +284,7 @@ def test_rows_follow_from_the_times_and_the_macs(
     assert (port.ratio.value, port.eager_ratio.value) == pytest.approx((8, 8)), "beside the backbone in its own mode"
     assert port.predictor_ratio is not None
     assert port.predictor_ratio.value == pytest.approx(0.5), "the predictor in the mode in which it was timed"
-    assert [row.predictor_ratio.value for row in batch.rows[1:6:4] if row.predictor_ratio] == pytest.approx([2, 1])
+    assert [row.predictor_ratio.value for row in batch.rows[1:7:5] if row.predictor_ratio] == pytest.approx([2, 1])
 
 
 def test_the_reference_and_the_port_are_there_once_in_eager_mode(
@@ -302,7 +303,7 @@ def test_single_images_are_a_mean_over_those_that_exit_and_those_that_go_on(
     model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
 ) -> None:
     timed["seconds"] = lambda name: [4.0 if name.endswith(", 1 on") else 1.0] * 100
-    batch = measure_batch(model, methods[:4], random_images(model, 1), Plan(("eager",), (0.25, 0.75), 100, 1))
+    batch = measure_batch(model, methods[:5], random_images(model, 1), Plan(("eager",), (0.25, 0.75), 100, 1))
     assert [name for name in timed["calls"] if name.startswith("predictor")] == [
         "predictor, eager, 0 on",
         "predictor, eager, 1 on",
@@ -330,12 +331,27 @@ def test_a_reference_that_drifts_makes_nothing_telling(
 def test_a_contender_whose_times_vary_is_not_told(
     model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]
 ) -> None:
-    timed["seconds"] = lambda name: [1.0, 1.2] * 4 if name.startswith("both") else [1.0] * 8
+    timed["seconds"] = lambda name: [1.0, 1.2] * 4 if name.startswith("fine") else [1.0] * 8
     batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
     assert [row.telling for row in batch.rows] == [True, True, False]
     (doubt,) = doubts_of(batch)
     assert "1 of 3 ratios" in doubt
     assert [cells(row)[8].endswith("?") for row in batch.rows] == [False, False, True]
+
+
+def test_the_peak_is_what_a_call_holds_at_a_time(capfd: pytest.CaptureFixture[str]) -> None:
+    lay_there = torch.ones(1000)
+
+    def call() -> None:
+        for _ in range(3):
+            held = torch.ones(1000, dtype=torch.float64)
+            half = held[:500] + 1
+            del held, half
+        lay_there.add_(1)
+
+    assert peak_bytes(call, torch.device("cpu")) == pytest.approx(8 * 1500, abs=100), "and a number or two"
+    assert peak_bytes(lambda: None, torch.device("cpu")) == 0
+    assert capfd.readouterr() == ("", ""), "the profiler is silent"
 
 
 def test_few_rounds_tell_nothing(model: CoarseToFineViT, methods: list[Method], timed: dict[str, Any]) -> None:
@@ -501,7 +517,7 @@ def _row(**changes: Any) -> Row:
         "predictor_ratio": Estimate(1.0, 1.0, 1.0),
         "macs_ratio": 2.5,
         "matrix_share": 0.42,
-        "peak_megabytes": None,
+        "peak_megabytes": 7.8,
         "steady": True,
     }
     return Row(**(values | changes))
@@ -510,7 +526,7 @@ def _row(**changes: Any) -> Row:
 def test_cells_of_a_row() -> None:
     ratios = ["1.80 (1.75 to 1.85)", "2.50", "3.00 (2.00 to 4.00) ?"]
     times = ["33.00", "32.40", "40.00", "-"]
-    assert cells(_row()) == ["predictor, 25% fine", "accelerated", "1.234", "123.5", *times, *ratios, "42%", "3%", "-"]
+    assert cells(_row()) == ["predictor, 25% fine", "accelerated", "1.234", "123.5", *times, *ratios, "42%", "3%", "8"]
     few = cells(_row(ratio=Estimate(1.8, 0, math.inf), peak_megabytes=12.3, scope="with decoding"))
     assert (few[0], few[8], few[-1]) == ("predictor, 25% fine, with decoding", "1.80 ?", "12")
 
@@ -651,7 +667,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
     assert [batch.batch_size for batch in bench.batches] == [1, 3]
     assert bench.conditions.dtype == "float32"
     said = " ".join(bench.sentences)
-    for word in ("weights are random", "memory was not measured", "random images, batch size 1: 1 rounds are too few"):
+    for word in ("weights are random", "random images, batch size 1: 1 rounds are too few"):
         assert word in said
     written = json.loads(json.dumps(to_json(bench), allow_nan=False))
     assert written["batches"][1]["rows"][0]["ratio"] == {"value": 1, "low": 0, "high": None}
@@ -669,7 +685,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1))
-    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:5])
+    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:6])
     assert any(note.startswith("without peers: ") for note in bench.notes)
 
 
@@ -693,12 +709,14 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
     names = ["backbone", *NAMES]
     assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
     macs = count_macs(load(colour_model))
-    assert [row["macs_ratio"] for row in rows[-9:-7]] == [macs.backbone / cost for cost in (macs.coarse, macs.both)]
+    assert [row["macs_ratio"] for row in rows[-10:-7]] == [
+        macs.backbone / cost for cost in (macs.coarse, macs.fine, macs.both)
+    ]
 
     outcome = cfvit_main(*arguments, "--no-peers", "--mode", "eager")
     assert outcome.status == 0, outcome.err
     told = [line.split()[0].rstrip(",") for line in outcome.out if "eager" in line and "GMACs" not in line]
-    assert told == ["backbone", "coarse", "both", "predictor", "stream"] * 2
+    assert told == ["backbone", "coarse", "fine", "both", "predictor", "stream"] * 2
 
 
 def test_the_command_writes_its_report_with_real_images(
@@ -719,7 +737,7 @@ def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
     arguments = ("--backbone", "test_vit", "--coarse-grid", "2x3", "--batch-sizes", "1", "--rounds", "1", "--no-peers")
     outcome = cfvit_main("bench", *arguments, "--precision", "bfloat16", "--mode", "eager", "--json")
     assert outcome.status == 0, outcome.err
-    own = ["backbone", "coarse stage", "both stages"] + ["predictor"] * 2 + ["stream"] * 2
+    own = ["backbone", "coarse stage", "fine stage", "both stages"] + ["predictor"] * 2 + ["stream"] * 2
     assert [row["name"] for row in _json(outcome)[1:]] == own
     assert any("weights are random" in line for line in outcome.err)
 

@@ -281,8 +281,7 @@ class TestStream:
     ) -> None:
         predictor = Predictor(steady, middle if threshold is None else threshold)
         images = many.repeat(2, 1, 1, 1)[: sum(sizes)]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(predictor, "_fine", _recording(predictor._fine, calls := []))
+        with _fine_batches(predictor) as calls:
             answers = list(predictor.stream(_batches(images, sizes), fine_batch=fine_batch, ordered=ordered))
         if not answers:
             assert sum(sizes) == 0
@@ -299,8 +298,9 @@ class TestStream:
 
     def test_fine_batches_of_a_long_stream_are_full(self, steady: CoarseToFineViT, many: Tensor, middle: float) -> None:
         predictor = Predictor(steady, middle)
-        predictor._fine = _recording(predictor._fine, calls := [])
-        answered = sum(len(answer.index) for answer in predictor.stream((many[:5] for _ in range(60)), fine_batch=5))
+        with _fine_batches(predictor) as calls:
+            answers = predictor.stream((many[:5] for _ in range(60)), fine_batch=5)
+            answered = sum(len(answer.index) for answer in answers)
         assert answered == 300
         assert len(calls) > 10
         assert sum(calls) / (5 * len(calls)) >= 0.95
@@ -310,8 +310,8 @@ class TestStream:
         self, first: int, steady: CoarseToFineViT, many: Tensor
     ) -> None:
         predictor = Predictor(steady, 1)
-        predictor._fine = _recording(predictor._fine, calls := [])
-        list(predictor.stream([many[:first], *(many[i : i + 1] for i in range(20)), many[:20]]))
+        with _fine_batches(predictor) as calls:
+            list(predictor.stream([many[:first], *(many[i : i + 1] for i in range(20)), many[:20]]))
         assert calls == [FINE_BATCH["cpu"], first + 40 - FINE_BATCH["cpu"]]
 
     def test_a_hard_image_of_an_endless_stream_waits_for_a_bounded_number(
@@ -429,13 +429,46 @@ class TestStream:
                 answers.append(answer)
         _assert_streamed(answers, predictor(many[:8]))
 
-    def test_a_failure_of_the_fine_stage_is_raised_at_once(self, steady: CoarseToFineViT, many: Tensor) -> None:
+    @pytest.mark.parametrize("ordered", [False, True])
+    @pytest.mark.parametrize("lost", [[0], [3], [0, 3, 4], list(range(12))])
+    def test_images_that_cannot_be_had_whole_are_the_only_ones_without_an_answer(
+        self, lost: list[int], ordered: bool, steady: CoarseToFineViT, many: Tensor
+    ) -> None:
         def whole(places: list[int]) -> Tensor:
-            raise OSError(f"no {places}")
+            if bad := [place for place in places if place in lost]:
+                raise OSError(f"cannot read {bad[0]}")
+            return many[places]
 
-        answers = Predictor(steady, 1).stream([coarse_image(many[:4])], fine_batch=2, whole=whole)
-        with pytest.raises(OSError, match=r"no \[0, 1\]"):
-            next(iter(answers))
+        predictor, answers = Predictor(steady, 1), []
+        source = _Counted([*map(coarse_image, many.split(4))])
+        with pytest.raises(OSError, match=f"cannot read {lost[0]}") as caught:
+            for answer in predictor.stream(source, fine_batch=4, whole=whole, ordered=ordered):
+                answers.append(answer)
+        read = 4 * (1 + lost[0] // 4)
+        unanswered = [place for place in lost if place < read]
+        assert source.read == read
+        assert caught.value.__notes__ == [f"images of the stream without an answer: {', '.join(map(str, unanswered))}"]
+        answered = [place for place in range(read) if place not in lost]
+        found = [place for answer in answers for place in answer.index.tolist()]
+        assert (found if ordered else sorted(found)) == answered
+        if answered:
+            expected = predictor(many[answered])
+            _check(_joined(answers), expected.logits, expected.stage)
+
+    def test_a_fine_stage_that_fails_on_large_batches_loses_none(
+        self, steady: CoarseToFineViT, many: Tensor, middle: float
+    ) -> None:
+        def whole(places: list[int]) -> Tensor:
+            if len(places) > 2:
+                raise MemoryError
+            return many[places]
+
+        predictor, answers = Predictor(steady, middle), []
+        with pytest.raises(MemoryError) as caught:
+            for answer in predictor.stream([coarse_image(many)], whole=whole, ordered=True):
+                answers.append(answer)
+        assert not hasattr(caught.value, "__notes__")
+        _assert_streamed(answers, predictor(many))
 
     def test_whole_images_are_asked_for_by_the_places_of_those_that_go_on(
         self, steady: CoarseToFineViT, many: Tensor, middle: float
@@ -510,14 +543,19 @@ class TestStream:
         torch.testing.assert_close(joined.confidence, expected.confidence, atol=1e-4, rtol=0)
 
 
-def _recording(run: Callable[[Tensor, CoarseState], Tensor], counts: list[int]) -> Callable[..., Tensor]:
-    """The same fine stage, which notes how many images it is given each time."""
+@contextlib.contextmanager
+def _fine_batches(predictor: Predictor) -> Iterator[list[int]]:
+    """How many images the fine stage is given each time."""
+    counts: list[int] = []
+    now = predictor._stages.now
 
-    def fine(images: Tensor, state: CoarseState) -> Tensor:
-        counts.append(len(images))
-        return run(images, state)
+    def recording() -> tuple[Any, Any]:
+        coarse, fine = now()
+        return coarse, lambda images, state: counts.append(len(images)) or fine(images, state)
 
-    return fine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictor._stages, "now", recording)
+        yield counts
 
 
 @pytest.fixture

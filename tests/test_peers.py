@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from cfvit.benchmark.peers import (
     merge_similar,
     why_no_peers,
 )
-from cfvit.confidence import ExitRule
+from cfvit.inference import goes_on
 from cfvit.tokens import coarse_image
 
 
@@ -93,12 +94,20 @@ def test_the_places_of_evit_are_those_of_its_paper() -> None:
         assert EViT(create_model("deit_tiny_patch16_224").backbone, 0.7).places == (3, 6, 9)
 
 
+def _looks_first(small: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def look(images: Tensor) -> tuple[Tensor, Tensor]:
+        logits = small(coarse_image(images))
+        return logits, logits.softmax(dim=-1).amax(dim=-1)
+
+    return look
+
+
 @pytest.mark.parametrize(("threshold", "who"), [(0.0, "small"), (1.0, "large")])
 def test_the_parts_of_a_cascade_are_plain_networks(
     threshold: float, who: str, model: CoarseToFineViT, images: Tensor
 ) -> None:
     small = small_backbone(model).requires_grad_(False)
-    answer = Cascade(small, model.backbone, ExitRule(), threshold)(images)
+    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, threshold=threshold))(images)
     expected = small(coarse_image(images)) if who == "small" else model.backbone(images)
     torch.testing.assert_close(answer, expected)
 
@@ -108,7 +117,7 @@ def test_a_cascade_exits_by_confidence(model: CoarseToFineViT, images: Tensor) -
     first = small(coarse_image(images))
     confidence = first.softmax(dim=-1).amax(dim=-1)
     eta = float(confidence.sort().values[2:4].mean())
-    answer = Cascade(small, model.backbone, ExitRule(), eta)(images)
+    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, threshold=eta))(images)
     hard = confidence < eta
     assert hard.sum() == 3
     torch.testing.assert_close(answer, torch.where(hard[:, None], model.backbone(images), first))
@@ -122,7 +131,7 @@ def test_the_literal_port_answers_as_the_predictor(
     images = make_images(model, 6)
     confidence = model.coarse(images).confidence.sort().values
     for eta in (0.0, float(confidence[2:4].mean()), 1.0):
-        port = LiteralPort(model, model.exit_rule, eta)
+        port = LiteralPort(model, partial(goes_on, threshold=eta))
         torch.testing.assert_close(
             port(images), Predictor(model, eta, compile=False)(images).logits, rtol=1e-4, atol=1e-4
         )

@@ -105,10 +105,12 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     thread of its own.
 
     Args:
-        run: takes what an index picks images of, tensors and a ``CoarseState``, and gives one such thing or a tuple.
+        run: takes what an index picks images of, tensors and a ``CoarseState``, and gives one such thing or a tuple. Of
+            the networks that it calls, weights may be written to and nothing else may change: torch would check every
+            module at each call, which takes as long as several blocks do for one image.
     """
     any_size = _compile(run)
-    recorded = in_sizes(_compile(run, mode="reduce-overhead"), RECORDED_SIZES)
+    recorded = in_sizes(_compile(run, "reduce-overhead"), RECORDED_SIZES)
 
     def call(images: Tensor, *more: Any) -> Any:
         small = images.device.type == "cuda" and 0 < len(images) <= RECORDED_SIZES[-1]
@@ -117,7 +119,7 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def _compile(run: Callable[..., Any], mode: str = "default") -> Callable[..., Any]:
     """Compiled with the number of images alone left open.
 
     ``dynamic=True`` leaves more open: the sides of images, and Python's floats, which would come to a GPU from the host
@@ -127,7 +129,10 @@ def _compile(run: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 
     own = {"isolate_recompiles": True, "recompile_limit": COMPILATIONS}
     known = {name: value for name, value in own.items() if name in inspect.signature(torch.compile).parameters}
-    fast = torch.compile(run, **options, **known)
+    options: dict[str, Any] = torch._inductor.list_mode_options(mode)
+    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+        options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+    fast = torch.compile(run, options=options, **known)
 
     def call(*parts: Any) -> Any:
         for part in parts:

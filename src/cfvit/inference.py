@@ -123,7 +123,10 @@ class Predictor:
         logits, stage = state.logits, torch.full_like(confidence, COARSE, dtype=torch.long)
         if len(hard):
             fine_logits, fine_confidence = fine(images[hard], state[hard])
-            logits, confidence = logits.index_copy(0, hard, fine_logits), confidence.index_copy(0, hard, fine_confidence)
+            logits, confidence = (
+                logits.index_copy(0, hard, fine_logits),
+                confidence.index_copy(0, hard, fine_confidence),
+            )
             stage[hard] = FINE
         return Prediction(logits, confidence, stage)
 
@@ -144,8 +147,9 @@ class Predictor:
 
         Easy images are answered at once, hard ones when ``fine_batch`` of them have come together, or
         ``patience`` images have passed, or the stream ends; so it may be endless. Besides the batch in
-        hand, fewer than ``fine_batch`` plus a batch of images are kept. If ``batches`` raises, the images that it
-        gave before are answered first; if ``whole`` does, those that wait are lost.
+        hand, fewer than ``fine_batch`` plus a batch of images are kept. If ``batches`` raises, or ``whole`` or the fine
+        stage for some images, nothing more is read, all others that came before are answered, and then the first
+        exception is raised, with a note of the images that were not answered.
 
         Args:
             batches: normalised images, ``[B, 3, S, S]`` each, of any number.
@@ -175,18 +179,17 @@ class Predictor:
     def _answers(
         self, batches: Iterable[Tensor], fine_batch: int, patience: int, whole: Callable[[list[int]], Tensor] | None
     ) -> Iterator[StreamedPrediction]:
-        queue = _Queue()
+        queue, failures = _Queue(), _Failures()
         size = self.model.image_size if whole is None else self.model.coarse_size
-        seen, failure = 0, None
-        source = iter(batches)
-        while True:
+        seen, source = 0, iter(batches)
+        while not failures.first:
             try:
                 images = next(source)
                 easy, hard = self._glance(images, seen, size)
             except StopIteration:
                 break
-            except Exception as error:  # what came before it is answered first
-                failure = error
+            except Exception as error:
+                failures.note(error)
                 break
             seen += len(images)
             queue.put(hard)
@@ -194,11 +197,10 @@ class Predictor:
                 yield easy
             del images, easy, hard  # they would live until the next batch has come and been looked at
             while queue.count and (queue.count >= fine_batch or queue.waits_since(seen) > patience):
-                yield self._look_again(queue.take(fine_batch), whole)
+                yield from self._look_again(queue.take(fine_batch), whole, failures)
         while queue.count:
-            yield self._look_again(queue.take(fine_batch), whole)
-        if failure is not None:
-            raise failure
+            yield from self._look_again(queue.take(fine_batch), whole, failures)
+        failures.end()
 
     @torch.inference_mode()
     def _glance(self, images: Tensor, first: int, size: tuple[int, int]) -> tuple[StreamedPrediction, _Hard]:
@@ -213,9 +215,23 @@ class Predictor:
         answered = StreamedPrediction(state.logits[easy], confidence[easy], stage, first + places[0])
         return answered, _Hard(images[hard], state[hard], first + places[1])
 
+    def _look_again(
+        self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None, failures: _Failures
+    ) -> Iterator[StreamedPrediction]:
+        """The fine stage: one answer for all or, where it fails, answers of the halves that it does not fail on."""
+        try:
+            answer = self._answer_finely(hard, whole)
+        except Exception as error:
+            places = hard.index.tolist()
+            middle = len(places) // 2
+            failures.note(error, *(() if middle else places))
+            for half in (hard[:middle], hard[middle:]) if middle else ():
+                yield from self._look_again(half, whole, failures)
+        else:
+            yield answer
+
     @torch.inference_mode()
-    def _look_again(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
-        """The fine stage."""
+    def _answer_finely(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
         images = hard.images if whole is None else self._placed(whole(hard.index.tolist()), self.model.image_size)
         _, fine = self._stages.now()
         logits, confidence = fine(images, hard.state)
@@ -230,25 +246,29 @@ FineStage = Callable[[Tensor, CoarseState], tuple[Tensor, Tensor]]
 
 
 class _Stages:
-    """Both stages as a predictor runs them. Those on packed weights are made when they are first needed and anew when
-    the weights have changed."""
+    """Both stages as a predictor runs them, made when they are first needed and anew when what they were made from has
+    changed: weights that were packed, modules of which a compiled stage knows."""
 
     def __init__(self, model: CoarseToFineViT, compile: bool | None) -> None:
         self.model, self.compile, self.lock = model, compile, Lock()
-        self.plain = self._on(model)
-        self.packed, self.made_from = self.plain, None
+        self.plain = self.made = self._on(model)
+        self.made_from = None
 
     def now(self) -> tuple[CoarseStage, FineStage]:
-        """Both, for the weights as they are."""
-        if self.compile is False or not is_copied(self.model) or torch.is_autocast_enabled("cpu"):
+        """Both, for the model as it is."""
+        packs = self.compile is not False and self._can_be_packed()
+        if not (packs or self.compile):
             return self.plain
-        fingerprint = _fingerprint(self.model)
-        if fingerprint is None:
-            return self.plain
+        fingerprint = _fingerprint(self.model, packs)
         with self.lock:  # threads that share a predictor share one twin
             if fingerprint != self.made_from:
-                self.packed, self.made_from = self._on(accelerate(self.model)), fingerprint
-            return self.packed
+                self.made, self.made_from = self._on(accelerate(self.model) if packs else self.model), fingerprint
+            return self.made
+
+    def _can_be_packed(self) -> bool:
+        """Not for autocast, nor with parameters made in inference mode, of which torch counts no changes."""
+        counted = not next(self.model.parameters()).is_inference()
+        return counted and is_copied(self.model) and not torch.is_autocast_enabled("cpu")
 
     def _on(self, network: CoarseToFineViT) -> tuple[CoarseStage, FineStage]:
         """Both, by the weights of a network and the model's own exit rule."""
@@ -268,25 +288,51 @@ class _Stages:
         return _Stages, (self.model, self.compile)
 
 
-def _fingerprint(model: CoarseToFineViT) -> tuple[object, ...] | None:
-    """Changes whenever a module or parameter is replaced, moved, converted or written to (but through ``.data``).
+def _fingerprint(model: CoarseToFineViT, packs: bool) -> tuple[object, ...]:
+    """Changes whenever a module or parameter is replaced, moved or converted, or how answers are measured.
 
-    None where that cannot be told: parameters made in inference mode count no changes. This runs at each call, so it
-    walks the modules itself, four times as fast as ``model.modules()`` and ``model.parameters()``.
+    This runs at each call, so it walks the modules itself, which takes a quarter of the time of ``model.modules()`` and
+    ``model.parameters()``.
+
+    Args:
+        packs: then it also changes when a parameter is written to (but through ``.data``).
     """
-    found: list[object] = [model.config]
+    found: list[object] = [model.config, model.exit_rule, packs or model.training]
     versions, waiting = 0, [cast(nn.Module, model)]
     while waiting:
         module = waiting.pop()
         found.append(id(module))
         waiting.extend(child for child in module._modules.values() if child is not None)
         for parameter in module._parameters.values():
-            if type(parameter) is nn.Parameter:
-                if parameter.is_inference():
-                    return None
-                found.append(parameter.data_ptr())
+            if type(parameter) is not nn.Parameter:
+                continue
+            found.append(parameter.data_ptr())
+            if packs and parameter.is_inference():
+                found.append(object())  # changes are not counted: never the same again
+            elif packs:
                 versions += parameter._version
     return versions, *found
+
+
+class _Failures:
+    """What went wrong in a stream."""
+
+    def __init__(self) -> None:
+        self.first: Exception | None = None
+        self.unanswered: list[int] = []
+
+    def note(self, error: Exception, *places: int) -> None:
+        """Takes down an exception, and the places of images that get no answer for it."""
+        self.first = self.first or error
+        self.unanswered += places
+
+    def end(self) -> None:
+        """Raises the first exception, if there was any."""
+        if self.first is None:
+            return
+        if self.unanswered:
+            self.first.add_note(f"images of the stream without an answer: {', '.join(map(str, self.unanswered))}")
+        raise self.first
 
 
 class _Queue:
@@ -319,18 +365,30 @@ def _join(parts: list[_Hard]) -> _Hard:
     return _Hard(torch.cat([p.images for p in parts]), state, torch.cat([p.index for p in parts]))
 
 
-def _in_order(answers: Iterable[StreamedPrediction]) -> Iterator[StreamedPrediction]:
-    """The same answers by rising index, as soon as none is missing."""
+def _in_order(answers: Iterator[StreamedPrediction]) -> Iterator[StreamedPrediction]:
+    """The same answers by rising index, as soon as none is missing; before an exception, all that there are."""
     waiting: list[StreamedPrediction] = []
-    following = 0
-    for answer in answers:
-        waiting.append(answer)
-        places, order = torch.cat([part.index for part in waiting]).sort()
-        ready = int((places == following + torch.arange(len(places))).sum())  # a gap shifts all that come after it
+    following, failure = 0, None
+    while failure is None:
+        try:
+            waiting.append(next(answers))
+        except StopIteration:
+            return
+        except Exception as error:
+            failure = error
+        places = torch.cat([part.index for part in waiting]).sort().values if waiting else torch.empty(0)
+        missing = places != following + torch.arange(len(places))  # a gap shifts all that come after it
+        ready = len(places) if failure else int((~missing).sum())
         if ready:
-            joined = StreamedPrediction(
-                *(torch.cat([getattr(part, f.name) for part in waiting]) for f in fields(StreamedPrediction))
-            )
-            yield joined[order[:ready].to(joined.logits.device)]
-            waiting = [joined[order[ready:].to(joined.logits.device)]]
+            joined = _sorted(waiting)
+            yield joined[:ready]
+            waiting = [joined[ready:]]
             following += ready
+    raise failure
+
+
+def _sorted(answers: list[StreamedPrediction]) -> StreamedPrediction:
+    """All together, by rising index."""
+    parts = (torch.cat([getattr(answer, f.name) for answer in answers]) for f in fields(StreamedPrediction))
+    joined = StreamedPrediction(*parts)
+    return joined[joined.index.argsort().to(joined.logits.device)]

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from cfvit import backbones
 from cfvit.acceleration import accelerate, compiled
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
-from cfvit.confidence import ExitRule
 from cfvit.evaluation.timing import Call
 from cfvit.flops import count_macs, macs_of
-from cfvit.inference import FINE_BATCH, Predictor
-from cfvit.model import CoarseToFineViT
+from cfvit.inference import FINE_BATCH, Predictor, goes_on
+from cfvit.model import CoarseState, CoarseToFineViT
 from cfvit.tokens import coarse_image
 from cfvit.variants import Mode
 
-BACKBONE, COARSE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "both stages"
+BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "fine stage", "both stages"
 PREDICTOR, STREAM, LITERAL_PORT = "predictor", "stream", "literal port"
-OWN = (BACKBONE, COARSE_STAGE, BOTH_STAGES, PREDICTOR, STREAM)
+OWN = (BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES, PREDICTOR, STREAM)
 """All others are peers."""
 NEAR = 0.02
 """A share of a batch counts as met if whole images come as near as this."""
@@ -66,11 +65,14 @@ class Method:
         return self.first_macs + (fine_share or 0) * (self.more_macs or 0)
 
 
-def prepare(network: Any, mode: Mode) -> Any:
-    """The one place where networks are made ready, so that the backbone and its rivals are treated alike."""
-    if mode == "compiled":
-        return compiled(network)
-    return accelerate(network) if mode == "accelerated" else network
+def prepare(network: Any, mode: Mode, run: Callable[[Any], Callable[..., Any]] = lambda network: network) -> Any:
+    """The one place where networks are made ready, so that the backbone and its rivals are treated alike.
+
+    Args:
+        run: from the network, made ready, to the function that is called, and that is compiled if any is.
+    """
+    fast = run(network if mode == "eager" else accelerate(network))
+    return compiled(fast) if mode == "compiled" else fast
 
 
 def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
@@ -84,18 +86,29 @@ def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
     """
     macs = count_macs(model)
 
-    @cache  # the coarse stage is compiled once for both
-    def stages(mode: Mode) -> tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]:
-        if mode != "compiled":
-            fast = prepare(model, mode)
-            return fast.coarse, fast
-        coarse, fine = prepare(model.coarse, mode), prepare(model.fine, mode)
-        return coarse, lambda images: fine(images, coarse(images))
+    @cache  # each stage is compiled once for all
+    def coarse(mode: Mode) -> Callable[[Tensor], CoarseState]:
+        return prepare(model, mode, lambda network: network.coarse)
+
+    @cache
+    def fine(mode: Mode) -> Callable[[Tensor, CoarseState], Tensor]:
+        return prepare(model, mode, lambda network: network.fine)
+
+    def fine_alone(mode: Mode) -> Runner:
+        def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
+            state = coarse(mode)(images)
+            return lambda: fine(mode)(images, state)
+
+        return prepare_call
+
+    def both(mode: Mode) -> Runner:
+        return _runs(lambda images: fine(mode)(images, coarse(mode)(images)))
 
     own = [
         Method(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
-        Method(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(stages(mode)[0])),
-        Method(BOTH_STAGES, macs.both, None, lambda mode: _runs(stages(mode)[1])),
+        Method(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(coarse(mode))),
+        Method(FINE_STAGE, macs.fine, None, fine_alone),
+        Method(BOTH_STAGES, macs.both, None, both),
         Method(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
         Method(
             STREAM,
@@ -113,21 +126,36 @@ def _runs(network: Callable[[Tensor], Any]) -> Runner:
     return lambda images, goings: lambda: network(images)
 
 
-def predictor_of(model: CoarseToFineViT, mode: Mode, threshold: float | None = None) -> Predictor:
-    """The predictor in a mode, by default at the model's own threshold."""
-    return Predictor(model, threshold, compile={"eager": False, "accelerated": None, "compiled": True}[mode])
+def predictor_of(model: CoarseToFineViT, mode: Mode) -> Predictor:
+    """The predictor in a mode, at the model's own threshold."""
+    return Predictor(model, compile=_COMPILE[mode])
+
+
+_COMPILE: dict[Mode, bool | None] = {"eager": False, "accelerated": None, "compiled": True}
+
+
+class ForcedPredictor(Predictor):
+    """A predictor that is told which images of a batch go on.
+
+    Attributes:
+        exits: for the next batch.
+    """
+
+    exits: ForcedExits
+
+    def _goes_on(self, confidence: Tensor) -> Tensor:
+        return self.exits(confidence)
 
 
 def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
-    twin = copy.copy(model)
-    predictor = predictor_of(twin, mode, FORCED_ETA)
+    predictor = ForcedPredictor(model, 0, compile=_COMPILE[mode])
 
     def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
         """All calls share the predictor, which may be compiled: each sets its own exits anew."""
-        (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
+        (exits,) = ForcedExits.of_batches(images, goings)
 
         def call() -> object:
-            twin.exit_rule = rule
+            predictor.exits = exits
             return predictor(images)
 
         return call
@@ -142,16 +170,15 @@ def fine_batch_of(model: CoarseToFineViT, batch_size: int) -> int:
 
 
 def _streams(model: CoarseToFineViT, mode: Mode) -> Runner:
-    twin = copy.copy(model)
-    predictor = predictor_of(twin, mode, FORCED_ETA)
+    predictor = ForcedPredictor(model, 0, compile=_COMPILE[mode])
 
     def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
         """All calls share the predictor, which may be compiled: each batch sets its own exits anew."""
-        rules = ForcedExits.of_batches(model.exit_rule, images, goings)
+        in_turn = ForcedExits.of_batches(images, goings)
 
         def batches() -> Iterator[Tensor]:
-            for rule in rules:  # a stream looks at a batch before it asks for the next one
-                twin.exit_rule = rule
+            for exits in in_turn:  # a stream looks at a batch before it asks for the next one
+                predictor.exits = exits
                 yield images
 
         return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(model, len(images))))
@@ -182,13 +209,19 @@ def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> M
     small_macs = macs_of(lambda: copy.deepcopy(small).to("meta")(coarse_image(images)))
     large_macs = macs_of(lambda: meta.backbone(images))
 
+    def look_first(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def look(images: Tensor) -> tuple[Tensor, Tensor]:
+            logits = network(coarse_image(images))
+            return logits, model.exit_rule.coarse(logits)
+
+        return look
+
     def build(mode: Mode) -> Runner:
         """Prepares both networks once for all calls."""
-        networks = prepare(small, mode), prepare(model.backbone, mode)
+        networks = prepare(small, mode, look_first), prepare(model.backbone, mode)
 
         def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-            (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
-            cascade = Cascade(*networks, rule, FORCED_ETA)
+            cascade = Cascade(*networks, *ForcedExits.of_batches(images, goings))
             return lambda: cascade(images)
 
         return prepare_call
@@ -211,24 +244,20 @@ def small_backbone(model: CoarseToFineViT) -> nn.Module:
 
 
 def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Method:
-    literal = LiteralPort(meta, model.exit_rule, FORCED_ETA)
+    literal = LiteralPort(meta, partial(goes_on, threshold=0))
     coarse_macs = macs_of(lambda: literal.coarse(images))
     both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
 
     def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-        (rule,) = ForcedExits.of_batches(model.exit_rule, images, goings)
-        port = LiteralPort(model, rule, FORCED_ETA)
+        port = LiteralPort(model, *ForcedExits.of_batches(images, goings))
         return lambda: port(images)
 
     return Method(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
 
 
-FORCED_ETA = 0.5
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ForcedExits(ExitRule):
-    """Measures the confidence as usual, and then moves it so that the chosen images of a batch fall below any eta.
+@dataclass(frozen=True, eq=False)
+class ForcedExits:
+    """Moves measured confidences so that the chosen images of a batch fall below any eta, and then decides by one.
 
     Attributes:
         going: which images go on, ``[B]`` of bool.
@@ -237,22 +266,20 @@ class ForcedExits(ExitRule):
     going: Tensor
 
     @classmethod
-    def of(cls, rule: ExitRule, count: int, going: int, device: torch.device) -> ForcedExits:
+    def of(cls, count: int, going: int, device: torch.device) -> ForcedExits:
         """For batches of ``count`` images of which ``going``, evenly spread, go on."""
         places = torch.arange(1, count + 1, device=device) * going // count
-        chosen = places.diff(prepend=torch.zeros_like(places[:1])) > 0
-        return cls(rule.measure, rule.coarse_temperature, rule.fine_temperature, going=chosen)
+        return cls(places.diff(prepend=torch.zeros_like(places[:1])) > 0)
 
     @classmethod
-    def of_batches(cls, rule: ExitRule, images: Tensor, goings: Sequence[int]) -> list[ForcedExits]:
+    def of_batches(cls, images: Tensor, goings: Sequence[int]) -> list[ForcedExits]:
         """For each batch in turn, of which so many images go on."""
-        made = {going: cls.of(rule, len(images), going, images.device) for going in set(goings)}
+        made = {going: cls.of(len(images), going, images.device) for going in set(goings)}
         return [made[going] for going in goings]
 
-    def coarse(self, logits: Tensor) -> Tensor:
-        """Below 0 for images that go on, and at least 1 for the others."""
-        confidence = super().coarse(logits)  # between -1, where it is not a number, and 1
-        return torch.where(self.going, confidence - 2, confidence + 2)
+    def __call__(self, confidence: Tensor) -> Tensor:
+        """Which images go on; confidences lie between -1, where they are not numbers, and 1."""
+        return goes_on(torch.where(self.going, confidence - 2, confidence + 2), threshold=0.5)
 
 
 def whole_images(count: int, fine_share: float) -> dict[tuple[int, ...], float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Method, methods_of, prepare
+from cfvit.benchmark.memory import peak_bytes
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
     MATRIX_SIDES,
@@ -76,7 +77,7 @@ class Row:
             in the same mode, or in the first mode if it was not timed in this one. None where none was timed.
         macs_ratio: the backbone's MACs over these: what the arithmetic promises.
         matrix_share: of the machine's own matrix rate that was reached.
-        peak_megabytes: memory that a call takes on top of what lay there before; None on a CPU.
+        peak_megabytes: of tensors, that a call holds at most on top of what lay there before; see `peak_bytes`.
         steady: whether the reference was as fast in the first half of the rounds as in the second.
     """
 
@@ -101,7 +102,7 @@ class Row:
     predictor_ratio: Estimate | None
     macs_ratio: float
     matrix_share: float
-    peak_megabytes: float | None
+    peak_megabytes: float
     steady: bool
 
     @property
@@ -316,7 +317,7 @@ def _row(
     measured: Sequence[_Measured],
     batch_size: int,
     matrix_rate: float,
-    peak_megabytes: float | None,
+    peak_megabytes: float,
     steady: bool,
 ) -> Row:
     entry, rounds = one.entry, one.series.rounds
@@ -359,17 +360,10 @@ def _matrix_product(side: int, mode: Mode, like: Tensor) -> Call:
     return lambda: layer(rows)
 
 
-def _peak_megabytes(calls: Sequence[Call | Sequence[Call]], device: torch.device) -> float | None:
-    """The most that any of the calls allocates on top of what lies there, in 1e6 bytes."""
-    if device.type != "cuda":
-        return None
-    peaks = []
-    for call in chain.from_iterable([given] if callable(given) else given for given in calls):
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        peaks.append(torch.cuda.max_memory_allocated(device) - before)
-    return max(peaks) / 1e6
+def _peak_megabytes(calls: Sequence[Call | Sequence[Call]], device: torch.device) -> float:
+    """The most that any of the calls takes, in 1e6 bytes."""
+    each = chain.from_iterable([given] if callable(given) else given for given in calls)
+    return max(peak_bytes(call, device) for call in each) / 1e6
 
 
 @torch.inference_mode()

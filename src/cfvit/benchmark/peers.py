@@ -13,6 +13,7 @@ They take weights that were made for the plain network, so their speed means som
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from cfvit.anatomy import enter, patch_positions, prefix_tokens
-from cfvit.confidence import ExitRule
-from cfvit.inference import goes_on
 from cfvit.model import FIRST_ATTENTION_BLOCK, CoarseState, CoarseToFineViT
 from cfvit.tokens import (
     accumulate_attention,
@@ -159,26 +158,29 @@ def fuse_inattentive(tokens: Tensor, class_attention: Tensor, kept: int) -> Tens
     return torch.cat([tokens[:, :1], gather_tokens(patches, attentive), fused], dim=1)
 
 
-class Cascade(nn.Module):
+class Cascade:
     """Two networks: one for the image at half its side, and where that one is not sure, one for the whole image.
 
     Args:
-        small, large: plain ViTs for images of either size.
-        rule: how the small one's confidence is measured.
-        threshold: eta.
+        small: from whole images to logits and their confidence, by a plain ViT for images at half the side.
+        large: a plain ViT.
+        goes_on: from confidences ``[B]`` to which images the large one answers.
     """
 
-    def __init__(self, small: nn.Module, large: nn.Module, rule: ExitRule, threshold: float) -> None:
-        super().__init__()
-        self.small, self.large, self.rule, self.threshold = small, large, rule, threshold
+    def __init__(
+        self,
+        small: Callable[[Tensor], tuple[Tensor, Tensor]],
+        large: Callable[[Tensor], Tensor],
+        goes_on: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.small, self.large, self.goes_on = small, large, goes_on
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        logits = self.small(coarse_image(images))
-        hard = goes_on(self.rule.coarse(logits), self.threshold).nonzero().flatten()
+        logits, confidence = self.small(images)
+        hard = self.goes_on(confidence).nonzero().flatten()
         if len(hard):
-            logits = logits.clone()
-            logits[hard] = self.large(images[hard])
+            logits = logits.index_copy(0, hard, self.large(images[hard]))
         return logits
 
 
@@ -190,18 +192,17 @@ class LiteralPort(nn.Module):
 
     Args:
         model: of a plain ViT, with the paper's selection and feature reuse; its weights are used as they are.
-        rule: how the coarse stage's confidence is measured.
-        threshold: eta.
+        goes_on: from the coarse stage's confidences ``[B]`` to which images go on.
     """
 
-    def __init__(self, model: CoarseToFineViT, rule: ExitRule, threshold: float) -> None:
+    def __init__(self, model: CoarseToFineViT, goes_on: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.rule, self.threshold = model, rule, threshold
+        self.model, self.goes_on = model, goes_on
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
         state = self.coarse(images)
-        going = goes_on(self.rule.coarse(state.logits), self.threshold).tolist()
+        going = self.goes_on(self.model.exit_rule.coarse(state.logits)).tolist()
         hard = [place for place, goes in enumerate(going) if goes]
         logits = state.logits.clone()
         if hard:

@@ -128,8 +128,6 @@ def _notes(model: CoarseToFineViT, plan: Plan, random_weights: bool, refusal: st
         notes.append(f"without peers: {refusal}")
     if "accelerated" in plan.modes and accelerate(model.backbone) is model.backbone:
         notes.append("acceleration changes nothing on this device and precision: accelerated is eager")
-    if parameter.device.type == "cpu":
-        notes.append("memory was not measured: on a CPU its peak is known of a process, not of a contender")
-    elif parameter.dtype == torch.float32:
+    if parameter.device.type != "cpu" and parameter.dtype == torch.float32:
         notes.append(f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}")
     return notes
