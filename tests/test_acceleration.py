@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from cfvit import CoarseToFineViT, Predictor, acceleration
-from cfvit.acceleration import ConvolvedLinear, PackedLinear, accelerate, accelerate_training, compiled, in_sizes
+from cfvit.acceleration import (
+    ConvolvedLinear,
+    PackedLinear,
+    accelerate,
+    accelerate_training,
+    compiled,
+    copied_ahead,
+    in_sizes,
+)
 from cfvit.confidence import ExitRule
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
@@ -479,6 +489,89 @@ def test_launches_of_small_batches_on_a_gpu_are_recorded(
     assert called == [(recorded, size)]
     assert answer.device.type == device
     assert len(answer) == count
+
+
+class _Streams:
+    """In place of a GPU's streams, notes of what they were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[str] = []
+        self.on = "computing"
+        computing = SimpleNamespace(wait_event=lambda event: self.notes.append(f"computing waits for {event}"))
+        beside = SimpleNamespace(
+            record_event=lambda: f"copy {sum(note.startswith('copies') for note in self.notes)}",
+            wait_stream=lambda stream: self.notes.append("beside waits for computing"),
+        )
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: beside)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+        monkeypatch.setattr(torch.cuda, "stream", self._within)
+        monkeypatch.setattr(acceleration, "placed", self._placed)
+
+    def given(self, batches: Iterator[Any]) -> Iterator[Any]:
+        weight: Any = SimpleNamespace(device=torch.device("cuda"))
+        return copied_ahead(batches, weight)
+
+    @contextlib.contextmanager
+    def _within(self, stream: Any) -> Iterator[None]:
+        self.on = "beside"
+        yield
+        self.on = "computing"
+
+    def _placed(self, batch: Any, weight: Any) -> Any:
+        self.notes.append(f"copies {batch.name} {self.on}")
+        kept = lambda stream: self.notes.append(f"{batch.name} kept")  # noqa: E731
+        return SimpleNamespace(name=batch.name, record_stream=kept)
+
+    def batch(self, number: int, device: str = "cpu") -> Any:
+        batch = SimpleNamespace(name=str(number), device=torch.device(device))
+        batch.pin_memory = lambda: self.notes.append(f"pins {number}") or batch
+        return batch
+
+
+def test_on_a_gpu_a_batch_is_copied_before_the_one_in_front_of_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = _Streams(monkeypatch)
+    for images in copied_ahead(map(streams.batch, (1, 2)), streams.weight):
+        streams.notes.append(f"gives {images.name}")
+    first = [
+        "pins 1",
+        "copies 1 beside",
+        "pins 2",
+        "copies 2 beside",
+        "computing waits for copy 1",
+        "1 kept",
+        "gives 1",
+    ]
+    assert streams.notes == [*first, "computing waits for copy 2", "2 kept", "gives 2"]
+    assert list(copied_ahead(iter([]), streams.weight)) == []
+
+
+def test_a_batch_that_lies_on_the_gpu_is_read_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = _Streams(monkeypatch)
+    list(streams.given(iter([streams.batch(1, "cuda")])))
+    assert streams.notes[:2] == ["beside waits for computing", "copies 1 beside"]
+
+
+def test_what_came_before_a_failure_of_the_source_is_given_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, given = _Streams(monkeypatch), []
+
+    def source() -> Iterator[Any]:
+        yield from map(streams.batch, (1, 2))
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        given.extend(images.name for images in streams.given(source()))
+    given.clear()
+    with contextlib.suppress(OSError):
+        for images in streams.given(source()):
+            given.append(images.name)
+    assert given == ["1", "2"]
+
+
+def test_on_a_cpu_no_batch_is_asked_for_early() -> None:
+    asked = []
+    batches = (asked.append(number) or torch.full((1, 2), number) for number in range(3))
+    for number, images in enumerate(copied_ahead(batches, torch.empty(1, dtype=torch.float64))):
+        assert (images.dtype, images[0, 0], len(asked)) == (torch.float64, number, number + 1)
 
 
 def test_what_is_compiled_leaves_the_number_of_images_open_and_takes_nothing_else_from_the_host(

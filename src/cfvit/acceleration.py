@@ -6,7 +6,7 @@ import copy
 import inspect
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar, cast
 
@@ -88,6 +88,42 @@ def placed(images: Tensor, weight: Tensor) -> Tensor:
     """
     overlaps = weight.device.type != "cpu"  # what the CPU reads at once has to be there
     return images.to(weight.device, non_blocking=overlaps).to(weight.dtype)
+
+
+def copied_ahead(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
+    """Batches of images as `placed` gives them; each is copied to a GPU while the one before it is computed on.
+
+    For that a batch is asked for before the one in front of it is given, so this is not for images that come one by one
+    and are waited for. If the source raises, what came before is given first. On a CPU nothing is copied or asked for
+    early.
+    """
+    if weight.device.type != "cuda":
+        yield from (placed(batch, weight) for batch in batches)
+        return
+    beside = torch.cuda.Stream(weight.device)
+
+    def copy_beside(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        if batch.device.type == "cpu":
+            batch = batch.pin_memory()
+        else:
+            beside.wait_stream(torch.cuda.current_stream(weight.device))  # which may still be writing it
+        with torch.cuda.stream(beside):
+            return placed(batch, weight), beside.record_event()
+
+    copies, failure = map(copy_beside, batches), None
+    following = next(copies, None)
+    while following is not None:
+        images, done = following
+        try:
+            following = next(copies, None)
+        except Exception as error:
+            following, failure = None, error
+        computing = torch.cuda.current_stream(weight.device)
+        computing.wait_event(done)
+        images.record_stream(computing)  # its memory is not to be filled again before it was computed on
+        yield images
+    if failure is not None:
+        raise failure
 
 
 RECORDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)

@@ -155,13 +155,13 @@ def cell_rotation(backbone: Backbone, fine: Tensor | None, children: Tensor, gri
     if isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed(shape=list(grid)).to(fine)
     if isinstance(rope, RotaryEmbeddingCat):
-        return _centre_rotation(rope, grid).to(fine)
+        return _centre_rotation(rope, grid, fine.device).to(fine)
     corners = fine[..., children[0], :].float().unflatten(-2, (-1, CHILDREN)).mean(dim=-2)
     sine, cosine = corners.chunk(2, dim=-1)
     return (corners / torch.hypot(sine, cosine).tile(2)).to(fine)
 
 
-def _centre_rotation(rope: Any, grid: tuple[int, int]) -> Tensor:
+def _centre_rotation(rope: Any, grid: tuple[int, int], device: torch.device) -> Tensor:
     """Cell ``r`` has its centre at fine patch ``2r + 1/2``: the coarse grid, shifted, and doubled unless scaled."""
     return torch.cat(
         build_rotary_pos_embed(
@@ -172,6 +172,7 @@ def _centre_rotation(rope: Any, grid: tuple[int, int]) -> Tensor:
             grid_offset=(rope.grid_offset + 0.5) / 2,
             grid_indexing=rope.grid_indexing,
             rotate_half=rope.rotate_half,
+            device=device,
         ),
         dim=-1,
     )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfvit.acceleration import copied_ahead
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.errors import first_line
 from cfvit.flops import StageMacs, count_macs
@@ -75,7 +76,7 @@ def classify_files(
         first = _scaled_reader(model) if scaled_decode else whole
         files = _Files(paths, pool, first, whole, watch)
         answers = predictor.stream(
-            files.batches(batch_size),
+            copied_ahead(files.batches(batch_size), next(model.parameters())),
             fine_batch=batch_size,
             ordered=True,
             whole=partial(files.in_full, size=model.image_size) if scaled_decode else None,

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.acceleration import placed
+from cfvit.acceleration import copied_ahead, placed
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, relate
 from cfvit.data import DataSource, ImageError, eval_transform, open_image
@@ -147,6 +147,7 @@ class Answerer:
     Attributes:
         name, mode: as of `cfvit.benchmark.measure.Row`.
         network: from pixels on the device to logits.
+        weight: where the network lies, and in which precision.
         fine_share: of the images of a round that go on.
         macs: mean cost of an image.
     """
@@ -154,12 +155,13 @@ class Answerer:
     name: str
     mode: Mode
     network: Callable[[Tensor], Tensor]
+    weight: Tensor
     fine_share: float | None
     macs: float
 
     def calls(self, inputs: Sequence[Callable[[], Tensor]], scope: str) -> Call | Sequence[Call]:
         """The calls of a round, one for each batch that the inputs make."""
-        return [_answering(self.network, give, scope) for give in inputs]
+        return [_answering(self.network, give, self.weight, scope) for give in inputs]
 
     def from_files(self, paths: Sequence[Path], batch_size: int, jpegs: bool) -> dict[str, Call]:
         """By scope, calls that answer files; only a stream has some."""
@@ -182,7 +184,8 @@ class StreamAnswerer(Answerer):
         """One call that answers all batches and brings the classes to the host but where pixels lie on the device."""
 
         def answer() -> list[Tensor]:
-            answers = self.predictor.stream((give() for give in inputs), ordered=True)
+            batches = copied_ahead((give() for give in inputs), self.weight)
+            answers = self.predictor.stream(batches, ordered=True)
             return [each.logits for each in answers]
 
         return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]
@@ -197,16 +200,16 @@ class StreamAnswerer(Answerer):
 
 def _answerers(model: CoarseToFineViT, images: RealImages, modes: Sequence[Mode]) -> Iterator[Answerer]:
     """The backbone in eager mode and in all others, the predictor in those asked for."""
-    macs = count_macs(model)
+    macs, weight = count_macs(model), next(model.parameters())
     asked: tuple[Mode, ...] = ("eager", *modes)
     for mode in dict.fromkeys(asked):
-        yield Answerer(BACKBONE, mode, prepare(model.backbone, mode), None, macs.backbone)
+        yield Answerer(BACKBONE, mode, prepare(model.backbone, mode), weight, None, macs.backbone)
     for mode in dict.fromkeys(modes):
         predictor = predictor_of(model, mode)
         share = _fine_share(predictor, images)
         logits, cost = _logits_of(predictor), macs.expected(share)
-        yield Answerer(PREDICTOR, mode, logits, share, cost)
-        yield StreamAnswerer(STREAM, mode, logits, share, cost, predictor, macs)
+        yield Answerer(PREDICTOR, mode, logits, weight, share, cost)
+        yield StreamAnswerer(STREAM, mode, logits, weight, share, cost, predictor, macs)
 
 
 def _logits_of(predictor: Predictor) -> Callable[[Tensor], Tensor]:
@@ -221,22 +224,20 @@ def _fine_share(predictor: Predictor, images: RealImages) -> float:
 def _inputs(
     scope: str, images: RealImages, model: CoarseToFineViT, pool: ThreadPoolExecutor
 ) -> list[Callable[[], Tensor]]:
-    """For each batch, what makes pixels on the device from what the scope begins with."""
-    weight, transform = next(model.parameters()), eval_transform(model.data_config)
+    """For each batch, what makes normalised pixels from what the scope begins with, where it begins."""
+    transform = eval_transform(model.data_config)
 
     def join(tensors: Any) -> Tensor:
-        return placed(torch.stack(list(tensors)), weight)
+        return torch.stack(list(tensors))
 
-    if scope == COMPUTING:
-        return [lambda batch=batch: batch for batch in images.resident]
-    if scope == COPYING:
-        return [lambda batch=batch: placed(batch, weight) for batch in images.pixels]
+    if scope in (COMPUTING, COPYING):
+        return [lambda batch=batch: batch for batch in (images.resident if scope == COMPUTING else images.pixels)]
     if scope == RESIZING:
         return [lambda batch=batch: join(pool.map(transform, batch)) for batch in images.decoded]
     return [lambda b=batch: join(pool.map(lambda file: transform(open_image(file)), b)) for batch in images.files]
 
 
-def _answering(network: Callable[[Tensor], Tensor], give: Callable[[], Tensor], scope: str) -> Call:
+def _answering(network: Callable[[Tensor], Tensor], give: Callable[[], Tensor], weight: Tensor, scope: str) -> Call:
     if scope == COMPUTING:
         return lambda: network(give())
-    return lambda: network(give()).argmax(dim=-1).tolist()
+    return lambda: network(placed(give(), weight)).argmax(dim=-1).tolist()
