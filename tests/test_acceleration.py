@@ -530,19 +530,12 @@ class _Streams:
 
 def test_on_a_gpu_a_batch_is_copied_before_the_one_in_front_of_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = _Streams(monkeypatch)
-    for images in copied_ahead(map(streams.batch, (1, 2)), streams.weight):
+    for images in streams.given(map(streams.batch, (1, 2))):
         streams.notes.append(f"gives {images.name}")
-    first = [
-        "pins 1",
-        "copies 1 beside",
-        "pins 2",
-        "copies 2 beside",
-        "computing waits for copy 1",
-        "1 kept",
-        "gives 1",
-    ]
-    assert streams.notes == [*first, "computing waits for copy 2", "2 kept", "gives 2"]
-    assert list(copied_ahead(iter([]), streams.weight)) == []
+    copied = ["pins 1", "copies 1 beside", "pins 2", "copies 2 beside"]
+    first, second = ([f"computing waits for copy {n}", f"{n} kept", f"gives {n}"] for n in (1, 2))
+    assert streams.notes == [*copied, *first, *second]
+    assert list(streams.given(iter([]))) == []
 
 
 def test_a_batch_that_lies_on_the_gpu_is_read_when_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:

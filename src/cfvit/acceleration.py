@@ -102,7 +102,7 @@ def copied_ahead(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
         return
     beside = torch.cuda.Stream(weight.device)
 
-    def copy_beside(batch: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    def copy_beside(batch: Tensor) -> tuple[Tensor, Any]:
         if batch.device.type == "cpu":
             batch = batch.pin_memory()
         else:
