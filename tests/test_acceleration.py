@@ -286,7 +286,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         twins.append(accelerate(network))
         return twins[-1]
 
-    monkeypatch.setattr("cfvit.inference.accelerate", record)
+    monkeypatch.setattr("cfvit.stages.accelerate", record)
     return twins
 
 

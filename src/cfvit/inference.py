@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from threading import Lock
-from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cfvit.acceleration import accelerate, compiled, is_copied, placed
+from cfvit.acceleration import placed
 from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
+from cfvit.stages import Stages
 
 COARSE, FINE = 0, 1
 FINE_BATCH = {"cpu": 32, "cuda": 256}
@@ -101,7 +100,7 @@ class Predictor:
             raise CfvitError(f"threshold is {eta}: give a confidence between 0 (coarse only) and 1 (always fine)")
         self.model = model.eval()
         self.threshold = float(eta)
-        self._stages = _Stages(self.model, compile)
+        self._stages = Stages(self.model, compile)
 
     def _goes_on(self, confidence: Tensor) -> Tensor:
         """Which images of a batch need the fine stage, ``[B] -> [B]`` of bool; the one place where that is decided."""
@@ -182,7 +181,7 @@ class Predictor:
         queue, failures = _Queue(), _Failures()
         size = self.model.image_size if whole is None else self.model.coarse_size
         seen, source = 0, iter(batches)
-        while not failures.first:
+        while failures.first is None:
             try:
                 images = next(source)
                 easy, hard = self._glance(images, seen, size)
@@ -239,81 +238,6 @@ class Predictor:
         return StreamedPrediction(logits, confidence, stage, hard.index)
 
 
-CoarseStage = Callable[[Tensor], tuple[CoarseState, Tensor]]
-"""From images to what the coarse stage knows of them and its confidence."""
-FineStage = Callable[[Tensor, CoarseState], tuple[Tensor, Tensor]]
-"""From images and their states to logits and their confidence."""
-
-
-class _Stages:
-    """Both stages as a predictor runs them, made when they are first needed and anew when what they were made from has
-    changed: weights that were packed, modules of which a compiled stage knows."""
-
-    def __init__(self, model: CoarseToFineViT, compile: bool | None) -> None:
-        self.model, self.compile, self.lock = model, compile, Lock()
-        self.plain = self.made = self._on(model)
-        self.made_from = None
-
-    def now(self) -> tuple[CoarseStage, FineStage]:
-        """Both, for the model as it is."""
-        packs = self.compile is not False and self._can_be_packed()
-        if not (packs or self.compile):
-            return self.plain
-        fingerprint = _fingerprint(self.model, packs)
-        with self.lock:  # threads that share a predictor share one twin
-            if fingerprint != self.made_from:
-                self.made, self.made_from = self._on(accelerate(self.model) if packs else self.model), fingerprint
-            return self.made
-
-    def _can_be_packed(self) -> bool:
-        """Not for autocast, nor with parameters made in inference mode, of which torch counts no changes."""
-        counted = not next(self.model.parameters()).is_inference()
-        return counted and is_copied(self.model) and not torch.is_autocast_enabled("cpu")
-
-    def _on(self, network: CoarseToFineViT) -> tuple[CoarseStage, FineStage]:
-        """Both, by the weights of a network and the model's own exit rule."""
-
-        def coarse(images: Tensor) -> tuple[CoarseState, Tensor]:
-            state = network.coarse(images)
-            return state, self.model.exit_rule.coarse(state.logits)
-
-        def fine(images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
-            logits = network.fine(images, state)
-            return logits, self.model.exit_rule.fine(logits)
-
-        return (compiled(coarse), compiled(fine)) if self.compile else (coarse, fine)
-
-    def __reduce__(self) -> tuple[type[_Stages], tuple[CoarseToFineViT, bool | None]]:
-        """Copied and pickled without what was packed or compiled, which would go on answering by the former weights."""
-        return _Stages, (self.model, self.compile)
-
-
-def _fingerprint(model: CoarseToFineViT, packs: bool) -> tuple[object, ...]:
-    """Changes whenever a module or parameter is replaced, moved or converted, or how answers are measured.
-
-    This runs at each call, so it walks the modules itself, which takes a quarter of the time of ``model.modules()`` and
-    ``model.parameters()``.
-
-    Args:
-        packs: then it also changes when a parameter is written to (but through ``.data``).
-    """
-    found: list[object] = [model.config, model.exit_rule, packs or model.training]
-    versions, waiting = 0, [cast(nn.Module, model)]
-    while waiting:
-        module = waiting.pop()
-        found.append(id(module))
-        waiting.extend(child for child in module._modules.values() if child is not None)
-        for parameter in module._parameters.values():
-            if type(parameter) is not nn.Parameter:
-                continue
-            found.append(parameter.data_ptr())
-            if packs and parameter.is_inference():
-                found.append(object())  # changes are not counted: never the same again
-            elif packs:
-                versions += parameter._version
-    return versions, *found
-
-
 class _Failures:
     """What went wrong in a stream."""
 
@@ -323,7 +247,8 @@ class _Failures:
 
     def note(self, error: Exception, *places: int) -> None:
         """Takes down an exception, and the places of images that get no answer for it."""
-        self.first = self.first or error
+        if self.first is None:
+            self.first = error
         self.unanswered += places
 
     def end(self) -> None:
