@@ -173,6 +173,17 @@ def test_the_model_is_put_into_evaluation_mode(model: CoarseToFineViT) -> None:
     assert not Predictor(model.train(), 0.5).model.training
 
 
+@pytest.mark.parametrize("compile", ["yes", 2, "max-autotune"])
+def test_another_way_to_compile_is_refused(compile: Any, model: CoarseToFineViT) -> None:
+    with pytest.raises(CfvitError, match=f"compile is {compile!r}: give True, False, or None"):
+        Predictor(model, 0.5, compile=compile)
+
+
+def test_a_predictor_keeps_its_model(model: CoarseToFineViT) -> None:
+    with pytest.raises(AttributeError, match="model"):
+        Predictor(model, 0.5).model = model  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan")])
 def test_a_threshold_outside_its_range_is_refused(model: CoarseToFineViT, threshold: float) -> None:
     with pytest.raises(CfvitError, match=rf"^threshold is {threshold}: give"):
@@ -486,8 +497,35 @@ class TestStream:
 
     def test_whole_images_come_in_the_right_number(self, steady: CoarseToFineViT, many: Tensor) -> None:
         answers = Predictor(steady, 1).stream([coarse_image(many[:4])], whole=lambda places: many[places[1:]])
-        with pytest.raises(CfvitError, match="3 images with the state of 4"):
+        with pytest.raises(CfvitError, match="3 whole images for 4 places: give one for each"):
             list(answers)
+
+    def test_what_is_no_tensor_is_refused_with_its_place(self, steady: CoarseToFineViT, many: Tensor) -> None:
+        batches: list[Any] = [many[:4], [many[4:8], torch.zeros(4)]]
+        with pytest.raises(
+            CfvitError, match=r"images are a list: give a tensor, normalised \[B, 3, 32, 32\]"
+        ) as caught:
+            list(Predictor(steady, 0).stream(batches))
+        assert caught.value.__notes__ == ["in the batch that begins with image 4 of the stream, counted from 0"]
+
+    def test_what_fills_the_memory_is_let_go_before_the_halves_are_tried(
+        self, steady: CoarseToFineViT, many: Tensor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held: list[weakref.ref[Tensor]] = []
+        living: list[int] = []
+
+        def fine(images: Tensor, state: CoarseState) -> Tensor:
+            living.append(sum(reference() is not None for reference in held))
+            features = images * 2
+            held.append(weakref.ref(features))
+            if len(images) > 2:
+                raise MemoryError(len(features))
+            return state.logits
+
+        monkeypatch.setattr(steady, "fine", fine)
+        with pytest.raises(MemoryError):
+            list(Predictor(steady, 1, compile=False).stream([many[:8]]))
+        assert living == [0] * 7
 
     def test_where_whole_images_are_to_come_batches_have_half_their_sides(
         self, steady: CoarseToFineViT, many: Tensor

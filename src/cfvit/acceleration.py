@@ -87,15 +87,16 @@ def placed(images: Tensor, weight: Tensor) -> Tensor:
     They are converted there: on the way torch would convert them on the host first, into memory that is not pinned.
     """
     overlaps = weight.device.type != "cpu"  # what the CPU reads at once has to be there
-    return images.to(weight.device, non_blocking=overlaps).to(weight.dtype)
+    there = images.to(weight.device, non_blocking=overlaps)
+    return there.to(weight.dtype) if images.is_floating_point() else there  # integers are to be refused, not converted
 
 
 def copied_ahead(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
     """Batches of images as `placed` gives them; each is copied to a GPU while the one before it is computed on.
 
     For that a batch is asked for before the one in front of it is given, so this is not for images that come one by one
-    and are waited for. If the source raises, what came before is given first. On a CPU nothing is copied or asked for
-    early.
+    and are waited for, nor for a source that fills the same pinned memory again. If the source raises, what came before
+    is given first. On a CPU nothing is copied or asked for early.
     """
     if weight.device.type != "cuda":
         yield from (placed(batch, weight) for batch in batches)
@@ -107,6 +108,7 @@ def copied_ahead(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
             batch = batch.pin_memory()
         else:
             beside.wait_stream(torch.cuda.current_stream(weight.device))  # which may still be writing it
+            batch.record_stream(beside)
         with torch.cuda.stream(beside):
             return placed(batch, weight), beside.record_event()
 
@@ -130,7 +132,8 @@ RECORDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 """Batches of which a GPU's launches are recorded: small ones, where launching may take longer than computing."""
 
 COMPILATIONS = 64
-"""How often torch may compile one function anew, where it can be told; beyond that it would go on in eager mode."""
+"""How often torch may compile one function anew, where it can be told; beyond that it would go on in eager mode, as it
+does in a process that compiles 256 times what has the same code, such as predictors of many models."""
 
 
 def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,7 +152,9 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     recorded = in_sizes(_compile(run, "reduce-overhead"), RECORDED_SIZES)
 
     def call(images: Tensor, *more: Any) -> Any:
-        small = images.device.type == "cuda" and 0 < len(images) <= RECORDED_SIZES[-1]
+        if len(images) == 0:
+            return run(images, *more)
+        small = images.device.type == "cuda" and len(images) <= RECORDED_SIZES[-1]
         return (recorded if small else any_size)(images, *more)
 
     return call
@@ -166,7 +171,7 @@ def _compile(run: Callable[..., Any], mode: str = "default") -> Callable[..., An
     own = {"isolate_recompiles": True, "recompile_limit": COMPILATIONS}
     known = {name: value for name, value in own.items() if name in inspect.signature(torch.compile).parameters}
     options: dict[str, Any] = torch._inductor.list_mode_options(mode)
-    if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):
+    if "isolate_recompiles" in known:  # else what was compiled for one network would be taken for another
         options |= {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
     fast = torch.compile(run, options=options, **known)
 

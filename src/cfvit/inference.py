@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 
@@ -47,8 +48,10 @@ class StreamedPrediction(Prediction):
     index: Tensor
 
     def __getitem__(self, rows: slice | Tensor) -> StreamedPrediction:
-        places = rows.cpu() if isinstance(rows, Tensor) else rows
-        return StreamedPrediction(self.logits[rows], self.confidence[rows], self.stage[rows], self.index[places])
+        index = self.index[rows.cpu() if isinstance(rows, Tensor) else rows]
+        if isinstance(rows, Tensor):
+            rows = rows.to(self.logits.device, non_blocking=True)
+        return StreamedPrediction(self.logits[rows], self.confidence[rows], self.stage[rows], index)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +101,13 @@ class Predictor:
             raise CfvitError("the model has no calibrated threshold: give one between 0 and 1")
         if not 0 <= eta <= 1:
             raise CfvitError(f"threshold is {eta}: give a confidence between 0 (coarse only) and 1 (always fine)")
-        self.model = model.eval()
         self.threshold = float(eta)
-        self._stages = Stages(self.model, compile)
+        self._stages = Stages(model.eval(), compile)
+
+    @property
+    def model(self) -> CoarseToFineViT:
+        """Whose answers are given; for another model make another predictor."""
+        return self._stages.model
 
     def _goes_on(self, confidence: Tensor) -> Tensor:
         """Which images of a batch need the fine stage, ``[B] -> [B]`` of bool; the one place where that is decided."""
@@ -184,10 +191,15 @@ class Predictor:
         while failures.first is None:
             try:
                 images = next(source)
-                easy, hard = self._glance(images, seen, size)
             except StopIteration:
                 break
             except Exception as error:
+                failures.note(error)
+                break
+            try:
+                easy, hard = self._glance(images, seen, size)
+            except Exception as error:
+                error.add_note(f"in the batch that begins with image {seen} of the stream, counted from 0")
                 failures.note(error)
                 break
             seen += len(images)
@@ -221,17 +233,20 @@ class Predictor:
         try:
             answer = self._answer_finely(hard, whole)
         except Exception as error:
-            places = hard.index.tolist()
-            middle = len(places) // 2
-            failures.note(error, *(() if middle else places))
-            for half in (hard[:middle], hard[middle:]) if middle else ():
-                yield from self._look_again(half, whole, failures)
-        else:
+            answer = None
+            traceback.clear_frames(error.__traceback__)  # of features that they would keep, for want of memory perhaps
+            failures.note(error, *(hard.index.tolist() if len(hard.index) == 1 else ()))
+        if answer is not None:
             yield answer
+        elif (middle := len(hard.index) // 2) > 0:  # not within the except, which keeps what filled the memory
+            for half in (hard[:middle], hard[middle:]):
+                yield from self._look_again(half, whole, failures)
 
     @torch.inference_mode()
     def _answer_finely(self, hard: _Hard, whole: Callable[[list[int]], Tensor] | None) -> StreamedPrediction:
         images = hard.images if whole is None else self._placed(whole(hard.index.tolist()), self.model.image_size)
+        if len(images) != len(hard.index):
+            raise CfvitError(f"{len(images)} whole images for {len(hard.index)} places: give one for each, in order")
         _, fine = self._stages.now()
         logits, confidence = fine(images, hard.state)
         stage = torch.full((len(logits),), FINE, device=logits.device)
@@ -296,17 +311,21 @@ def _in_order(answers: Iterator[StreamedPrediction]) -> Iterator[StreamedPredict
     following, failure = 0, None
     while failure is None:
         try:
-            waiting.append(next(answers))
+            answer = next(answers)
         except StopIteration:
             return
         except Exception as error:
             failure = error
-        places = torch.cat([part.index for part in waiting]).sort().values if waiting else torch.empty(0)
-        missing = places != following + torch.arange(len(places))  # a gap shifts all that come after it
-        ready = len(places) if failure else int((~missing).sum())
-        if ready:
+        else:
+            waiting.append(answer)
+            if not (answer.index == following).any():
+                continue
+        if waiting:
             joined = _sorted(waiting)
-            yield joined[:ready]
+            missing = joined.index != following + torch.arange(len(joined.index))  # a gap shifts all that come after it
+            ready = len(missing) if failure is not None else int((~missing).sum())
+            if ready:
+                yield joined[:ready]
             waiting = [joined[ready:]]
             following += ready
     raise failure
@@ -316,4 +335,4 @@ def _sorted(answers: list[StreamedPrediction]) -> StreamedPrediction:
     """All together, by rising index."""
     parts = (torch.cat([getattr(answer, f.name) for answer in answers]) for f in fields(StreamedPrediction))
     joined = StreamedPrediction(*parts)
-    return joined[joined.index.argsort().to(joined.logits.device)]
+    return joined[joined.index.argsort()]

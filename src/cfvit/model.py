@@ -411,6 +411,8 @@ class CoarseToFineViT(nn.Module):
             CfvitError: they are not.
         """
         allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
+        if not isinstance(images, Tensor):
+            raise CfvitError(f"images are a {type(images).__name__}: give a tensor, normalised {allowed}")
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
             raise CfvitError(f"images of shape {list(images.shape)}: give normalised {allowed}")
         if not images.is_floating_point():

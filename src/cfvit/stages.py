@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from threading import Lock
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from cfvit.acceleration import accelerate, compiled, is_copied
+from cfvit.errors import CfvitError
 from cfvit.model import CoarseState, CoarseToFineViT
 
 CoarseStage = Callable[[Tensor], tuple[CoarseState, Tensor]]
 """From images to what the coarse stage knows of them and its confidence."""
 FineStage = Callable[[Tensor, CoarseState], tuple[Tensor, Tensor]]
 """From images and their states to logits and their confidence."""
+
+Both = tuple[CoarseStage, FineStage]
 
 
 class Stages:
@@ -26,40 +28,36 @@ class Stages:
     Args:
         model: whose weights are used, and whose exit rule measures the confidence.
         compile: as of `cfvit.Predictor`.
+
+    Raises:
+        CfvitError: another value of ``compile``.
     """
 
     def __init__(self, model: CoarseToFineViT, compile: bool | None) -> None:
+        if compile not in (None, True, False):
+            raise CfvitError(f"compile is {compile!r}: give True, False, or None for what suits the device")
         self.model, self.compile, self.lock = model, compile, Lock()
-        self.plain = self.made = self._on(model)
-        self.made_from = None
+        self.plain = _stages_on(model, model)
+        self.made: dict[bool, tuple[object, Both]] = {}
+        """By whether weights are packed, what they were made from and the stages."""
 
-    def now(self) -> tuple[CoarseStage, FineStage]:
+    def now(self) -> Both:
         """Both, for the model as it is."""
-        packs = self.compile is not False and self._can_be_packed()
+        packs = self.compile is not False and is_copied(self.model) and not torch.is_autocast_enabled("cpu")
         if not (packs or self.compile):
             return self.plain
-        fingerprint = _fingerprint(self.model, packs)
+        parts, versions = _parts_of(self.model)
+        packs = packs and versions is not None
+        if not (packs or self.compile):
+            return self.plain
+        made_from = (parts, versions if packs else self.model.training)
         with self.lock:  # threads that share a predictor share one twin
-            if fingerprint != self.made_from:
-                self.made, self.made_from = self._on(accelerate(self.model) if packs else self.model), fingerprint
-            return self.made
+            if packs not in self.made or self.made[packs][0] != made_from:
+                self.made[packs] = made_from, self._make(packs)
+            return self.made[packs][1]
 
-    def _can_be_packed(self) -> bool:
-        """Not for autocast, nor with parameters made in inference mode, of which torch counts no changes."""
-        counted = not next(self.model.parameters()).is_inference()
-        return counted and is_copied(self.model) and not torch.is_autocast_enabled("cpu")
-
-    def _on(self, network: CoarseToFineViT) -> tuple[CoarseStage, FineStage]:
-        """Both, by the weights of a network and the model's own exit rule."""
-
-        def coarse(images: Tensor) -> tuple[CoarseState, Tensor]:
-            state = network.coarse(images)
-            return state, self.model.exit_rule.coarse(state.logits)
-
-        def fine(images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
-            logits = network.fine(images, state)
-            return logits, self.model.exit_rule.fine(logits)
-
+    def _make(self, packs: bool) -> Both:
+        coarse, fine = _stages_on(accelerate(self.model) if packs else self.model, self.model)
         return (compiled(coarse), compiled(fine)) if self.compile else (coarse, fine)
 
     def __reduce__(self) -> tuple[type[Stages], tuple[CoarseToFineViT, bool | None]]:
@@ -67,27 +65,37 @@ class Stages:
         return Stages, (self.model, self.compile)
 
 
-def _fingerprint(model: CoarseToFineViT, packs: bool) -> tuple[object, ...]:
-    """Changes whenever a module or parameter is replaced, moved or converted, or how answers are measured.
+def _stages_on(network: CoarseToFineViT, model: CoarseToFineViT) -> Both:
+    """Both, by the weights of a network and the model's own exit rule."""
 
-    This runs at each call, so it walks the modules itself, which takes a quarter of the time of ``model.modules()`` and
-    ``model.parameters()``.
+    def coarse(images: Tensor) -> tuple[CoarseState, Tensor]:
+        state = network.coarse(images)
+        return state, model.exit_rule.coarse(state.logits)
 
-    Args:
-        packs: then it also changes when a parameter is written to (but through ``.data``).
+    def fine(images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
+        logits = network.fine(images, state)
+        return logits, model.exit_rule.fine(logits)
+
+    return coarse, fine
+
+
+def _parts_of(model: CoarseToFineViT) -> tuple[list[object], int | None]:
+    """What a model is made of and how it measures; how often its parameters were written to (but through ``.data``).
+
+    The modules themselves: as long as they are kept none of another can be taken for one of them. The number is None if
+    some parameters were made in inference mode, where torch counts nothing. This runs at each call, so it walks the
+    modules itself, which takes a quarter of the time of ``model.modules()`` and ``model.parameters()``.
     """
-    found: list[object] = [model.config, model.exit_rule, packs or model.training]
-    versions, waiting = 0, [cast(nn.Module, model)]
+    parts: list[object] = [model.config, model.exit_rule]
+    waiting: list[nn.Module] = [model]
+    versions, counted = 0, True
     while waiting:
         module = waiting.pop()
-        found.append(id(module))
+        parts.append(module)
         waiting.extend(child for child in module._modules.values() if child is not None)
         for parameter in module._parameters.values():
-            if type(parameter) is not nn.Parameter:
-                continue
-            found.append(parameter.data_ptr())
-            if packs and parameter.is_inference():
-                found.append(object())  # changes are not counted: never the same again
-            elif packs:
-                versions += parameter._version
-    return versions, *found
+            if type(parameter) is nn.Parameter:
+                parts.append(parameter.data_ptr())
+                counted = counted and not parameter.is_inference()
+                versions += parameter._version if counted else 0
+    return parts, versions if counted else None

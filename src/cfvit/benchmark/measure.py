@@ -77,7 +77,8 @@ class Row:
             in the same mode, or in the first mode if it was not timed in this one. None where none was timed.
         macs_ratio: the backbone's MACs over these: what the arithmetic promises.
         matrix_share: of the machine's own matrix rate that was reached.
-        peak_megabytes: of tensors, that a call holds at most on top of what lay there before; see `peak_bytes`.
+        peak_megabytes: of tensors, that a call holds at most on top of what lay there before, see `peak_bytes`; on
+            a CPU None of what other threads prepare.
         steady: whether the reference was as fast in the first half of the rounds as in the second.
     """
 
@@ -102,7 +103,7 @@ class Row:
     predictor_ratio: Estimate | None
     macs_ratio: float
     matrix_share: float
-    peak_megabytes: float
+    peak_megabytes: float | None
     steady: bool
 
     @property
@@ -292,7 +293,8 @@ def relate(
     drift = max(one.series.rounds.drift for one in eager)
     rows = []
     for one in measured:
-        peak = _peak_megabytes([calls[name] for name in one.entry.parts], device)
+        told = device.type == "cuda" or one.entry.scope == COMPUTING
+        peak = _peak_megabytes([calls[name] for name in one.entry.parts], device) if told else None
         rows.append(_row(one, measured, batch_size, rate, peak, drift <= STEADY))
     seconds = {name: timing.rounds for name, timing in timings.items()}
     return Batch(batch_size, rows, rate / 1e9, drift, seconds)
@@ -317,7 +319,7 @@ def _row(
     measured: Sequence[_Measured],
     batch_size: int,
     matrix_rate: float,
-    peak_megabytes: float,
+    peak_megabytes: float | None,
     steady: bool,
 ) -> Row:
     entry, rounds = one.entry, one.series.rounds

@@ -105,7 +105,7 @@ def cells(row: Row) -> list[str]:
         _ratio(row.eager_ratio, row.eager_telling),
         f"{row.matrix_share:.0%}",
         f"{row.spread:.0%}",
-        f"{row.peak_megabytes:.0f}",
+        "-" if row.peak_megabytes is None else f"{row.peak_megabytes:.0f}",
     ]
 
 
