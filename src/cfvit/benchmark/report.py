@@ -303,7 +303,9 @@ def draw(bench: Bench, path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(f"{bench.model}, {bench.conditions.dtype}, {bench.conditions.hardware}", fontsize=10)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    columns = min(4, 2 * abreast)  # more would not fit below a single panel
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
