@@ -199,6 +199,7 @@ def in_sizes(run: Callable[..., Any], sizes: Sequence[int]) -> Callable[..., Any
         return torch.arange(count, device=device)
 
     def call(images: Tensor, *more: Any) -> Any:
+        """Fills the batch up, runs it, and gives the answers of the images that came."""
         count, device = len(images), images.device
         size = sizes[bisect_left(sizes, count)]
         parts = (images, *more)
