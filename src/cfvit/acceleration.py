@@ -146,7 +146,7 @@ def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
     Args:
         run: takes what an index picks images of, tensors and a ``CoarseState``, and gives one such thing or a tuple. Of
             the networks that it calls, weights may be written to and nothing else may change: torch would check every
-            module at each call, which takes as long as several blocks do for one image.
+            module at each call, which for one image on a CPU takes half as long as a block of DeiT-S (0.6 ms).
     """
     any_size = _compile(run)
     recorded = in_sizes(_compile(run, "reduce-overhead"), RECORDED_SIZES)
