@@ -21,8 +21,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
-from cfvit import CfvitError, CoarseToFineViT, Predictor, acceleration
-from cfvit.acceleration import (
+from cfvit import CfvitError, CoarseToFineViT, Predictor
+from cfvit.inference import acceleration
+from cfvit.inference.acceleration import (
     ConvolvedLinear,
     PackedLinear,
     accelerate,
@@ -31,7 +32,7 @@ from cfvit.acceleration import (
     copied_ahead,
     in_sizes,
 )
-from cfvit.confidence import ExitRule
+from cfvit.modeling.exit import ExitRule
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
@@ -286,7 +287,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         twins.append(accelerate(network))
         return twins[-1]
 
-    monkeypatch.setattr("cfvit.stages.accelerate", record)
+    monkeypatch.setattr("cfvit.inference.stages.accelerate", record)
     return twins
 
 

@@ -25,9 +25,10 @@ from timm.models.eva import EvaAttention, EvaBlockPostNorm
 from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from cfvit import CoarseToFineViT, Predictor, anatomy, count_macs, create_model, load, save
-from cfvit.evaluation.explain import draw_explanation, explain
-from cfvit.tokens import child_positions
+from cfvit import CoarseToFineViT, Predictor, count_macs, create_model, load, save
+from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.tokens import child_positions
+from cfvit.plots.explain import draw_explanation, explain
 
 SMALL: dict[str, Any] = {"embed_dim": 48, "num_heads": 4, "depth": 5}
 CLASSES = 5

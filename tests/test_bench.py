@@ -24,6 +24,7 @@ from cfvit import CoarseToFineOutput, CoarseToFineViT, Predictor, count_macs, lo
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
+from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import ForcedExits, Method, methods_of, prepare, whole_fine_batches, whole_images
 from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
 from cfvit.benchmark.memory import peak_bytes
@@ -40,12 +41,11 @@ from cfvit.benchmark.report import (
 )
 from cfvit.benchmark.run import run_bench
 from cfvit.calibration import Estimate
-from cfvit.conditions import Conditions
-from cfvit.data import open_images
+from cfvit.data.datasets import open_images
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
-from cfvit.prediction import FileAnswer
-from cfvit.variants import Mode
+from cfvit.inference.files import FileAnswer
+from cfvit.modeling.variants import Mode
 
 Fails = Callable[..., AbstractContextManager[None]]
 Cli = Callable[..., Outcome]

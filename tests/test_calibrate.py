@@ -48,15 +48,23 @@ from cfvit.calibration import (
     Target,
     check_drift,
 )
+from cfvit.calibration.overlap import shared_images
 from cfvit.checkpoints import apply_calibration, read_calibration, weights_digest
-from cfvit.confidence import ExitRule, Measure, confidence_of, fit_temperature
-from cfvit.data import EvalImages, eval_transform, find_images, open_data, open_image, open_images, split_holdout
+from cfvit.data.datasets import (
+    EvalImages,
+    eval_transform,
+    find_images,
+    open_data,
+    open_image,
+    open_images,
+    split_holdout,
+)
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
-from cfvit.evaluation.explain import explain
-from cfvit.evaluation.overlap import shared_images
-from cfvit.inference import goes_on
-from cfvit.training.recipes import DIGITS
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import ExitRule, Measure, confidence_of, fit_temperature
+from cfvit.plots.explain import explain
+from cfvit.training.recipe import DIGITS
 
 Cli = Callable[..., Outcome]
 Images = tuple[Tensor, Tensor, Tensor]
@@ -126,7 +134,7 @@ def images(network: CoarseToFineViT, pixels: Tensor, colours: Path) -> Images:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model is counted once for all tests, which would spend most of their time on it."""
-    for module in ("cfvit.flops", "cfvit.evaluation.calibrate", "cfvit.evaluation.metrics"):
+    for module in ("cfvit.modeling.cost", "cfvit.evaluation.calibrate", "cfvit.evaluation.metrics"):
         monkeypatch.setattr(f"{module}.count_macs", _macs)
 
 

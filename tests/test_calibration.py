@@ -37,8 +37,8 @@ from cfvit.calibration import (
 from cfvit.calibration.binomial import binomial_cdf, images_needed, paired_difference, share_estimate, upper_bound
 from cfvit.calibration.choice import TESTED, choose_eta, require_reachable
 from cfvit.calibration.drift import _distance_p, _same_share_p
-from cfvit.confidence import Measure, confidence_of, fit_temperature
-from cfvit.inference import goes_on
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import Measure, confidence_of, fit_temperature
 
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)
 LATENCY = StageLatency(coarse=2.0, both=10.0)

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cfvit import CoarseToFineViT, checkpoints, load, save
-from cfvit.checkpoints import atomic_write, bundled_models, initialise, load_authors_checkpoint
-from cfvit.variants import Reuse
-from cfvit.weights import read_weights
+from cfvit.checkpoints import bundled_models, initialise, load_authors_checkpoint
+from cfvit.files import atomic_write
+from cfvit.modeling.variants import Reuse
+from cfvit.modeling.weights import read_weights
 
 Make = Callable[..., CoarseToFineViT]
 

@@ -23,9 +23,9 @@ from torch import Tensor
 import cfvit
 from cfvit import CoarseToFineViT, Predictor, count_macs, eval_transform, load, open_image
 from cfvit.cli import main
-from cfvit.data import find_images
+from cfvit.data.datasets import find_images
 from cfvit.errors import CfvitError, UsageError
-from cfvit.training.recipes import RECIPES, Recipe
+from cfvit.training.recipe import RECIPES, Recipe
 
 Cli = Callable[..., Outcome]
 

@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cfvit import demo
 from cfvit.benchmark.measure import compare_with_backbone
 from cfvit.calibration import Estimate
-from cfvit.demo import Comparison, run_demo, verdict, write_digits
+from cfvit.cli import digits_demo as demo
+from cfvit.cli.digits_demo import Comparison, run_demo, verdict, write_digits
 
 Fails = Callable[..., AbstractContextManager[None]]
 

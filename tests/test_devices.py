@@ -14,14 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfvit import CoarseToFineViT, create_model
-from cfvit.acceleration import placed
 from cfvit.benchmark.peers import EViT, ToMe
-from cfvit.confidence import ExitRule
-from cfvit.inference import goes_on
-from cfvit.training.losses import coarse_to_fine_loss, token_label_loss
-from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
-from cfvit.training.recipes import Recipe
-from cfvit.training.token_labels import pool_scores
+from cfvit.inference.acceleration import placed
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss
+from cfvit.training.recipe import Recipe
+from cfvit.training.tokens.label_maps import pool_scores
+from cfvit.training.tokens.mixing import class_target, draw_mixed_cells, mix_images, token_target
 
 GPU = torch.device("cuda", 0)
 CLASSES = 5

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
-from cfvit.evaluation.explain import Explanation, PictureFolder, draw_explanation, explain
-from cfvit.tokens import num_informative, rank_cells
+from cfvit.modeling.tokens import num_informative, rank_cells
+from cfvit.plots.explain import Explanation, PictureFolder, draw_explanation, explain
 
 Fails = Callable[..., AbstractContextManager[None]]
 COUNT = 6
@@ -134,7 +134,7 @@ def test_files_of_one_name_get_a_picture_each(
     model: CoarseToFineViT, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Path] = []
-    monkeypatch.setattr("cfvit.evaluation.explain.draw_explanation", lambda explanation, path: drawn.append(path))
+    monkeypatch.setattr("cfvit.plots.explain.draw_explanation", lambda explanation, path: drawn.append(path))
     pictures = PictureFolder(tmp_path, model, 0.5)
     pictures([Path("x/a.png"), Path("y/a.jpg"), Path("x/a-2.png")], images[:3])
     pictures([Path("z/a.png"), Path("b.png")], images[:2])

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
-from cfvit.data import ImageError, open_data
+from cfvit.data import cache as held_images
+from cfvit.data.cache import HeldSource, hold
+from cfvit.data.datasets import ImageError, open_data
 from cfvit.errors import CfvitError
-from cfvit.training import held_images
-from cfvit.training.held_images import HeldSource, hold
 from cfvit.training.loop import train
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 
 @pytest.fixture

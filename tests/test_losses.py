@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfvit import CoarseToFineOutput
-from cfvit.training.losses import classification_loss, coarse_to_fine_loss, distillation_loss
+from cfvit.modeling.losses import classification_loss, coarse_to_fine_loss, distillation_loss
 
 BATCH, CLASSES = 4, 5
 

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit import CoarseToFineViT, count_macs, create_model, load
 from cfvit.checkpoints import initialise
-from cfvit.lvvit import AUXILIARY_WEIGHT, COARSE_LOGIT_DIVISOR
-from cfvit.tokens import cells_in_box
+from cfvit.modeling.lvvit import AUXILIARY_WEIGHT, COARSE_LOGIT_DIVISOR
+from cfvit.modeling.tokens import cells_in_box
 
 Make = Callable[..., CoarseToFineViT]
 Fails = Callable[..., Any]

@@ -15,8 +15,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cfvit import CfvitError, CoarseState, CoarseToFineViT, create_model
-from cfvit.training.losses import coarse_to_fine_loss
-from cfvit.variants import Reuse
+from cfvit.modeling.losses import coarse_to_fine_loss
+from cfvit.modeling.variants import Reuse
 
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]

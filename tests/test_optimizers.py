@@ -7,7 +7,7 @@ from torch import nn
 
 from cfvit.errors import CfvitError
 from cfvit.training.optimizers import create_optimizer, orthogonalising_in, resume_optimizer
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 
 def layer_with_gradient():

@@ -13,7 +13,7 @@ from cfvit.processes import Process
 from cfvit.training import pace as pace_module
 from cfvit.training.loop import train
 from cfvit.training.pace import Pace, matrix_rate, pace_of
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 

@@ -22,8 +22,8 @@ from cfvit.benchmark.peers import (
     merge_similar,
     why_no_peers,
 )
-from cfvit.inference import goes_on
-from cfvit.tokens import coarse_image
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.tokens import coarse_image
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CfvitError, Predictor, count_macs, eval_transform, load, open_image
-from cfvit.inference import FINE
-from cfvit.prediction import FileAnswer, FileFailure, classify_files
+from cfvit.inference.files import FileAnswer, FileFailure, classify_files
+from cfvit.inference.predictor import FINE
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ class TestScaledDecode:
             read.append((path, least is None, image.size))
             return image
 
-        monkeypatch.setattr("cfvit.prediction.open_image", record)
+        monkeypatch.setattr("cfvit.inference.files.open_image", record)
         predictor = self._between(large, colour_model)
         answers = list(classify_files(large, predictor, scaled_decode=True))
         hard = [answer.path for answer in answers if isinstance(answer, FileAnswer) and answer.stage == FINE]

@@ -10,7 +10,7 @@ import pytest
 from conftest import Outcome
 
 from cfvit.errors import UsageError
-from cfvit.training.recipes import RECIPES, Recipe, load_recipe, read_value
+from cfvit.training.recipe import RECIPES, Recipe, load_recipe, read_value
 
 
 @pytest.fixture

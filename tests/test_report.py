@@ -23,13 +23,13 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT, StageMacs
 from cfvit.calibration import Risk, calibrate, rank_images
-from cfvit.confidence import ExitRule, confidence_of
-from cfvit.data import DataSource
+from cfvit.data.datasets import DataSource
 from cfvit.evaluation import metrics
 from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
 from cfvit.evaluation.metrics import Collected
-from cfvit.evaluation.report import write_report
-from cfvit.inference import goes_on
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import ExitRule, confidence_of
+from cfvit.plots.report import write_report
 
 Fails = Callable[..., AbstractContextManager[None]]
 

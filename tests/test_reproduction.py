@@ -21,19 +21,19 @@ from conftest import Outcome
 from PIL import Image
 
 from cfvit import CoarseToFineViT, load
-from cfvit.conditions import conditions_of
+from cfvit.benchmark.conditions import conditions_of
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
+from cfvit.paper import making, speed
+from cfvit.paper import runs as running
+from cfvit.paper.budget import Budget
+from cfvit.paper.records import Finished, logged_pace, read_record, write_record
+from cfvit.paper.reproduce import Request, reproduce
+from cfvit.paper.runs import Missing, Runs
+from cfvit.paper.studies import DEFAULT, RUNS
 from cfvit.processes import Process
-from cfvit.reproduction import making, speed
-from cfvit.reproduction import runs as running
-from cfvit.reproduction.budget import Budget
-from cfvit.reproduction.records import Finished, logged_pace, read_record, write_record
-from cfvit.reproduction.reproduce import Request, reproduce
-from cfvit.reproduction.runs import Missing, Runs
-from cfvit.reproduction.studies import DEFAULT, RUNS
 from cfvit.training.loop import Stopped, train
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 MEASURED = "Images per second are of the first seed"
 CPU = Process(0, 1, torch.device("cpu"))

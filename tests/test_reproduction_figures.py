@@ -15,8 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cfvit.evaluation.explain import Explanation, veil
-from cfvit.reproduction.figures import (
+from cfvit.paper.figures import (
     AttentionPicture,
     Bar,
     Curve,
@@ -28,6 +27,7 @@ from cfvit.reproduction.figures import (
     draw_highest_lowest,
     draw_table,
 )
+from cfvit.plots.explain import Explanation, veil
 
 Fails = Callable[..., AbstractContextManager[None]]
 

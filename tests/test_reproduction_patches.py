@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cfvit import CoarseToFineViT
-from cfvit.anatomy import patch_side
-from cfvit.data import EvalImages, eval_loader, open_data
-from cfvit.evaluation.explain import explain
-from cfvit.reproduction.patches import (
+from cfvit.data.datasets import EvalImages, eval_loader, open_data
+from cfvit.modeling.timm_vit import patch_side
+from cfvit.paper.patches import (
     answer_from_patches,
     attention_pictures,
     class_attention_of_blocks,
     score_highest_lowest,
 )
+from cfvit.plots.explain import explain
 
 Fails = Callable[..., Any]
 CPU = torch.device("cpu")

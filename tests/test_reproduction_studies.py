@@ -16,19 +16,19 @@ from scipy import stats
 from torch import Tensor
 
 from cfvit.errors import UsageError
-from cfvit.flops import StageMacs
-from cfvit.reproduction.budget import Budget, Clock, duration, parse_budget, time_left
-from cfvit.reproduction.command import command_line
-from cfvit.reproduction.notes import (
+from cfvit.modeling.cost import StageMacs
+from cfvit.paper.budget import Budget, Clock, duration, parse_budget, time_left
+from cfvit.paper.command import command_line
+from cfvit.paper.notes import (
     classes_without_images,
     family_of,
     notes_of_family,
     seed_of_picture,
     uncertainty,
 )
-from cfvit.reproduction.paper import read_paper
-from cfvit.reproduction.records import Finished, RunRecord, Scored
-from cfvit.reproduction.rows import (
+from cfvit.paper.paper import read_paper
+from cfvit.paper.records import Finished, RunRecord, Scored
+from cfvit.paper.rows import (
     Cell,
     OperatingPoint,
     Row,
@@ -38,9 +38,9 @@ from cfvit.reproduction.rows import (
     parity_threshold,
     summarise,
 )
-from cfvit.reproduction.studies import DEFAULT, PLAIN, RUNS, STUDIES, find_studies, runs_needed
-from cfvit.reproduction.writing import table_of, write_csv
-from cfvit.training.recipes import Recipe
+from cfvit.paper.studies import DEFAULT, PLAIN, RUNS, STUDIES, find_studies, runs_needed
+from cfvit.paper.writing import table_of, write_csv
+from cfvit.training.recipe import Recipe
 
 Fails = Callable[..., AbstractContextManager[None]]
 

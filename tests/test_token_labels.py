@@ -29,11 +29,9 @@ from torch.utils.data import DataLoader
 from torchvision.ops import roi_align
 
 import cfvit
-from cfvit.data import TrainImages, next_batch, open_data
+from cfvit.data.datasets import TrainImages, next_batch, open_data
 from cfvit.errors import CfvitError
-from cfvit.training.labelling import make_token_labels, to_label_maps
-from cfvit.training.teacher import Teacher, load_teacher
-from cfvit.training.token_labels import (
+from cfvit.training.tokens.label_maps import (
     LabelledImages,
     LabelledTransform,
     label_path,
@@ -41,6 +39,8 @@ from cfvit.training.token_labels import (
     pool_labels,
     read_label_map,
 )
+from cfvit.training.tokens.labelling import make_token_labels, to_label_maps
+from cfvit.training.tokens.teacher import Teacher, load_teacher
 
 Fails = Callable[..., Any]
 Cli = Callable[..., Outcome]
@@ -871,7 +871,7 @@ def test_more_classes_than_half_precision_counts_are_refused(
 ) -> None:
     assert torch.equal(torch.arange(2049).half().long(), torch.arange(2049))
     assert int(torch.tensor(2049).half()) != 2049
-    monkeypatch.setattr("cfvit.training.labelling.MAX_CLASSES", 2)
+    monkeypatch.setattr("cfvit.training.tokens.labelling.MAX_CLASSES", 2)
     with fails("3 classes are more than label maps can hold, 2"):
         make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", workers=0)
 

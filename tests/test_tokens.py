@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfvit import tokens
+from cfvit.modeling import tokens
 
 few = settings(max_examples=40, deadline=None)
 sides = st.integers(1, 6)

@@ -29,18 +29,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from cfvit import CoarseToFineOutput, create_model, load, processes
-from cfvit.data import open_data
+from cfvit.data.datasets import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
-from cfvit.model import TokenOutput
+from cfvit.modeling.losses import token_label_loss
+from cfvit.modeling.model import TokenOutput
 from cfvit.processes import Process
-from cfvit.training import loop, preparation, step
+from cfvit.training import loop, step
+from cfvit.training import setup as preparation
 from cfvit.training.loop import Stopped, train
-from cfvit.training.losses import token_label_loss
-from cfvit.training.mixing import draw_mixed_cells
-from cfvit.training.preparation import attention_for_gradients
-from cfvit.training.recipes import DIGITS, Recipe
-from cfvit.training.token_labels import pool_labels, pool_scores
+from cfvit.training.recipe import DIGITS, Recipe
+from cfvit.training.setup import attention_for_gradients
+from cfvit.training.tokens.label_maps import pool_labels, pool_scores
+from cfvit.training.tokens.mixing import draw_mixed_cells
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

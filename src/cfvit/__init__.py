@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, calibrate
     from cfvit.checkpoints import bundled_models, load, save
-    from cfvit.data import eval_transform, open_image
+    from cfvit.data.datasets import eval_transform, open_image
     from cfvit.errors import CfvitError
-    from cfvit.flops import StageMacs, count_macs
-    from cfvit.inference import Prediction, Predictor
-    from cfvit.model import CoarseState, CoarseToFineOutput, CoarseToFineViT, create_model
+    from cfvit.inference.predictor import Prediction, Predictor
+    from cfvit.modeling.cost import StageMacs, count_macs
+    from cfvit.modeling.model import CoarseState, CoarseToFineOutput, CoarseToFineViT, create_model
 
 __version__ = "0.1.0"
 
@@ -42,9 +42,8 @@ _HOMES = {
     "checkpoints": ("bundled_models", "load", "save"),
     "data": ("eval_transform", "open_image"),
     "errors": ("CfvitError",),
-    "flops": ("StageMacs", "count_macs"),
     "inference": ("Prediction", "Predictor"),
-    "model": ("CoarseState", "CoarseToFineOutput", "CoarseToFineViT", "create_model"),
+    "modeling": ("CoarseState", "CoarseToFineOutput", "CoarseToFineViT", "StageMacs", "count_macs", "create_model"),
 }
 _HOME_OF = {name: f"cfvit.{module}" for module, names in _HOMES.items() for name in names}
 

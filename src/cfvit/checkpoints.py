@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -24,65 +20,20 @@ from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from cfvit import anatomy, backbones
 from cfvit.calibration import Calibration
 from cfvit.calibration.records import from_json, to_json
-from cfvit.confidence import ExitRule
+from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, first_line
-from cfvit.labels import readable_class_names
-from cfvit.model import CoarseToFineViT, ModelConfig
-from cfvit.weights import read_weights
+from cfvit.files import atomic_write
+from cfvit.modeling import backbones
+from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.model import CoarseToFineViT, ModelConfig
+from cfvit.modeling.weights import read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CALIBRATION_FILE = "calibration.json"
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, which takes its place once complete.
-
-    Raises:
-        CfvitError: the file cannot be written; ``path`` is then as it was.
-    """
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise _unwritable(path, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def _unwritable(path: Path, error: Exception) -> CfvitError:
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return CfvitError(f"cannot write {path} ({reason}): make room or choose another place; nothing was changed")
-
-
-def require_writable(path: Path) -> None:
-    """Finds out before long work whether `atomic_write` can begin, by a file that is gone at once.
-
-    Raises:
-        CfvitError: a folder is in its place, or its folder can be neither made nor written to.
-    """
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:

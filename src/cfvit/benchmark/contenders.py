@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfvit import backbones
-from cfvit.acceleration import accelerate, compiled
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.evaluation.timing import Call
-from cfvit.flops import count_macs, macs_of
-from cfvit.inference import FINE_BATCH, Predictor, goes_on
-from cfvit.model import CoarseState, CoarseToFineViT
-from cfvit.tokens import coarse_image
-from cfvit.variants import Mode
+from cfvit.inference.acceleration import accelerate, compiled
+from cfvit.inference.predictor import FINE_BATCH, Predictor, goes_on
+from cfvit.modeling import backbones
+from cfvit.modeling.cost import count_macs, macs_of
+from cfvit.modeling.model import CoarseState, CoarseToFineViT
+from cfvit.modeling.tokens import coarse_image
+from cfvit.modeling.variants import Mode
 
 BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "fine stage", "both stages"
 PREDICTOR, STREAM, LITERAL_PORT = "predictor", "stream", "literal port"

@@ -25,8 +25,8 @@ from cfvit.evaluation.timing import (
     percentile,
     time_in_turn,
 )
-from cfvit.model import CoarseToFineViT
-from cfvit.variants import Mode
+from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.variants import Mode
 
 COMPUTING = "computing"
 """What is timed of an answer if its images lie on the device, ready for the network."""

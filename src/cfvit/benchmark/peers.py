@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from cfvit.anatomy import enter, patch_positions, prefix_tokens
-from cfvit.model import FIRST_ATTENTION_BLOCK, CoarseState, CoarseToFineViT
-from cfvit.tokens import (
+from cfvit.modeling.model import FIRST_ATTENTION_BLOCK, CoarseState, CoarseToFineViT
+from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
+from cfvit.modeling.tokens import (
     accumulate_attention,
     child_positions,
     class_attention_row,

@@ -16,23 +16,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.acceleration import copied_ahead, placed
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, relate
-from cfvit.data import DataSource, ImageError, eval_transform, open_image
+from cfvit.data.datasets import DataSource, ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
-from cfvit.flops import StageMacs, count_macs
-from cfvit.inference import FINE, Predictor
-from cfvit.model import CoarseToFineViT
-from cfvit.prediction import READERS, classify_files
-from cfvit.variants import Mode
+from cfvit.inference.acceleration import copied_ahead, placed
+from cfvit.inference.files import READERS, classify_files
+from cfvit.inference.predictor import FINE, Predictor
+from cfvit.modeling.cost import StageMacs, count_macs
+from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.variants import Mode
 
 COPYING, RESIZING, DECODING = "with host copies", "with resizing", "with decoding"
 SCOPES = (COMPUTING, COPYING, RESIZING, DECODING)
 """Each holds the one before it: pixels on the device, pixels in host memory, decoded images, encoded files."""
 FILES, SCALED = "from files", "from files, scaled decoding"
-"""`cfvit.prediction.classify_files` with all that it does, without and with ``scaled_decode``."""
+"""`cfvit.inference.files.classify_files` with all that it does, without and with ``scaled_decode``."""
 FEWEST_IMAGES, FEWEST_BATCHES = 16, 2
 """A round answers at least so many, in several calls; a stream of one batch would be none."""
 NO_JPEG = "none of the images is a JPEG: scaled decoding changes nothing and was not timed"

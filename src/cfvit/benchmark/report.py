@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import BACKBONE, BOTH_STAGES, NEAR, OWN, PREDICTOR
 from cfvit.benchmark.measure import CANNOT_BE_TOLD, COMPUTING, Batch, Plan, Row
 from cfvit.calibration import Estimate
-from cfvit.checkpoints import atomic_write
-from cfvit.conditions import Conditions
-from cfvit.evaluation.explain import require_matplotlib
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
+from cfvit.files import atomic_write
+from cfvit.plots.explain import require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,17 +9,17 @@ from functools import partial
 
 import torch
 
-from cfvit.acceleration import COMPILATIONS, accelerate
+from cfvit.benchmark.conditions import conditions_of
 from cfvit.benchmark.contenders import Method, methods_of
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
-from cfvit.conditions import conditions_of
-from cfvit.data import DataSource
+from cfvit.data.datasets import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
-from cfvit.model import CoarseToFineViT
+from cfvit.inference.acceleration import COMPILATIONS, accelerate
+from cfvit.modeling.model import CoarseToFineViT
 
 
 def run_bench(

@@ -15,9 +15,9 @@ from cfvit.calibration.choice import choose_eta
 from cfvit.calibration.records import from_json, to_json
 from cfvit.calibration.targets import Drop, Risk, StageLatency, Target
 from cfvit.calibration.tradeoff import TradeOff, rank_images
-from cfvit.confidence import ExitRule, Measure
 from cfvit.errors import CfvitError
-from cfvit.flops import StageMacs
+from cfvit.modeling.cost import StageMacs
+from cfvit.modeling.exit import ExitRule, Measure
 
 ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
 _NAMED_CLASSES = 5

@@ -20,7 +20,7 @@ from cfvit.calibration.binomial import binomial_cdf
 from cfvit.calibration.targets import Accuracy, Drop, GmacsBudget, LatencyBudget, Risk, Saving, StageLatency, Target
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
-from cfvit.flops import StageMacs
+from cfvit.modeling.cost import StageMacs
 
 _SLACK = 1e-9
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, check_logits
-from cfvit.confidence import confidence_of
 from cfvit.errors import CfvitError
-from cfvit.inference import goes_on
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import confidence_of
 
 _FEW = 100
 _TERMS = np.arange(1, 101)

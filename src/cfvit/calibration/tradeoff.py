@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, share_estimate
-from cfvit.confidence import Measure, confidence_of
+from cfvit.modeling.exit import Measure, confidence_of
 
 _MOST_DIGITS = 9
 
@@ -40,7 +40,7 @@ class TradeOff:
         return self.right - self.right[-1] + self.worse
 
     def gone_on(self, thresholds: np.ndarray) -> np.ndarray:
-        """How many images go on at each eta, as `cfvit.inference.goes_on` decides: ``[m] -> [m]``."""
+        """How many images go on at each eta, as `cfvit.inference.predictor.goes_on` decides: ``[m] -> [m]``."""
         below = np.searchsorted(self.ranked, thresholds.astype(np.float32), side="left")
         return np.where(thresholds >= 1, self.images, np.where(thresholds <= 0, 0, below))
 

@@ -16,13 +16,13 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, Json, Share
 from cfvit.errors import UsageError
-from cfvit.training.recipes import Recipe
-from cfvit.variants import Mode
+from cfvit.modeling.variants import Mode
+from cfvit.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from cfvit.benchmark.measure import Batch
     from cfvit.benchmark.report import Bench
-    from cfvit.model import CoarseToFineViT
+    from cfvit.modeling.model import CoarseToFineViT
 
     BenchWatch = Callable[[Batch, Bench], None]
 
@@ -70,7 +70,7 @@ def bench(
     if backbone is not None and (model is not None or data is not None):
         raise UsageError("--backbone has random weights: give it without --model and --data")
     from cfvit.benchmark.measure import Plan
-    from cfvit.data import open_images
+    from cfvit.data.datasets import open_images
 
     _require_bench_folder(out)
     run = partial(
@@ -102,8 +102,8 @@ def _run(network: CoarseToFineViT, precision: str, *, watch: BenchWatch, **detai
 
 def _require_bench_folder(out: Path | None) -> None:
     """Before the timing, so that nobody waits for what cannot be drawn or written."""
-    from cfvit.checkpoints import require_writable
-    from cfvit.evaluation.explain import require_matplotlib
+    from cfvit.files import require_writable
+    from cfvit.plots.explain import require_matplotlib
 
     if out is not None:
         require_matplotlib()
@@ -113,7 +113,7 @@ def _require_bench_folder(out: Path | None) -> None:
 def _network_to_time(model: str | None, backbone: str | None, coarse_grid: str | None) -> CoarseToFineViT:
     """The named model, or one on a backbone with random weights."""
     from cfvit.checkpoints import load
-    from cfvit.model import create_model
+    from cfvit.modeling.model import create_model
 
     if backbone is None:
         return load(model or DEFAULT_MODEL)

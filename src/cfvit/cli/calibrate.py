@@ -14,11 +14,11 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, print_line, report_unreadable, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, Json, Model, Workers, load_model
 from cfvit.errors import CfvitError, UsageError
-from cfvit.training.recipes import load_recipe
+from cfvit.training.recipe import load_recipe
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Target
-    from cfvit.data import DataSource
+    from cfvit.data.datasets import DataSource
 
 Made = typing.TypeVar("Made")
 
@@ -119,10 +119,11 @@ def calibrate(
     """
     wanted = target.chosen()
     path = _calibration_path(model, out)
-    from cfvit.checkpoints import require_writable, write_calibration
-    from cfvit.confidence import ExitRule
+    from cfvit.checkpoints import write_calibration
     from cfvit.evaluation.calibrate import Wish, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
+    from cfvit.files import require_writable
+    from cfvit.modeling.exit import ExitRule
     from cfvit.processes import Process, best_device
 
     checked = _as_usage(lambda: ExitRule(typing.cast(typing.Any, measure))).measure
@@ -170,7 +171,7 @@ def _calibration_path(model: str, out: Path | None) -> Path:
 
 def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
     """What the model was trained on, and which of it; None if that is not known or not there."""
-    from cfvit.data import open_data, split_holdout
+    from cfvit.data.datasets import open_data, split_holdout
 
     if train_data is not None:
         source = open_data(train_data, "train")

@@ -18,6 +18,6 @@ def demo(
     epochs: Annotated[int | None, Parameter(validator=Number(gte=1), help="shorter or longer training")] = None,
 ) -> None:
     """Train on handwritten digits, compare with the plain ViT, classify two photos: some minutes on a CPU."""
-    from cfvit.demo import run_demo
+    from cfvit.cli.digits_demo import run_demo
 
     run_demo(out, epochs)

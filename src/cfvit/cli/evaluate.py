@@ -16,9 +16,9 @@ from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Drift
-    from cfvit.data import DataSource
+    from cfvit.data.datasets import DataSource
     from cfvit.evaluation.metrics import Evaluation
-    from cfvit.model import CoarseToFineViT
+    from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 REPORT_FILE = "report.html"
@@ -55,7 +55,7 @@ def evaluate(
     processes, each counted once.
     """
     from cfvit.evaluation.metrics import evaluate_model, labelled_images
-    from cfvit.evaluation.report import require_report
+    from cfvit.plots.report import require_report
     from cfvit.processes import join_processes
 
     if against is not None and (report is not None or calibration is not None):
@@ -84,7 +84,7 @@ def evaluate(
 def _write_report(
     path: Path, network: CoarseToFineViT, source: DataSource, result: Evaluation, model: str, data: str
 ) -> None:
-    from cfvit.evaluation.report import write_report
+    from cfvit.plots.report import write_report
 
     assert network.threshold is not None
     write_report(
@@ -104,7 +104,7 @@ def _tell_drift(
     network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
 ) -> int:
     from cfvit.checkpoints import read_calibration, warn_of_other_weights
-    from cfvit.data import open_images
+    from cfvit.data.datasets import open_images
     from cfvit.evaluation.calibrate import check_drift_of
     from cfvit.processes import join_processes
 

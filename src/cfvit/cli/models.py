@@ -12,7 +12,7 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import Json, Share
 from cfvit.errors import CfvitError
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 COSTED_BACKBONES = (
     "deit_tiny_patch16_224",
@@ -62,7 +62,7 @@ def models() -> None:
     from rich.table import Table
 
     from cfvit.checkpoints import bundled_models, load
-    from cfvit.flops import count_macs
+    from cfvit.modeling.cost import count_macs
 
     table = Table("name", "backbone", "classes", "image", "eta", "GMACs coarse", "both", "plain", box=None)
     for name in bundled_models():
@@ -95,8 +95,8 @@ def cost(
     """
     import torch
 
-    from cfvit.flops import count_macs
-    from cfvit.model import create_model
+    from cfvit.modeling.cost import count_macs
+    from cfvit.modeling.model import create_model
 
     shares = [f"{share:.0%} hard" for share in fine_share]
     columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]

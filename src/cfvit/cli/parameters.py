@@ -11,10 +11,10 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from cfvit.cli.output import warnings_said
-from cfvit.training.recipes import Recipe, read_value
+from cfvit.training.recipe import Recipe, read_value
 
 if TYPE_CHECKING:
-    from cfvit.model import CoarseToFineViT
+    from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_MODEL = "deit_tiny_imagenette"
 Threshold = Annotated[

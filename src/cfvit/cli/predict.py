@@ -15,10 +15,10 @@ from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json
 from cfvit.errors import UsageError
 
 if TYPE_CHECKING:
-    from cfvit.confidence import Measure
-    from cfvit.evaluation.explain import PictureFolder
-    from cfvit.inference import Predictor
-    from cfvit.prediction import FileAnswer, FileFailure
+    from cfvit.inference.files import FileAnswer, FileFailure
+    from cfvit.inference.predictor import Predictor
+    from cfvit.modeling.exit import Measure
+    from cfvit.plots.explain import PictureFolder
 
 STAGES = ("coarse", "fine")
 
@@ -43,10 +43,10 @@ def predict(
     A file that cannot be read is reported; the others still get their answers, and the exit
     status is 1 at the end.
     """
-    from cfvit.data import find_images
-    from cfvit.flops import count_macs
-    from cfvit.inference import Predictor
-    from cfvit.prediction import FileAnswer, classify_files
+    from cfvit.data.datasets import find_images
+    from cfvit.inference.files import FileAnswer, classify_files
+    from cfvit.inference.predictor import Predictor
+    from cfvit.modeling.cost import count_macs
     from cfvit.processes import best_device
 
     if explain is not None and scaled_decode:
@@ -70,7 +70,7 @@ def predict(
 
 def _pictures(folder: Path, files: Sequence[Path], predictor: Predictor) -> PictureFolder:
     """A folder for pictures, which is none that the files come from."""
-    from cfvit.evaluation.explain import PictureFolder
+    from cfvit.plots.explain import PictureFolder
 
     if any(file.resolve().parent == folder.resolve() for file in files):
         raise UsageError(f"--explain {folder} holds images that are to be read: choose another folder for the pictures")

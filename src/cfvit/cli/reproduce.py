@@ -13,11 +13,11 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say
 from cfvit.cli.parameters import NO_OVERRIDES, Json, Overrides, given_fields
 from cfvit.errors import UsageError
-from cfvit.training.recipes import RECIPES, load_recipe
+from cfvit.training.recipe import RECIPES, load_recipe
 
 if TYPE_CHECKING:
-    from cfvit.reproduction.rows import Row
-    from cfvit.reproduction.studies import Study
+    from cfvit.paper.rows import Row
+    from cfvit.paper.studies import Study
 
 
 @app.command
@@ -47,16 +47,16 @@ def reproduce(
     NAME.md with what was run. The same command goes on where it was stopped; what does not fit into the
     budget is left out and told.
     """
-    from cfvit.reproduction.budget import parse_budget
-    from cfvit.reproduction.studies import find_studies
+    from cfvit.paper.budget import parse_budget
+    from cfvit.paper.studies import find_studies
 
     find_studies(name)
     given = given_fields(overrides)
     final = load_recipe(recipe, config, given)
     chosen = _seeds((final.seed,) if seeds is None else seeds)
     seconds = None if budget is None else parse_budget(budget)
-    from cfvit.reproduction.command import command_line
-    from cfvit.reproduction.reproduce import Request, reproduce
+    from cfvit.paper.command import command_line
+    from cfvit.paper.reproduce import Request, reproduce
 
     start = None if model is not None and recipe == "deit" else recipe  # a model that is given has none
     flags = {"recipe": start, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
@@ -76,7 +76,7 @@ def reproduce(
 
 
 def _print_study(study: Study, rows: Sequence[Row], notes: Sequence[str], json: bool) -> None:
-    from cfvit.reproduction.writing import as_json, print_table
+    from cfvit.paper.writing import as_json, print_table
 
     if json:
         for row in rows:

@@ -13,7 +13,7 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say
 from cfvit.cli.parameters import NO_OVERRIDES, BatchSize, Json, Overrides, Workers, given_fields
 from cfvit.errors import UsageError
-from cfvit.training.recipes import RECIPES, load_recipe
+from cfvit.training.recipe import RECIPES, load_recipe
 
 
 @app.command
@@ -60,10 +60,10 @@ def token_labels(
     Maps that are there are kept, so that a run that was stopped can be called again. A file that
     cannot be read is reported; the others still get their maps, and the exit status is 1 at the end.
     """
-    from cfvit.data import open_data
+    from cfvit.data.datasets import open_data
     from cfvit.processes import best_device
-    from cfvit.training.labelling import make_token_labels
-    from cfvit.training.teacher import load_teacher
+    from cfvit.training.tokens.labelling import make_token_labels
+    from cfvit.training.tokens.teacher import load_teacher
 
     source = open_data(data, "train")
     trained = load_teacher(teacher, len(source.class_names), weights, best_device())

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from cfvit.calibration import Estimate, TradeOff
 from cfvit.calibration.binomial import share_estimate
-from cfvit.confidence import ExitRule, Measure, confidence_of
 from cfvit.evaluation.metrics import Collected
-from cfvit.flops import StageMacs
-from cfvit.inference import goes_on
+from cfvit.inference.predictor import goes_on
+from cfvit.modeling.cost import StageMacs
+from cfvit.modeling.exit import ExitRule, Measure, confidence_of
 
 LEVEL = 0.95
 """Probability with which each interval holds."""

@@ -12,28 +12,19 @@ import torch
 from torch import Tensor
 
 import cfvit
-from cfvit.acceleration import accelerate
-from cfvit.calibration import (
-    Calibration,
-    Drift,
-    LatencyBudget,
-    Origin,
-    StageLatency,
-    Target,
-    calibrate,
-    check_drift,
-)
+from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
 from cfvit.calibration.calibrated import ADD_CLASSES, check_logits, missing_classes
 from cfvit.calibration.choice import require_reachable
+from cfvit.calibration.overlap import refuse_training_images
 from cfvit.checkpoints import weights_digest
-from cfvit.confidence import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Measure, fit_temperature
-from cfvit.data import DataSource, open_data
+from cfvit.data.datasets import DataSource, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
-from cfvit.evaluation.overlap import refuse_training_images
 from cfvit.evaluation.timing import lacks_memory, time_stages
-from cfvit.flops import count_macs
-from cfvit.model import CoarseToFineViT
+from cfvit.inference.acceleration import accelerate
+from cfvit.modeling.cost import count_macs
+from cfvit.modeling.exit import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Measure, fit_temperature
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
 Images = tuple[Tensor, Tensor, Tensor]

@@ -15,13 +15,13 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvit.acceleration import accelerate
 from cfvit.calibration import rank_images
-from cfvit.confidence import ExitRule
-from cfvit.data import DataSource, EvalImages, eval_loader, open_data
+from cfvit.data.datasets import DataSource, EvalImages, eval_loader, open_data
 from cfvit.errors import CfvitError
-from cfvit.flops import StageMacs, count_macs
-from cfvit.model import CoarseToFineViT
+from cfvit.inference.acceleration import accelerate
+from cfvit.modeling.cost import StageMacs, count_macs
+from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
 PAPERS_RULE = ExitRule()
@@ -51,7 +51,7 @@ def collect(
     device: torch.device,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Collected:
-    """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share.
+    """Runs a model over a loader of `cfvit.data.datasets.EvalImages`, on every rank its own share.
 
     Args:
         forward: images ``[B, 3, S, S]`` to logits, one ``[B, classes]`` per stage.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfvit.calibration import Estimate, StageLatency
 from cfvit.calibration.binomial import binomial_cdf
-from cfvit.model import CoarseToFineViT
+from cfvit.modeling.model import CoarseToFineViT
 
 Call = Callable[[], object]
 

@@ -20,17 +20,18 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvit import data as datasets
 from cfvit.calibration import choose_threshold
-from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, atomic_write, save
+from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save
+from cfvit.data import datasets
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
-from cfvit.model import CoarseToFineViT
+from cfvit.files import atomic_write
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process, average_buffers, join_processes, mean_over_processes
+from cfvit.training.log import Reporter
 from cfvit.training.pace import pace_of
-from cfvit.training.preparation import CoarseNetwork, Data, Trained, assemble, autocast, prepare, steps_per_epoch
-from cfvit.training.recipes import Recipe
-from cfvit.training.reporting import Reporter
+from cfvit.training.recipe import Recipe
+from cfvit.training.setup import CoarseNetwork, Data, Trained, assemble, autocast, prepare, steps_per_epoch
 from cfvit.training.step import take_step
 
 CHECKPOINT_FILE = "checkpoint.pt"

@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from cfvit.errors import CfvitError, first_line
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
 
 
 def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:

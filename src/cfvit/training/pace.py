@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from cfvit.acceleration import accelerate_training
 from cfvit.evaluation.timing import MATRIX_SIDES, time_in_turn
-from cfvit.flops import macs_of
-from cfvit.model import CoarseToFineViT
+from cfvit.inference.acceleration import accelerate_training
+from cfvit.modeling.cost import macs_of
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
-from cfvit.training.preparation import dtype_of
-from cfvit.training.recipes import Recipe
+from cfvit.training.recipe import Recipe
+from cfvit.training.setup import dtype_of
 
 PASSES = 3
 """A backward pass multiplies twice as often as the forward pass."""

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfvit import data as datasets
+from cfvit.data import datasets
 from cfvit.errors import CfvitError
+from cfvit.modeling.losses import classification_loss, coarse_to_fine_loss, token_label_loss
 from cfvit.processes import Process
-from cfvit.training.losses import classification_loss, coarse_to_fine_loss, token_label_loss
-from cfvit.training.mixing import class_target, draw_mixed_cells, mix_images, token_target
 from cfvit.training.optimizers import orthogonalising_in
-from cfvit.training.preparation import Trained, attention_for_gradients, autocast, dtype_of
-from cfvit.training.recipes import Recipe
-from cfvit.training.token_labels import pool_labels, pool_scores
+from cfvit.training.recipe import Recipe
+from cfvit.training.setup import Trained, attention_for_gradients, autocast, dtype_of
+from cfvit.training.tokens.label_maps import pool_labels, pool_scores
+from cfvit.training.tokens.mixing import class_target, draw_mixed_cells, mix_images, token_target
 
 
 def take_step(

@@ -1,0 +1,223 @@
+"""The demonstration: a coarse-to-fine ViT against the plain one on real scans, from training to speed."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from cfvit.benchmark.measure import Row, compare_with_backbone
+from cfvit.checkpoints import bundled_models, load
+from cfvit.data.datasets import EvalImages, find_images, open_data
+from cfvit.errors import CfvitError
+from cfvit.evaluation.metrics import Evaluation, evaluate_model
+from cfvit.files import atomic_write
+from cfvit.inference.files import FileAnswer, classify_files
+from cfvit.inference.predictor import Predictor
+from cfvit.modeling.model import CoarseToFineViT
+from cfvit.plots.explain import PictureFolder, require_matplotlib
+from cfvit.processes import Process
+from cfvit.training.loop import train
+from cfvit.training.recipe import DIGITS
+
+TEST_SHARE = 0.25
+BENCH_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The coarse-to-fine model at its calibrated eta beside the plain ViT trained alike, on the same test images.
+
+    Attributes:
+        accuracy, plain_accuracy: top-1 in percent.
+        exit_share: share of test images answered at the coarse stage.
+        gmacs, plain_gmacs: cost of an image.
+        speed: images per second and speed-up of the predictor at that exit share, and of the backbone.
+    """
+
+    accuracy: float
+    plain_accuracy: float
+    exit_share: float
+    gmacs: float
+    plain_gmacs: float
+    speed: list[Row]
+
+
+def run_demo(out: Path, epochs: int | None = None) -> None:
+    """Trains both models on the digits, prints and draws how they compare, classifies sample photos.
+
+    Args:
+        out: receives ``trade_off.png``, ``explained/`` and ``photos/``.
+        epochs: instead of the recipe's.
+
+    Raises:
+        CfvitError: scikit-learn or matplotlib is not installed, or ``out`` cannot be written.
+    """
+    console = Console(highlight=False, markup=False)
+    require_matplotlib()
+    _make_folder(out)
+    with tempfile.TemporaryDirectory() as scratch:
+        digits = Path(scratch) / "digits"
+        write_digits(digits)
+        model, plain_accuracy = _train_both(digits, Path(scratch), epochs, console)
+        evaluation = _score(model, digits)
+        comparison = _compare(model, evaluation, plain_accuracy)
+        _tell(comparison, console)
+        draw_trade_off(evaluation, comparison, out / "trade_off.png")
+        _explain_digits(model, digits, out / "explained")
+    console.print(
+        f"\nThe trade-off curve is {out / 'trade_off.png'}, what the model looked at is in {out / 'explained'}."
+    )
+    _classify_photos(out / "photos", console)
+
+
+def _make_folder(out: Path) -> None:
+    """Before the training, so that nobody waits for pictures that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CfvitError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
+
+
+def write_digits(folder: Path) -> None:
+    """scikit-learn's 1,797 scans of handwritten digits, 8 x 8 pixels each, as ``train/`` and ``val/`` of PNGs."""
+    scans: Any = _sklearn_datasets().load_digits()
+    order = np.random.default_rng(0).permutation(len(scans.target))
+    held = set(order[: round(TEST_SHARE * len(order))].tolist())
+    for i, (scan, digit) in enumerate(zip(scans.images, scans.target, strict=True)):
+        target = folder / ("val" if i in held else "train") / str(digit)
+        target.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((scan * 255 / 16).astype(np.uint8)).save(target / f"{i:04d}.png")
+
+
+def _sklearn_datasets():
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise CfvitError("the demo needs scikit-learn and matplotlib: install cfvit[demo]") from error
+    return datasets
+
+
+def _train_both(digits: Path, scratch: Path, epochs: int | None, console: Console) -> tuple[CoarseToFineViT, float]:
+    changes = {"data": str(digits), **({} if epochs is None else {"epochs": epochs})}
+    recipe = DIGITS.replace({**changes, "eval_interval": epochs or DIGITS.epochs})
+    console.print("Training the plain ViT on handwritten digits ...")
+    plain = train(recipe.replace({"stages": "backbone"}), scratch / "plain")
+    console.print("Training the coarse-to-fine ViT by the same recipe ...")
+    train(recipe, scratch / "coarse_to_fine")
+    return load(scratch / "coarse_to_fine"), plain["validation_backbone_top1"]
+
+
+def _score(model: CoarseToFineViT, digits: Path) -> Evaluation:
+    source = open_data(str(digits), "validation")
+    thresholds = [i / 50 for i in range(51)]
+    return evaluate_model(model, source, thresholds, 256, 0, Process(0, 1, torch.device("cpu")))
+
+
+def _compare(model: CoarseToFineViT, evaluation: Evaluation, plain_accuracy: float) -> Comparison:
+    point = next(point for point in evaluation.sweep if point.threshold == evaluation.calibrated)
+    return Comparison(
+        accuracy=point.accuracy,
+        plain_accuracy=plain_accuracy,
+        exit_share=point.exit_share,
+        gmacs=point.gmacs,
+        plain_gmacs=evaluation.backbone_gmacs,
+        speed=compare_with_backbone(model, BENCH_BATCH, 1 - point.exit_share),
+    )
+
+
+def _tell(comparison: Comparison, console: Console) -> None:
+    backbone, *_, predictor = comparison.speed
+    table = Table("", "top-1 %", "answered coarse", "MMACs", "images/s", box=None)
+    table.add_row(
+        "plain ViT",
+        f"{comparison.plain_accuracy:.1f}",
+        "-",
+        f"{1e3 * comparison.plain_gmacs:.2f}",
+        f"{backbone.images_per_second:.0f}",
+    )
+    table.add_row(
+        "coarse-to-fine",
+        f"{comparison.accuracy:.1f}",
+        f"{comparison.exit_share:.0%}",
+        f"{1e3 * comparison.gmacs:.2f}",
+        f"{predictor.images_per_second:.0f}",
+    )
+    console.print(table)
+    console.print(verdict(comparison))
+
+
+def verdict(comparison: Comparison) -> str:
+    """Whether coarse-to-fine kept the accuracy, saved half of the MACs and saved time, in plain words."""
+    saved = 1 - comparison.gmacs / comparison.plain_gmacs
+    drop = comparison.plain_accuracy - comparison.accuracy
+    speedup = comparison.speed[-1].ratio.value
+    kept = (
+        f"keeps the plain ViT's accuracy ({-drop:+z.1f} points)"
+        if drop <= 0.5
+        else f"loses {drop:.1f} points of accuracy"
+    )
+    cost = f"saves {saved:.0%} of its MACs" if saved > 0 else f"spends {-saved:.0%} more MACs"
+    time = f"takes {1 - 1 / speedup:.0%} less time" if speedup > 1 else f"takes {1 / speedup - 1:.0%} more time"
+    goal = "" if drop <= 0.5 and saved >= 0.5 else " That misses the aim: the same accuracy at half of the MACs."
+    return f"Coarse-to-fine {kept}, {cost} and {time} in batches of {BENCH_BATCH}.{goal}"
+
+
+def draw_trade_off(evaluation: Evaluation, comparison: Comparison, path: Path) -> None:
+    """A PNG of accuracy against cost over eta, with the plain ViT and the calibrated eta marked."""
+    figure = require_matplotlib()(figsize=(6.4, 4), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    axis.plot([1e3 * p.gmacs for p in evaluation.sweep], [p.accuracy for p in evaluation.sweep], label="coarse-to-fine")
+    axis.plot(
+        1e3 * comparison.gmacs,
+        comparison.accuracy,
+        "o",
+        color="C0",
+        label=f"calibrated eta {evaluation.calibrated:.2f}",
+    )
+    axis.plot(1e3 * comparison.plain_gmacs, comparison.plain_accuracy, "s", color="C1", label="plain ViT")
+    axis.set_xlabel("MMACs per image")
+    axis.set_ylabel("top-1 %")
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _explain_digits(model: CoarseToFineViT, digits: Path, folder: Path) -> None:
+    """Pictures of the test digit that the coarse stage is surest of, and of the one it is least sure of."""
+    source = open_data(str(digits), "validation")
+    images = EvalImages(source, model.data_config)
+    batch = torch.stack([images[i][0] for i in range(len(images))])
+    with torch.inference_mode():
+        confidence = model.coarse(batch).confidence
+    chosen = [int(confidence.argmax()), int(confidence.argmin())]
+    write = PictureFolder(folder, model, Predictor(model).threshold)
+    write([Path("easy"), Path("hard")], batch[chosen])
+
+
+def _classify_photos(folder: Path, console: Console) -> None:
+    """scikit-learn's sample photos, read by a bundled model, if there is one."""
+    if not bundled_models():
+        console.print("\nNo bundled model here: no photos to classify.")
+        return
+    name = bundled_models()[0]
+    model = load(name)
+    predictor = Predictor(model)
+    console.print(f"\nscikit-learn's sample photos, read by the bundled {name} ({', '.join(model.class_names or [])}):")
+    pictures = PictureFolder(folder, model, predictor.threshold)
+    photos = find_images([Path(file) for file in _sklearn_datasets().load_sample_images().filenames])
+    for answer in classify_files(photos, predictor, watch=pictures):
+        if isinstance(answer, FileAnswer):
+            stage = ("coarse", "fine")[answer.stage]
+            console.print(f"  {answer.path.name}: {answer.label} ({answer.confidence:.0%}, {stage} stage)")
+    console.print(f"  What it looked at is in {folder}.")

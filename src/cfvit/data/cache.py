@@ -1,0 +1,168 @@
+"""Images decoded once and held, for runs that would wait for decoding in each epoch."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import IO, Any, cast
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from cfvit.data.datasets import DataSource, ImageError, leave_signals_to_the_run, next_batch
+from cfvit.errors import CfvitError
+from cfvit.evaluation.metrics import progress_bar
+
+
+@dataclass(frozen=True)
+class _Held:
+    """Where the pixels of an image lie in the file, or why there are none."""
+
+    target: int
+    place: int = 0
+    height: int = 0
+    width: int = 0
+    failure: str | None = None
+
+
+class _Pixels:
+    """Bytes in a temporary file without a name, which every loading process maps and which goes with the last of them.
+
+    A file and not the process's own memory: where it lies on a disk, the system holds it in memory while there is
+    room, and processes that do not inherit memory are handed it all the same.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.size = file, 0
+        self._map: np.memmap | None = None
+
+    def append(self, pixels: np.ndarray) -> int:
+        """Writes an array at the end; returns its place."""
+        place = self.size
+        self.size += self._file.write(pixels.tobytes())
+        return place
+
+    def seal(self) -> None:
+        """All is written: it can be read."""
+        self._file.flush()
+        if self.size:
+            self._map = np.memmap(self._file, dtype=np.uint8, mode="r")
+
+    def read(self, place: int, count: int) -> np.ndarray:
+        """So many bytes from a place on."""
+        assert self._map is not None
+        return self._map[place : place + count]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (reduction.DupFd(self._file.fileno()), self.size)
+
+
+def _receive(handle: Any, size: int) -> _Pixels:
+    """In a process that did not inherit the pixels."""
+    pixels = _Pixels(os.fdopen(handle.detach(), "rb"))
+    pixels.size = size
+    pixels.seal()
+    return pixels
+
+
+@dataclass(frozen=True)
+class HeldSource(DataSource):
+    """A data source whose images are not read from where they came any more.
+
+    Attributes:
+        held: of each image.
+        pixels: of all images.
+    """
+
+    held: tuple[_Held, ...] = ()
+    pixels: _Pixels | None = None
+
+    def decode(self, index: int) -> tuple[Image.Image, int]:
+        """Image and the data set's own class index, as the source would give them. Raises `ImageError` where it did."""
+        held = self.held[index]
+        if held.failure is not None or self.pixels is None:
+            raise ImageError(held.failure or "is not held")
+        shape = held.height, held.width, 3
+        pixels = self.pixels.read(held.place, held.height * held.width * 3)
+        return Image.fromarray(pixels.reshape(shape)), held.target
+
+
+class _Decoded(Dataset):
+    """Pixels ``[H, W, 3]`` and the data set's own class index of each image, or why it cannot be read."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray | str, int]:
+        try:
+            image, target = self.source.decode(index)
+        except ImageError as error:
+            return str(error), -1
+        return np.asarray(image), target
+
+
+def hold(source: DataSource, workers: int, leads: bool = True) -> HeldSource:
+    """Decodes all images of a source, and gives a source of the same images that need no decoding.
+
+    Their pixels take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``). Each process of
+    a distributed run holds them for itself.
+
+    Args:
+        workers: processes that decode.
+        leads: whether to show progress.
+
+    Raises:
+        CfvitError: no room for the pixels.
+    """
+    decoded = DataLoader(
+        _Decoded(source),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=leave_signals_to_the_run,
+    )
+    held: list[_Held] = []
+    with _telling_what_was_held(held, len(source)):
+        pixels = _Pixels(cast(IO[bytes], tempfile.TemporaryFile()))  # noqa: SIM115 - it outlives this function
+    with progress_bar(len(source), leads) as advance:
+        items = iter(decoded)
+        for _ in range(len(source)):
+            image, target = next_batch(items)
+            with _telling_what_was_held(held, len(source)):
+                held.append(_append(pixels, image, target))
+            advance(1)
+    with _telling_what_was_held(held, len(source)):
+        pixels.seal()
+    return HeldSource(source.dataset, source.class_names, source.targets, tuple(held), pixels)
+
+
+@contextmanager
+def _telling_what_was_held(held: Sequence[_Held], count: int) -> Iterator[None]:
+    """An error of the system as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CfvitError(
+            f"the decoded images cannot be held ({error.strerror or error}; {len(held)} of {count} were): "
+            "make room for temporary files, set TMPDIR to a folder that has some, or leave out --hold-decoded"
+        ) from error
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _append(pixels: _Pixels, image: np.ndarray | str, target: int) -> _Held:
+    """Holds an image, or the reason why there is none."""
+    if isinstance(image, str):
+        return _Held(target, failure=image)
+    height, width, _ = image.shape
+    return _Held(target, pixels.append(image), height, width)

@@ -1,0 +1,61 @@
+"""Writing a file whole or not at all, and finding out beforehand whether it can be written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cfvit.errors import CfvitError, first_line
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` to write to, which takes its place once complete.
+
+    Raises:
+        CfvitError: the file cannot be written; ``path`` is then as it was.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise _unwritable(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: Exception) -> CfvitError:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return CfvitError(f"cannot write {path} ({reason}): make room or choose another place; nothing was changed")
+
+
+def require_writable(path: Path) -> None:
+    """Finds out before long work whether `atomic_write` can begin, by a file that is gone at once.
+
+    Raises:
+        CfvitError: a folder is in its place, or its folder can be neither made nor written to.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error

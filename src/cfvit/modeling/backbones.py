@@ -1,0 +1,249 @@
+"""Which of timm's models can be read in two stages, and how they are made and filled.
+
+A backbone is timm's own model, unchanged, so that its weights load key for key. How it is taken
+apart is in `anatomy`, the two-stage method in `model`. A model of one's own is added in one file
+that subclasses timm's ``VisionTransformer`` and registers it with timm, as `lvvit` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import timm.models.eva
+import torch
+from timm.layers import HybridEmbed, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+import cfvit.modeling.lvvit  # noqa: F401 - registers LV-ViT with timm
+from cfvit.errors import CfvitError
+from cfvit.modeling.timm_vit import ATTENTIONS, BLOCKS, Backbone, patch_side
+from cfvit.modeling.weights import read_weights
+
+# timm reports a resampled position embedding with a warning; here it is the normal case.
+logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+WHAT_WOULD_DO = "choose a ViT with a class token, such as deit_small_patch16_224 or vit_small_patch14_dinov2"
+
+
+def patch_size(backbone: str, **timm_kwargs: Any) -> tuple[int, int]:
+    """Height and width of a patch, in pixels, of a timm model by its name.
+
+    Raises:
+        CfvitError: timm has no such model, or it cannot be read in two stages.
+    """
+    return patch_side(_skeleton(backbone, **timm_kwargs))
+
+
+def create_backbone(
+    name: str,
+    *,
+    img_size: tuple[int, int],
+    num_classes: int,
+    pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+    **timm_kwargs: Any,
+) -> Backbone:
+    """Timm's model ``name`` at ``img_size`` pixels (height, width), its position embedding resampled to fit.
+
+    Args:
+        pretrained: True for timm's own weights (downloaded or cached), a local file of such
+            weights, or their state dict. A head for another number of classes is dropped.
+
+    Raises:
+        CfvitError: unknown or unsuitable model, or weights that cannot be had or do not fit.
+    """
+    _skeleton(name, **timm_kwargs)
+    options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes, **timm_kwargs}
+    if pretrained is True:
+        model = _with_timm_weights(name, options)
+    else:
+        model = cast(Backbone, timm.create_model(name, **options))
+    if not isinstance(pretrained, bool):
+        given = pretrained if isinstance(pretrained, Mapping) else read_weights(Path(pretrained))
+        _fill(model, dict(given), name)
+    rope: Any = getattr(model, "rope", None)
+    if getattr(rope, "aug_active", False):
+        rope.aug_active = False  # drawn anew for each stage, it would move the two grids apart
+    return model
+
+
+def _with_timm_weights(name: str, options: dict[str, Any]) -> Backbone:
+    try:
+        return cast(Backbone, timm.create_model(name, pretrained=True, **options))
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CfvitError(f"timm's weights of {name} cannot be had ({reason}): give a local file instead") from error
+
+
+def _fill(model: Backbone, weights: dict[str, Tensor], name: str) -> None:
+    """Loads weights under timm's own keys, positions resampled; all but heads of other classes must fit."""
+    weights = in_timms_keys(model, weights)
+    own = model.state_dict()
+    heads = {key for key in own if key.split(".")[0] in HEADS}
+    if any(key not in weights or weights[key].shape != own[key].shape for key in heads):
+        weights = {key: tensor for key, tensor in weights.items() if key not in heads}
+    else:
+        heads = set()
+    expected = {key: tensor for key, tensor in own.items() if key not in heads}
+    require_fit(expected, weights, f"the given weights do not fit {name}")
+    model.load_state_dict(weights, strict=False)
+
+
+HEADS = frozenset({"head", "head_dist", "aux_head"})
+"""Modules with an output for each class."""
+
+
+def in_timms_keys(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as published, under the keys and in the shapes of timm's ViT; those of other models as they are."""
+    if isinstance(model, Eva):
+        return timm.models.eva.checkpoint_filter_fn(weights, model)
+    if isinstance(model, VisionTransformer):
+        return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    return weights
+
+
+def require_fit(
+    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], complaint: str, spelled: Callable[[str], str] = str
+) -> None:
+    """Compares names and shapes of weights with those that a module has.
+
+    Args:
+        complaint: how the message begins.
+        spelled: our name of a weight to the one to show.
+
+    Raises:
+        CfvitError: names the first missing, unknown or misshapen weights.
+    """
+    problems = [f"missing {spelled(name)}" for name in own if name not in weights]
+    problems += [f"unknown {spelled(name)}" for name in weights if name not in own]
+    problems += [
+        f"{spelled(name)} is {list(tensor.shape)} where {list(own[name].shape)} is needed"
+        for name, tensor in weights.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise CfvitError(f"{complaint}: {'; '.join(problems[:5])}{more}")
+
+
+def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
+    """The model without memory for its weights, once it is known to be suitable."""
+    if not timm.is_model(name):
+        raise CfvitError(f"timm has no model {name!r}: {_suggestion(name)}")
+    model = _on_meta(name, _Arguments(timm_kwargs))
+    reason = _refusal(model)
+    if reason is None:
+        return cast(Backbone, model)
+    if timm_kwargs and _refusal(_on_meta(name, _Arguments())) is None:
+        raise CfvitError(f"{name} with {_spelled(timm_kwargs)} {reason}: leave out or change these arguments")
+    raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}")
+
+
+def _suggestion(name: str) -> str:
+    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return "give timm's own name, and such weights as pretrained_backbone or --initial-weights"
+    near = difflib.get_close_matches(name, timm.list_models(["*deit*", "*vit*", "eva*"]), n=3)
+    return f"did you mean {', '.join(near)}?" if near else WHAT_WOULD_DO
+
+
+class _Arguments(dict[str, Any]):
+    """Keyword arguments, which may be told apart by a cache."""
+
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - nobody changes them
+        return hash(repr(sorted(self.items())))
+
+
+@lru_cache(maxsize=8)
+def _on_meta(name: str, timm_kwargs: _Arguments) -> nn.Module:
+    """The model without memory for its weights, to be read alone: it is made once for several questions."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **timm_kwargs)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        given, mend = (f" with {_spelled(timm_kwargs)}", "arguments") if timm_kwargs else ("", "name")
+        raise CfvitError(f"timm cannot build {name}{given} ({reason}): change the {mend}") from error
+
+
+def _spelled(timm_kwargs: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in timm_kwargs.items())
+
+
+def _refusal(model: nn.Module) -> str | None:
+    """Why a model cannot be read in two stages, or None."""
+    return _foreign(model) or _unsuitable(cast(Backbone, model))
+
+
+_WINDOWED = {"SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM"}
+_WINDOWED |= {"Hiera", "MaxxVit", "GlobalContextVit", "Nest", "Twins", "DaVit"}
+_OTHER_ATTENTION = {
+    "Beit": "adds to its attention a bias for each pair of patches of one fixed grid, which patches of two sizes lack",
+    "VisionTransformerRelPos": "adds to its attention a bias for each pair of patches of one fixed grid, "
+    "which patches of two sizes lack",
+    "Xcit": "attends across channels, not patches, so that no class attention chooses the informative cells",
+    "Cait": "lets the class token attend in its last blocks only, too late to average its attention over the blocks",
+    "CrossVit": "reads the image in two branches, each with patches and a class token of its own",
+    "VOLO": "attends within local outlooks of a fixed grid in its first blocks",
+    "NaFlexVit": "packs patches of images of any size its own way, and timm's plain ViTs hold the same weights",
+}
+
+
+def _foreign(model: nn.Module) -> str | None:
+    """Why a model is none of timm's plain ViTs, or None if it is one."""
+    kind = type(model).__name__
+    if isinstance(model, VisionTransformer | Eva) and _computes_plainly(model):
+        return None
+    if kind in _OTHER_ATTENTION:
+        return _OTHER_ATTENTION[kind]
+    if kind in _WINDOWED:
+        return "attends within windows of one grid, so patches of two sizes cannot share a sequence"
+    reductions = {info["reduction"] for info in getattr(model, "feature_info", []) if "reduction" in info}
+    if len(reductions) > 1:
+        return "is a hierarchy of convolutions or poolings, without one sequence of patches"
+    return f"is a {kind}, not one of timm's plain vision transformers"
+
+
+def _computes_plainly(model: nn.Module) -> bool:
+    """Whether a subclass changes nothing but parts that are read from it: stem, blocks, head."""
+    kind: Any = type(model)
+    base: Any = Eva if isinstance(model, Eva) else VisionTransformer
+    embeds = kind._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
+    return embeds and kind.forward_features is base.forward_features and kind.forward is base.forward
+
+
+def _unsuitable(model: Backbone) -> str | None:
+    """Why one of timm's plain ViTs cannot be read in two stages, or None."""
+    if len(model.blocks) == 0:
+        return "has no blocks"
+    if model.cls_token is None:
+        return "has no class token, whose attention chooses the informative cells"
+    if not model.global_pool:
+        return "has its pooling switched off, so that there is no one answer for an image"
+    unknown = {type(block).__name__ for block in model.blocks if type(block) not in BLOCKS}
+    unknown |= {type(a).__name__ for a in _attentions(model) if type(a) not in ATTENTIONS}
+    if unknown:
+        return f"is built of {', '.join(sorted(unknown))}, whose class attention is not read here"
+    embed: Any = model.patch_embed
+    read = type(embed).forward in (PatchEmbed.forward, HybridEmbed.forward) or hasattr(embed, "features")
+    if not isinstance(embed, PatchEmbed | HybridEmbed) or not read:
+        return f"embeds its patches by a {type(embed).__name__} without features(images), so it is not read here"
+    if getattr(model, "patch_drop", None) is not None and not isinstance(model.patch_drop, nn.Identity):
+        return "drops patches at random in training, which the choice of informative cells cannot"
+    return None
+
+
+def _attentions(model: Backbone) -> list[nn.Module]:
+    """The attention modules of all blocks; a `ParallelScalingBlock` has none of its own."""
+    found: list[Any] = []
+    for block in model.blocks:
+        branches: Any = getattr(block, "attns", [block])
+        found += [branch.attn for branch in branches if hasattr(branch, "attn")]
+    return found

@@ -1,0 +1,465 @@
+"""The coarse-to-fine vision transformer: configuration, feature reuse and the two stages.
+
+The two stages meet in a `CoarseState`; nothing is kept on the module between calls::
+
+    state = model.coarse(images)
+    hard = state.confidence < 0.5
+    logits = model.fine(images[hard], state[hard])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+
+import timm.data
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn.init import trunc_normal_
+
+from cfvit.errors import CfvitError
+from cfvit.modeling import backbones
+from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.exit import ExitRule, confidence_of
+from cfvit.modeling.tokens import (
+    accumulate_attention,
+    child_positions,
+    coarse_image,
+    gather_tokens,
+    mirrored_sources,
+    num_informative,
+    rank_cells,
+    repeat_for_children,
+    score_cells,
+)
+from cfvit.modeling.variants import Reuse, Selection
+
+if TYPE_CHECKING:
+    from cfvit.calibration import Calibration
+
+FIRST_ATTENTION_BLOCK = 3
+"""The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What defines a model besides its weights. Saved as part of ``config.json``.
+
+    Attributes:
+        backbone: timm's name of a ViT with a class token, or ``lvvit_small_patch16_224`` and its kin.
+        num_classes: size of the head.
+        coarse_grid: side ``g`` of the coarse grid in cells, or ``(rows, columns)``; a side of the image
+            is ``2 * g * patch`` pixels.
+        informative_ratio: alpha, the share of cells that the fine stage splits, in [0, 1].
+        attention_momentum: beta of Eq. 9, in [0, 1); 0 leaves the last block's class attention alone.
+        selection: ``"attention"`` splits the cells with the highest class attention, as the paper does;
+            ``"negative"`` those with the lowest, ``"random"`` any (Table 4).
+        feature_reuse: ``"mlp"`` adds what an MLP makes of a cell's coarse features to its children, as the
+            paper does; ``"linear"`` has one linear layer in the MLP's place, ``"none"`` adds nothing,
+            ``"class_token"`` serves the class token as well and ``"uninformative"`` the cells that
+            are not split (Table 5).
+        timm_kwargs: further keyword arguments of ``timm.create_model``.
+    """
+
+    backbone: str
+    num_classes: int = 1000
+    coarse_grid: int | tuple[int, int] = 7
+    informative_ratio: float = 0.5
+    attention_momentum: float = 0.99
+    selection: Selection = "attention"
+    feature_reuse: Reuse = "mlp"
+    timm_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 1, f"num_classes is {self.num_classes}: give at least 1")
+        if isinstance(self.coarse_grid, list):  # JSON and YAML have no tuples
+            object.__setattr__(self, "coarse_grid", tuple(self.coarse_grid))
+        sides = self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid,) * 2
+        whole = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
+        _require(whole, f"coarse_grid is {self.coarse_grid!r}: give a whole number of at least 1, or (rows, columns)")
+        reserved = {"img_size", "num_classes", "pretrained", "in_chans"} & set(self.timm_kwargs)
+        _require("in_chans" not in reserved, "in_chans cannot be given to timm: images have 3 channels")
+        _require(not reserved, f"{', '.join(reserved)} cannot be given to timm: it follows from cfvit's own arguments")
+        _require(
+            0 <= self.informative_ratio <= 1,
+            f"informative_ratio is {self.informative_ratio}: give a share between 0 and 1",
+        )
+        _require(
+            0 <= self.attention_momentum < 1,
+            f"attention_momentum is {self.attention_momentum}: give at least 0 and less than 1",
+        )
+        for name, kinds in (("selection", Selection), ("feature_reuse", Reuse)):
+            value, allowed = getattr(self, name), get_args(kinds)
+            _require(value in allowed, f"{name} is {value!r}: give one of {', '.join(allowed)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the coarse grid."""
+        return self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid, self.coarse_grid)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise CfvitError(message)
+
+
+@dataclass(eq=False)
+class CoarseState:
+    """What the coarse stage knows of a batch, and all that the fine stage needs of it.
+
+    Index it like a tensor along the batch: ``state[hard]`` with a mask, indices or a slice.
+
+    Attributes:
+        logits: ``[B, classes]``, the coarse answer.
+        tokens: ``[B, N, D]``, patch tokens after the final norm, for feature reuse.
+        embedding: ``[B, N, D]``, patch tokens before the first block, for cells that are not split.
+        class_attention: ``[B, N]``, global class attention in float32 (Eq. 9), by which cells are ranked; of
+            a model with another `Selection`, what it ranks them by.
+        class_token: ``[B, D]``, after the final norm.
+    """
+
+    logits: Tensor
+    tokens: Tensor
+    embedding: Tensor
+    class_attention: Tensor
+    class_token: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """The highest softmax probability of each image, as in the paper: ``[B]`` in float32, -1 where not a number.
+
+        A model may have been calibrated for another measure: see ``model.exit_rule.coarse(state.logits)``.
+        """
+        return confidence_of(self.logits)
+
+    def __getitem__(self, index: Any) -> CoarseState:
+        return CoarseState(*(getattr(self, f.name)[index] for f in fields(self)))
+
+
+class CoarseToFineOutput(NamedTuple):
+    """Logits of both stages for every image, each ``[B, classes]``."""
+
+    coarse: Tensor
+    fine: Tensor
+
+
+class TokenOutput(NamedTuple):
+    """What training with token labels needs of a batch: answers of the class token and of each patch token.
+
+    Attributes:
+        coarse: the coarse class token's logits, ``[B, classes]``.
+        fine: the fine class token's logits, ``[B, classes]``.
+        tokens: the auxiliary head's logits for the fine sequence, ``[B, 4k + N - k, classes]``.
+        informative: the cells of the first ``4k`` tokens, ``[B, k]``.
+        others: the cells of the rest, ``[B, N - k]``.
+    """
+
+    coarse: Tensor
+    fine: Tensor
+    tokens: Tensor
+    informative: Tensor
+    others: Tensor
+
+
+class FeatureReuse(nn.Module):
+    """LayerNorm and an MLP on the coarse stage's output tokens (Fig. 4): ``[B, n, D] -> [B, n, D]``.
+
+    Args:
+        hidden: channels inside the MLP; None puts one linear layer in its place (Table 5).
+    """
+
+    def __init__(self, dim: int, hidden: int | None, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.mlp = nn.Linear(dim, dim) if hidden is None else Mlp(dim, hidden)
+        for layer in self.mlp.modules():
+            if isinstance(layer, nn.Linear):
+                trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.mlp(self.norm(tokens))
+
+
+class CoarseToFineViT(nn.Module):
+    """A ViT that reads an image coarsely, and again with its informative cells split 2 x 2.
+
+    Build one with `create_model` or `cfvit.load`. ``backbone`` is timm's model at the full image
+    size; its own position embedding serves the fine stage. All other weights are the position
+    embedding of the coarse grid and the feature reuse.
+
+    Attributes:
+        config: the `ModelConfig` it was built from.
+        data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
+        class_names: a name for each class, or None.
+        threshold: the calibrated confidence at which the coarse answer is given, or None.
+        exit_rule: how that confidence is measured.
+        calibration: what the two were chosen by and promise, if `use_calibration` set them, or None.
+    """
+
+    def __init__(
+        self, config: ModelConfig, pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False
+    ) -> None:
+        super().__init__()
+        patch = backbones.patch_size(config.backbone, **config.timm_kwargs)
+        self.config = config
+        self.grid = config.grid
+        self.image_size = (2 * self.grid[0] * patch[0], 2 * self.grid[1] * patch[1])
+        self.coarse_size = (self.image_size[0] // 2, self.image_size[1] // 2)
+        self.backbone = backbones.create_backbone(
+            config.backbone,
+            img_size=self.image_size,
+            num_classes=config.num_classes,
+            pretrained=pretrained_backbone,
+            **config.timm_kwargs,
+        )
+        self.coarse_pos_embed: nn.Parameter | None = None
+        if self.backbone.pos_embed is not None:
+            positions, fine_grid = self.backbone.pos_embed.detach(), (2 * self.grid[0], 2 * self.grid[1])
+            coarse = anatomy.resample_positions(self.backbone, positions, fine_grid, self.grid)
+            self.coarse_pos_embed = nn.Parameter(coarse.clone())
+            if pretrained_backbone is False:
+                trunc_normal_(self.coarse_pos_embed, std=0.02)
+        self.feature_reuse: FeatureReuse | None = None
+        if config.feature_reuse != "none":
+            hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
+            eps = getattr(self.backbone.norm, "eps", 1e-6)
+            self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
+
+        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
+        self.data_config["input_size"] = (3, *self.image_size)
+        self.class_names: list[str] | None = None
+        self.threshold: float | None = None
+        self.exit_rule = ExitRule()
+        self.calibration: Calibration | None = None
+
+    def use_calibration(self, calibration: Calibration) -> None:
+        """Takes over the threshold of a calibration and the confidence that it is meant for.
+
+        Raises:
+            CfvitError: it is of another number of classes.
+        """
+        _require(
+            calibration.classes == self.config.num_classes,
+            f"the calibration is of {calibration.classes} classes and the model has {self.config.num_classes}: "
+            "calibrate this model",
+        )
+        self.threshold, self.exit_rule = calibration.threshold, calibration.exit_rule
+        self.calibration = calibration
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters for optimisers to leave undecayed: positions and extra tokens."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()} | {"coarse_pos_embed"}
+
+    def label_of(self, index: int) -> str:
+        """The name of a class, or its number where the model has no names."""
+        return self.class_names[index] if self.class_names else str(index)
+
+    def coarse(self, images: Tensor) -> CoarseState:
+        """The first stage: every image at half its side (Eqs. 5 to 9).
+
+        Args:
+            images: normalised, ``[B, 3, H, W]`` with ``(H, W) = image_size``, which are halved as the paper does;
+                or already of ``coarse_size``, for instance from a JPEG decoded at a part of its size.
+
+        Raises:
+            CfvitError: images of another shape.
+        """
+        return self._coarse_state(images, self._coarse_logits)
+
+    def _coarse_logits(self, tokens: Tensor) -> Tensor:
+        logits = self.backbone.forward_head(tokens)
+        divisor = getattr(self.backbone, "coarse_logit_divisor", None)
+        return logits if divisor is None else logits / divisor
+
+    def _coarse_state(
+        self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
+    ) -> CoarseState:
+        """The coarse stage, with ``head`` for what makes its logits of the sequence after the final norm."""
+        self.check_images(images, self.image_size, self.coarse_size)
+        backbone, positions = self.backbone, self.coarse_pos_embed
+        small = images if images.shape[-2:] == self.coarse_size else coarse_image(images)
+        embedding = anatomy.embed_coarse(backbone, small)
+        if sources is not None:
+            embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
+        if positions is not None:
+            embedding = embedding + anatomy.patch_positions(backbone, positions)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        tokens = anatomy.enter(backbone, torch.cat([prefix, embedding], dim=1))
+
+        depth = len(backbone.blocks)
+        first = min(FIRST_ATTENTION_BLOCK, depth - 1)
+        rotation = self._cell_rotation(anatomy.fine_rotation(backbone), images.device)
+        tokens = anatomy.run_blocks(backbone, tokens, rotation, first)
+        attention = None
+        for index in range(first, depth):
+            tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
+            attention = accumulate_attention(attention, row, self.config.attention_momentum)
+        assert attention is not None
+        tokens = backbone.norm(tokens)
+        scores = score_cells(attention, self.config.selection)
+        return CoarseState(head(tokens), tokens[:, backbone.num_prefix_tokens :], embedding, scores, tokens[:, 0])
+
+    def fine(self, images: Tensor, state: CoarseState, *, informative_ratio: float | None = None) -> Tensor:
+        """The second stage: informative cells split, the others as the coarse stage saw them (Eqs. 10 to 13).
+
+        Args:
+            images: ``[B, 3, H, W]``, those that ``state`` describes, in its order.
+            state: from `coarse`, indexed to these images.
+            informative_ratio: instead of the configured share, in [0, 1]; 1 splits all cells.
+
+        Returns:
+            Logits ``[B, classes]``.
+
+        Raises:
+            CfvitError: images of another shape or number than the state's, a ratio out of range.
+        """
+        self.check_images(images, self.image_size)
+        if len(images) != len(state.logits):
+            raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
+        informative, others = self._choose_cells(state.class_attention, informative_ratio)
+        return self.backbone.forward_head(self._fine_tokens(images, state, informative, others))
+
+    def _choose_cells(self, class_attention: Tensor, ratio: float | None) -> tuple[Tensor, Tensor]:
+        """Informative cells ``[B, k]`` and the others ``[B, N - k]`` (Eq. 10)."""
+        ratio = self.config.informative_ratio if ratio is None else ratio
+        _require(0 <= ratio <= 1, f"informative_ratio is {ratio}: give a share between 0 and 1")
+        return rank_cells(class_attention, num_informative(ratio, class_attention.shape[1]))
+
+    def _fine_tokens(
+        self, images: Tensor, state: CoarseState, informative: Tensor, others: Tensor, sources: Tensor | None = None
+    ) -> Tensor:
+        """The mixed sequence after the final norm, ``[B, p + 4k + N - k, D]`` (Eqs. 11 to 13)."""
+        backbone, positions = self.backbone, self.backbone.pos_embed
+        places = child_positions(informative, self.grid[1])
+        sources = None if sources is None else sources.gather(1, informative)
+        children = anatomy.embed_children(backbone, images, informative, sources)
+        if positions is not None:
+            children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        parts = self._reuse(state, prefix, children, gather_tokens(state.embedding, others), informative, others)
+        tokens = torch.cat(parts, dim=1)
+
+        fine = anatomy.fine_rotation(backbone)
+        rotation = anatomy.join_rotations(
+            anatomy.gather_rotation(fine, places),
+            anatomy.gather_rotation(self._cell_rotation(fine, images.device), others),
+        )
+        return backbone.norm(anatomy.run_blocks(backbone, anatomy.enter(backbone, tokens), rotation))
+
+    def _reuse(
+        self,
+        state: CoarseState,
+        prefix: Tensor,
+        children: Tensor,
+        rest: Tensor,
+        informative: Tensor,
+        others: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The three parts of the fine sequence, with the coarse features that they take over (Eq. 12, Table 5)."""
+        reuse = self.feature_reuse
+        if reuse is None:
+            return prefix, children, rest
+        children = children + repeat_for_children(reuse(gather_tokens(state.tokens, informative)))
+        if self.config.feature_reuse == "uninformative":
+            rest = rest + reuse(gather_tokens(state.tokens, others))
+        if self.config.feature_reuse == "class_token":
+            prefix = torch.cat([prefix[:, :1] + reuse(state.class_token[:, None]), prefix[:, 1:]], dim=1)
+        return prefix, children, rest
+
+    def _cell_rotation(self, fine: Tensor | None, device: torch.device) -> Tensor | None:
+        if fine is None:
+            return None
+        cells = torch.arange(self.grid[0] * self.grid[1], device=device)[None]
+        return anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
+
+    def forward(self, images: Tensor, *, informative_ratio: float | None = None) -> CoarseToFineOutput:
+        """Both stages for every image, as in training and in the sweep over thresholds."""
+        state = self.coarse(images)
+        return CoarseToFineOutput(state.logits, self.fine(images, state, informative_ratio=informative_ratio))
+
+    def forward_tokens(
+        self, images: Tensor, *, informative_ratio: float | None = None, mixed: Tensor | None = None
+    ) -> TokenOutput:
+        """Both stages for every image, with an answer of each token of the fine sequence, for token labels.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+            informative_ratio: as in `fine`.
+            mixed: ``[N]``, True for the cells of image ``b`` that MixToken replaces, right after the patch
+                embedding, by those of image ``B - 1 - b``; see `cfvit.modeling.tokens.cells_in_box`.
+
+        Raises:
+            CfvitError: a backbone without an auxiliary head, besides what `coarse` and `fine` raise.
+        """
+        backbone: Any = self.backbone
+        if not hasattr(backbone, "token_logits"):
+            raise CfvitError(f"{self.config.backbone} has no auxiliary head for its tokens: choose an lvvit backbone")
+        sources = None if mixed is None else mirrored_sources(mixed, len(images))
+        state = self._coarse_state(images, backbone.class_logits, sources)
+        informative, others = self._choose_cells(state.class_attention, informative_ratio)
+        fine = self._fine_tokens(images, state, informative, others, sources)
+        answers = state.logits, backbone.class_logits(fine), backbone.token_logits(fine)
+        return TokenOutput(*answers, informative, others)
+
+    def check_images(self, images: Tensor, *sizes: tuple[int, int]) -> None:
+        """Images are ``[B, 3, H, W]`` with one of these heights and widths.
+
+        Raises:
+            CfvitError: they are not.
+        """
+        allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
+        if not isinstance(images, Tensor):
+            raise CfvitError(f"images are a {type(images).__name__}: give a tensor, normalised {allowed}")
+        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
+            raise CfvitError(f"images of shape {list(images.shape)}: give normalised {allowed}")
+        if not images.is_floating_point():
+            kind = str(images.dtype).removeprefix("torch.")
+            raise CfvitError(f"images of {kind}: give floats {allowed}, normalised by model.data_config")
+
+
+def create_model(
+    backbone: str,
+    *,
+    num_classes: int = 1000,
+    coarse_grid: int | tuple[int, int] = 7,
+    informative_ratio: float = 0.5,
+    attention_momentum: float = 0.99,
+    selection: Selection = "attention",
+    feature_reuse: Reuse = "mlp",
+    pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False,
+    **timm_kwargs: Any,
+) -> CoarseToFineViT:
+    """A coarse-to-fine model on a timm ViT.
+
+    Args:
+        backbone: a timm ViT with a class token, such as ``"deit_small_patch16_224"``, or
+            ``"lvvit_small_patch16_224"`` and its kin.
+        num_classes: size of the head.
+        coarse_grid: side of the coarse grid in cells, or ``(rows, columns)``; the image's sides follow,
+            ``2 * coarse_grid * patch`` pixels.
+        informative_ratio: alpha, the share of cells that the fine stage splits.
+        attention_momentum: beta of the global class attention.
+        selection: how cells are chosen to be split; see `ModelConfig`, as for the next.
+        feature_reuse: what the fine stage takes over of the coarse one's features.
+        pretrained_backbone: True for timm's own weights, or a local file or state dict of them.
+            The position embedding is resampled for both grids.
+        timm_kwargs: passed on to ``timm.create_model`` (``drop_path_rate``, ``depth``, ...).
+
+    Raises:
+        CfvitError: an unknown or unsuitable backbone, a value out of range, weights that do not fit.
+    """
+    config = ModelConfig(
+        backbone=backbone,
+        num_classes=num_classes,
+        coarse_grid=coarse_grid,
+        informative_ratio=informative_ratio,
+        attention_momentum=attention_momentum,
+        selection=selection,
+        feature_reuse=feature_reuse,
+        timm_kwargs=timm_kwargs,
+    )
+    return CoarseToFineViT(config, pretrained_backbone)

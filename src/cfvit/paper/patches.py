@@ -1,0 +1,160 @@
+"""Figure 1 of the paper: a plain ViT on a part of its patches, and its class attention at both patch sizes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cfvit.errors import CfvitError
+from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.timm_vit import Backbone
+from cfvit.modeling.tokens import gather_tokens, rank_cells
+from cfvit.paper.figures import AttentionPicture
+from cfvit.plots.explain import explain
+
+
+@dataclass(frozen=True)
+class HighestLowest:
+    """Fig. 1(a): top-1 in percent of a plain ViT on a part of its patches.
+
+    Attributes:
+        highest: on those with the highest class attention in each block.
+        lowest: on those with the lowest.
+        whole: on all patches.
+    """
+
+    highest: list[float]
+    lowest: list[float]
+    whole: float
+
+
+@torch.inference_mode()
+def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
+    """The class token's attention row in every block of a plain ViT, averaged over heads (Eq. 2).
+
+    Args:
+        images: normalised, ``[B, 3, H, W]``.
+
+    Returns:
+        ``[depth, B, N]`` in float32, over patches numbered row by row.
+    """
+    tokens = _sequence(backbone, images, _all_patches(backbone, images))
+    rotation = anatomy.fine_rotation(backbone)
+    rows = []
+    for index in range(len(backbone.blocks)):
+        tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@torch.inference_mode()
+def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
+    """A plain ViT's logits ``[B, classes]`` where it sees some of its patches only, each at its own position.
+
+    Args:
+        images: normalised, ``[B, 3, H, W]``.
+        kept: ``[B, k]``, patch numbers, row by row; their order does not matter.
+    """
+    rotation = anatomy.gather_rotation(anatomy.fine_rotation(backbone), kept)
+    tokens = anatomy.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
+    return backbone.forward_head(backbone.norm(tokens))
+
+
+def _all_patches(backbone: Backbone, images: Tensor) -> Tensor:
+    return torch.arange(_patch_count(backbone), device=images.device).expand(len(images), -1)
+
+
+def _patch_count(backbone: Backbone) -> int:
+    return cast(Any, backbone.patch_embed).num_patches
+
+
+def _sequence(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
+    """What enters the first block: the prefix and the kept patches, ``[B, p + k, D]``."""
+    embed: Any = backbone.patch_embed
+    patches, positions = embed(images).flatten(1, -2), backbone.pos_embed  # some of timm's stems keep rows and columns
+    if positions is not None:
+        patches = patches + anatomy.patch_positions(backbone, positions)
+    prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+    return anatomy.enter(backbone, torch.cat([prefix, gather_tokens(patches, kept)], dim=1))
+
+
+@torch.inference_mode()
+def score_highest_lowest(
+    backbone: Backbone,
+    loader: DataLoader,
+    device: torch.device,
+    kept: int,
+    on_batch: Callable[[int], None] = lambda images: None,
+) -> HighestLowest:
+    """Scores a plain ViT on the patches of highest and of lowest class attention in each block (Fig. 1a).
+
+    Costs two passes for each block, and two more.
+
+    Args:
+        loader: batches of `cfvit.data.datasets.EvalImages`; images that cannot be read are left out.
+        kept: how many patches are left, of each kind.
+        on_batch: called with the number of images done, for a progress bar.
+
+    Raises:
+        CfvitError: ``kept`` out of range, or not one image can be read.
+    """
+    patches = _patch_count(backbone)
+    if not 1 <= kept <= patches:
+        raise CfvitError(f"{kept} of {patches} patches to keep: give 1 to {patches}")
+    backbone = backbone.eval().to(device)
+    right, total = torch.zeros(2 * len(backbone.blocks) + 1, dtype=torch.long), 0
+    for images, labels, _ in loader:
+        readable = labels >= 0
+        if readable.any():
+            answers = _answers(backbone, images[readable].to(device), kept)
+            right += (answers == labels[readable]).sum(dim=1)
+        total += int(readable.sum())
+        on_batch(len(images))
+    if total == 0:
+        raise CfvitError("none of the images can be read: check the data")
+    whole, *parts = (100 * right.double() / total).tolist()
+    return HighestLowest(parts[0::2], parts[1::2], whole)
+
+
+def _answers(backbone: Backbone, images: Tensor, kept: int) -> Tensor:
+    """Classes from the whole image, then from the highest and the lowest patches of each block: ``[1 + 2K, B]``."""
+    answers = [backbone(images)]
+    for row in class_attention_of_blocks(backbone, images):
+        for scores in (row, -row):
+            answers.append(answer_from_patches(backbone, images, rank_cells(scores, kept)[0]))
+    return torch.stack(answers).argmax(dim=-1).cpu()
+
+
+@torch.inference_mode()
+def attention_pictures(coarse: CoarseToFineViT, fine: Backbone, images: Tensor) -> list[AttentionPicture]:
+    """The last block's class attention on coarse patches, and a plain ViT's on fine ones (Fig. 1b).
+
+    Args:
+        coarse: its coarse stage is looked at, without Eq. 9's average over blocks.
+        fine: of the same image size and normalisation.
+        images: normalised, ``[B, 3, H, W]``.
+
+    Raises:
+        CfvitError: images of another size than either model's.
+    """
+    coarse, fine = coarse.eval(), fine.eval()
+    last = copy.copy(coarse)  # shares the weights
+    last.config = replace(coarse.config, attention_momentum=0.0, selection="attention")
+    size = tuple(cast(Any, fine.patch_embed).img_size)
+    if tuple(images.shape[-2:]) != size:
+        height, width = images.shape[-2:]
+        raise CfvitError(f"images of {height} x {width} pixels for a plain ViT of {size[0]} x {size[1]}: give one size")
+    parameter = next(fine.parameters())
+    rows = class_attention_of_blocks(fine, images.to(parameter.device, parameter.dtype))[-1].cpu()
+    grid = cast(Any, fine.patch_embed).grid_size
+    return [
+        AttentionPicture(explanation.image, explanation.attention, row.reshape(grid).numpy())
+        for explanation, row in zip(explain(last, images, 1.0), rows, strict=True)
+    ]

@@ -1,0 +1,173 @@
+"""Charts of a report, as SVG to stand inside a page, which gives them its colours. Needs matplotlib."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfvit.calibration import TradeOff
+from cfvit.calibration.binomial import share_estimate
+from cfvit.evaluation.breakdown import LEVEL, Operation, Reliability, accuracy_estimate, spread
+from cfvit.modeling.cost import StageMacs
+from cfvit.plots.explain import require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, QUIET, LINE, COARSE, FINE = "#1c2127", "#59636e", "#d3d9e0", "#1a62b3", "#b3500f"
+_VARIABLES = {INK: "ink", QUIET: "quiet", LINE: "line", COARSE: "coarse", FINE: "fine"}
+
+STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of their own
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+}
+"""What all drawings of this package share."""
+
+_PAGE_STYLE = STYLE | {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "cfvit",
+    "font.family": "DejaVu Sans",
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "path.simplify": False,
+}
+_CURVE_POINTS, _BAND_POINTS = 256, 48
+_WIDTH = 7.0
+
+
+def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: str) -> str:
+    """Accuracy against mean cost over eta, with its interval, both ends, the plain backbone's cost and the eta in use.
+
+    Args:
+        name: unique on the page, as in the other charts; names of the drawing's parts begin with it.
+
+    Raises:
+        CfvitError: matplotlib is not installed.
+    """
+    with _figure(3.9) as figure:
+        axis = figure.subplots()
+        curve, band = spread(trade, _CURVE_POINTS), spread(trade, _BAND_POINTS)
+        intervals = [accuracy_estimate(trade, int(go_on)) for go_on in band]
+        low, high = [estimate.low for estimate in intervals], [estimate.high for estimate in intervals]
+        axis.fill_between(_gmacs(trade, macs, band), low, high, color=COARSE, alpha=0.16, lw=0, label="95% interval")
+        accuracy = 100 * trade.right / trade.images
+        axis.plot(_gmacs(trade, macs, curve), accuracy[curve], color=COARSE, lw=1.8, label="over eta")
+        ends = {"color": INK, "ls": "", "ms": 7, "mfc": "none", "mew": 1.4}
+        axis.plot(macs.coarse / 1e9, accuracy[0], "s", label="always coarse", **ends)
+        axis.plot(macs.both / 1e9, accuracy[-1], "^", label="always fine", **ends)
+        axis.plot(chosen.gmacs.value, chosen.accuracy.value, "o", color=FINE, ms=7, ls="", label="eta in use")
+        axis.axvline(macs.backbone / 1e9, color=QUIET, ls=(0, (4, 3)), lw=1.2, label="plain backbone's cost")
+        axis.set_xlim(0, 1.06 * max(macs.both, macs.backbone) / 1e9)
+        axis.set_xlabel("mean cost of an image, GMACs")
+        axis.set_ylabel("top-1 accuracy, %")
+        figure.legend(loc="outside upper left", ncols=3)
+        return _svg(figure, name, "Accuracy against mean cost of an image; the table below has its numbers")
+
+
+def _gmacs(trade: TradeOff, macs: StageMacs, go_on: np.ndarray) -> np.ndarray:
+    return (macs.coarse + go_on / trade.images * macs.fine) / 1e9
+
+
+def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
+    """For the coarse and the fine stage: accuracy by probability, above a histogram of the probability.
+
+    Raises:
+        CfvitError: matplotlib is not installed.
+    """
+    with _figure(4.6) as figure:
+        axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1.2))
+        for column, (stage, reliability, colour) in enumerate(
+            zip(("coarse stage", "fine stage"), stages, (COARSE, FINE), strict=True)
+        ):
+            _reliability_bars(axes[0, column], reliability, colour)
+            axes[0, column].set_title(f"{stage}, ECE {reliability.error:.1f} points", fontsize=10)
+            share = 100 * reliability.counts / reliability.counts.sum()
+            axes[1, column].bar(_centres(len(share)), share, width=0.92 / len(share), color=colour)
+            axes[1, column].set_xlabel("highest probability")
+        axes[0, 0].set_ylabel("right answers, %")
+        axes[1, 0].set_ylabel("images, %")
+        errors = " and ".join(f"{reliability.error:.1f}" for reliability in stages)
+        return _svg(figure, name, f"Reliability of both stages; the calibration errors are {errors} points")
+
+
+def _reliability_bars(axis: Axes, reliability: Reliability, colour: str) -> None:
+    bins = len(reliability.counts)
+    filled = np.flatnonzero(reliability.counts)
+    shares = [share_estimate(int(reliability.hits[i]), int(reliability.counts[i]), LEVEL) for i in filled]
+    centres = _centres(bins)[filled]
+    axis.bar(centres, [100 * share.value for share in shares], width=0.92 / bins, color=colour, alpha=0.45, lw=0)
+    axis.vlines(centres, [100 * s.low for s in shares], [100 * s.high for s in shares], color=colour, lw=1.3)
+    axis.plot([0, 1], [0, 100], color=QUIET, ls=(0, (4, 3)), lw=1.2)
+    axis.set_xlim(0, 1)
+    axis.set_ylim(0, 100)
+
+
+def _centres(bins: int) -> np.ndarray:
+    return (np.arange(bins) + 0.5) / bins
+
+
+def draw_exit_shares(shares: list[float], name: str) -> str:
+    """How many classes have which exit share.
+
+    Args:
+        shares: of each class, in [0, 1].
+
+    Raises:
+        CfvitError: matplotlib is not installed.
+    """
+    with _figure(2.4) as figure:
+        axis = figure.subplots()
+        axis.hist([100 * share for share in shares], bins=20, range=(0, 100), color=COARSE, rwidth=0.92)
+        axis.set_xlim(0, 100)
+        axis.set_xlabel("images of a class that are answered at the coarse stage, %")
+        axis.set_ylabel("classes")
+        median = 100 * float(np.median(shares))
+        return _svg(figure, name, f"Exit shares of {len(shares)} classes; the median is {median:.0f}%")
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[Figure]:
+    """A figure in the style of the page, to be drawn and written inside the ``with``."""
+    make = require_matplotlib()
+    from matplotlib import style
+
+    with style.context(["default", _PAGE_STYLE]):  # whatever the user's own style is
+        yield make(figsize=(_WIDTH, height), layout="constrained")
+
+
+def _svg(figure: Figure, name: str, description: str) -> str:
+    """The figure as an SVG element without size, addresses or colours of its own, and with its own names."""
+    written = io.StringIO()
+    figure.savefig(written, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    drawing = written.getvalue()
+    view = re.search(r'viewBox="[^"]*"', drawing)
+    assert view is not None
+    inside = drawing[drawing.index(">", view.end()) + 1 : drawing.rindex("</svg>")]
+    inside = re.sub(r"<(style|metadata)\b.*?</\1>|<!--.*?-->", "", inside, flags=re.DOTALL)
+    inside = inside.replace("xlink:href", "href")
+    inside = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", inside)
+    for colour, variable in _VARIABLES.items():
+        inside = inside.replace(colour, f"var(--{variable})")
+    return f'<svg role="img" aria-label="{html.escape(description)}" {view[0]}>{inside}</svg>'
+
+
+_METADATA = ("Creator", "Date", "Format", "Type")

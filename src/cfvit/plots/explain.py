@@ -1,0 +1,183 @@
+"""Pictures of what the model did with an image, as in the paper's figure 9. Needs matplotlib."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfvit.errors import CfvitError
+from cfvit.files import atomic_write
+from cfvit.inference.predictor import FINE, goes_on
+from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.tokens import num_informative, rank_cells
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What both stages make of one image; the fine stage is run even where it was not needed.
+
+    Attributes:
+        image: ``[S, S, 3]`` in [0, 1], as the model saw it, without the normalisation.
+        attention: ``[rows, columns]``, global class attention.
+        split: ``[rows, columns]``, which cells the fine stage splits.
+        answers: label and confidence (by the model's `ExitRule`) of the coarse and of the fine stage.
+        stage: the stage whose answer counts, 0 or 1.
+    """
+
+    image: np.ndarray
+    attention: np.ndarray
+    split: np.ndarray
+    answers: tuple[tuple[str, float], tuple[str, float]]
+    stage: int
+
+
+@torch.inference_mode()
+def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Explanation]:
+    """Runs both stages on normalised images ``[B, 3, S, S]``, on any device, and keeps what a picture needs."""
+    parameter = next(model.parameters())
+    images = images.to(parameter.device, parameter.dtype)
+    state = model.coarse(images)
+    fine = model.fine(images, state)
+    sure, fine_sure = model.exit_rule.coarse(state.logits), model.exit_rule.fine(fine)
+    rows, columns = model.grid
+    chosen, _ = rank_cells(state.class_attention, num_informative(model.config.informative_ratio, rows * columns))
+    split = torch.zeros_like(state.class_attention, dtype=torch.bool).scatter(1, chosen, True)
+    mean, std = (torch.tensor(model.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    pixels = (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return [
+        Explanation(
+            image=pixels[i],
+            attention=state.class_attention[i].reshape(rows, columns).cpu().numpy(),
+            split=split[i].reshape(rows, columns).cpu().numpy(),
+            answers=(_answer(model, state.logits[i], sure[i]), _answer(model, fine[i], fine_sure[i])),
+            stage=int(goes_on(sure[i], threshold)),
+        )
+        for i in range(len(images))
+    ]
+
+
+def _answer(model: CoarseToFineViT, logits: Tensor, confidence: Tensor) -> tuple[str, float]:
+    return model.label_of(int(logits.argmax())), float(confidence)
+
+
+class PictureFolder:
+    """Writes explanations of files into a folder, as ``<stem>.png``; equal stems get a number.
+
+    Raises:
+        CfvitError: matplotlib is not installed, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, model: CoarseToFineViT, threshold: float) -> None:
+        require_matplotlib()
+        self.folder, self.model, self.threshold = folder, model, threshold
+        self.taken: set[str] = set()
+
+    def __call__(self, paths: list[Path], images: Tensor) -> None:
+        """Explains a batch of normalised images ``[B, 3, S, S]`` that were read from ``paths``."""
+        for path, explanation in zip(paths, explain(self.model, images, self.threshold), strict=True):
+            draw_explanation(explanation, self.folder / f"{self._free_name(path.stem)}.png")
+
+    def _free_name(self, stem: str) -> str:
+        name, number = stem, 1
+        while name in self.taken:
+            number += 1
+            name = f"{stem}-{number}"
+        self.taken.add(name)
+        return name
+
+
+def require_matplotlib() -> type[Figure]:
+    """Matplotlib's figure, which draws without a display.
+
+    Raises:
+        CfvitError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise CfvitError("pictures need matplotlib: install cfvit[plots]") from error
+    return Figure
+
+
+def draw_explanation(explanation: Explanation, path: Path) -> None:
+    """Writes a PNG of three panels: coarse view and answer, class attention, split cells and fine answer.
+
+    Raises:
+        CfvitError: matplotlib is not installed, or the file cannot be written.
+    """
+    figure = require_matplotlib()(figsize=(9.6, 3.7), dpi=110, layout="constrained")
+    coarse, attention, fine = figure.subplots(1, 3)
+    rows, columns = explanation.split.shape
+    height, width = explanation.image.shape[:2]
+    extent = (0, width, height, 0)
+
+    coarse.imshow(_shrink(explanation.image), extent=extent, interpolation="nearest")
+    _grid(coarse, height, width, rows, columns)
+    attention.imshow(explanation.image, extent=extent)
+    heat = attention.imshow(explanation.attention, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
+    bar = figure.colorbar(heat, ax=attention, shrink=0.8)
+    bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
+    fine.imshow(veil(explanation.image, explanation.split), extent=extent)
+    _split_grid(fine, height, width, explanation.split)
+
+    answered = explanation.stage == FINE
+    _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)
+    attention.set_title("global class attention\n", fontsize=10)
+    count = int(explanation.split.sum())
+    _title(fine, f"fine stage, {count} of {rows * columns} cells split", explanation.answers[1], answered)
+    for axis in (coarse, attention, fine):
+        axis.set_xticks([])
+        axis.set_yticks([])
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) -> None:
+    label, confidence = answer
+    short = label if len(label) <= 28 else label[:27] + "…"
+    verdict = "answers" if answered else "not used"
+    axis.set_title(
+        f"{stage}\n{short} {confidence:.0%} ({verdict})",
+        fontsize=10,
+        fontweight="bold" if answered else "normal",
+        color="black" if answered else "dimgray",
+        parse_math=False,
+    )
+
+
+def _shrink(image: np.ndarray) -> np.ndarray:
+    """The image at half its sides, which is all that the coarse stage sees."""
+    height, width = image.shape[0] // 2, image.shape[1] // 2
+    return image.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
+
+
+def veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
+    """Cells that are not split, greyed out."""
+    height, width = image.shape[0] // split.shape[0], image.shape[1] // split.shape[1]
+    mask = split.repeat(height, axis=0).repeat(width, axis=1)[..., None]
+    grey = 0.35 * image.mean(axis=-1, keepdims=True) + 0.55
+    return np.where(mask, image, np.broadcast_to(grey, image.shape))
+
+
+def _grid(axis: Axes, height: int, width: int, rows: int, columns: int) -> None:
+    axis.hlines(np.arange(1, rows) * height / rows, 0, width, color="white", linewidth=0.6)
+    axis.vlines(np.arange(1, columns) * width / columns, 0, height, color="white", linewidth=0.6)
+
+
+def _split_grid(axis: Axes, height: int, width: int, split: np.ndarray) -> None:
+    """Lines between cells, and a cross in each one that is split."""
+    _grid(axis, height, width, *split.shape)
+    tall, wide = height / split.shape[0], width / split.shape[1]
+    for row, column in np.argwhere(split):
+        x, y = column * wide, row * tall
+        axis.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
+        axis.plot([x, x + wide], [y + tall / 2] * 2, color="white", linewidth=0.4)

@@ -1,0 +1,334 @@
+"""Token labels: what a teacher saw at each place of an image, cut out together with the training crop.
+
+Token labelling is LV-ViT's (Jiang et al., "All Tokens Matter", 2021): each patch learns a label of its
+own. The label maps on disk are in the format of that paper's project, whose files are read as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision.transforms.functional as image_functions
+from PIL import Image
+from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch import Tensor
+from torchvision.ops import roi_align
+from torchvision.transforms import RandomHorizontalFlip
+
+from cfvit.data.datasets import DataSource, ImageError, TrainImages
+from cfvit.errors import CfvitError, first_line
+
+MAX_CLASSES = 2049
+"""Half precision, in which class indices are stored, counts to 2048 without a gap."""
+
+ORIGIN_FILE = "labels.json"
+"""Beside the folders of the classes: a `MapsOrigin`."""
+
+
+@dataclass(frozen=True)
+class MapsOrigin:
+    """What the label maps of a folder were made of, as it is written into the folder.
+
+    Attributes:
+        teacher: its name.
+        weights_sha256: of the teacher's weights; these, not the name, tell teachers apart.
+        class_names: of the data, by class index.
+        size: places on a side of a map.
+        cfvit: the version that made the maps.
+    """
+
+    teacher: str
+    weights_sha256: str
+    class_names: list[str]
+    size: int
+    cfvit: str
+
+
+def read_origin(root: Path) -> MapsOrigin | None:
+    """What the label maps in a folder were made of; None where it does not say, as of published maps.
+
+    Raises:
+        CfvitError: a damaged ``labels.json``.
+    """
+    path = root / ORIGIN_FILE
+    try:
+        content = json.loads(path.read_text())
+        origin = MapsOrigin(**{field.name: content[field.name] for field in fields(MapsOrigin)})
+        if not isinstance(origin.class_names, list):
+            raise ValueError("class_names is no list")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except KeyError as error:
+        raise CfvitError(f"{path} is damaged (no {error.args[0]}): remove {root} and make the maps again") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CfvitError(f"{path} is damaged ({first_line(error)}): remove {root} and make the maps again") from error
+    return origin
+
+
+def difference_of_classes(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
+    """How the classes of label maps differ from those of the data, or None."""
+    if len(theirs) != len(ours):
+        return f"{len(theirs)} classes, the data {len(ours)}"
+    return next((f"class {a!r} where the data has {b!r}" for a, b in zip(theirs, ours, strict=True) if a != b), None)
+
+
+def label_path(root: Path, class_name: str, image_name: str) -> Path:
+    """Where the label map of an image is stored: ``root/class_name/STEM.pt``.
+
+    Args:
+        class_name: as the data spells it; ImageNet's identifiers stay.
+        image_name: the image's file name, with or without its folders.
+
+    Raises:
+        CfvitError: a class name that is no name of a folder.
+    """
+    if class_name in ("", ".", "..") or "/" in class_name:
+        raise CfvitError(f"class {class_name!r} names no folder for label maps: rename the class's folder in the data")
+    return root / class_name / f"{Path(image_name).stem}.pt"
+
+
+def label_path_of(root: Path, source: DataSource, index: int) -> Path:
+    """Where the label map of the data set's image ``index`` is stored.
+
+    Raises:
+        CfvitError: data whose images have no names.
+    """
+    name = source.name(index)
+    return label_path(root, Path(name).parent.name or _class_of(source, index), name)
+
+
+def _class_of(source: DataSource, index: int) -> str:
+    """The class of an image without a folder, as in a tar per class."""
+    reader: Any = getattr(source.dataset, "reader", None)
+    try:
+        return reader.class_idx_to_name[int(reader.targets[index])]
+    except (AttributeError, KeyError, IndexError) as error:
+        raise CfvitError(
+            f"{source.name(index)} has no class folder, by which label maps are kept: give an image folder or a tar"
+        ) from error
+
+
+def require_own_maps(source: DataSource) -> None:
+    """Refuses two images with one place for their label maps.
+
+    Raises:
+        CfvitError: names the two.
+    """
+    owners: dict[str, int] = {}
+    for index in range(len(source)):
+        owner = owners.setdefault(str(label_path_of(Path(), source, index)), index)
+        if owner != index:
+            raise CfvitError(
+                f"{source.name(owner)} and {source.name(index)} would share a label map: rename one of them"
+            )
+
+
+def read_label_map(path: Path, num_classes: int) -> Tensor:
+    """Reads the label map of one image; nothing in the file is executed.
+
+    Returns:
+        ``[2, k, h, w]`` in half precision: at each place the k highest scores (logits) of a
+        teacher, and the classes that they belong to.
+
+    Raises:
+        CfvitError: no such file, damaged, of another shape, or scores and classes that cannot be.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CfvitError(f"no label map at {path}: make the missing ones with cfvit token-labels") from error
+    except Exception as error:  # torch raises whatever it likes on damaged files
+        reason = "it is more than a tensor" if "weights_only" in str(error) else first_line(error)
+        raise CfvitError(
+            f"label map {path} is damaged ({reason}): remove it and run cfvit token-labels again"
+        ) from error
+    problem = _problem_of(content, num_classes)
+    if problem:
+        raise CfvitError(f"label map {path} {problem}: remove it and run cfvit token-labels for this data")
+    return content
+
+
+def _problem_of(content: Any, num_classes: int) -> str | None:
+    """Why something read from a file is no label map, or None."""
+    if not isinstance(content, Tensor):
+        return f"is a {type(content).__name__}, not a tensor [2, k, h, w]"
+    if content.ndim != 4 or content.shape[0] != 2 or 0 in content.shape or content.dtype is not torch.float16:
+        return f"is {list(content.shape)} in {content.dtype}, not [2, k, h, w] in torch.float16"
+    scores, classes = content.float()
+    if not scores.isfinite().all():
+        return "has scores that are not finite"
+    if not (classes == classes.round()).all():
+        return "has classes that are not whole numbers"
+    if classes.min() < 0 or classes.max() >= num_classes:
+        wrong = classes.max() if classes.max() >= num_classes else classes.min()
+        return f"has class {wrong:g}, where there are {num_classes}"
+    return None
+
+
+class LabelledTransform:
+    """Timm's training transform that also says what part of the image it shows.
+
+    With the same seeds it gives the same images as timm's own: crop and flip are drawn here, from
+    ``random`` and torch as timm does, all else is timm's. Token labels follow crop and flip; the
+    rotations, shears and translations of an augmentation policy and erased regions they do not.
+
+    Args:
+        input_size: ``(3, H, W)``.
+        options: of ``timm.data.create_transform`` for training; of the geometric ones ``scale``,
+            ``ratio``, ``hflip`` and ``interpolation`` alone.
+
+    Raises:
+        ValueError: another geometry, such as ``vflip``.
+    """
+
+    def __init__(self, input_size: tuple[int, int, int], **options: Any) -> None:
+        parts: Any = create_transform(input_size, is_training=True, separate=True, **options)
+        geometry, self.augment, self.finish = parts
+        self.crop, *flips = geometry.transforms
+        self.flip_share = sum(flip.p for flip in flips if isinstance(flip, RandomHorizontalFlip))
+        known = isinstance(self.crop, RandomResizedCropAndInterpolation)
+        if not known or len(flips) != (self.flip_share > 0):
+            raise ValueError(f"token labels cannot follow {geometry}: leave a random resized crop and hflip")
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """Augments an image.
+
+        Returns:
+            The normalised image ``[3, H, W]``, and its window ``[5]``: top, left, height and width
+            of the crop as shares of the whole image, and 1 if it is flipped left to right, else 0.
+        """
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        by = self.crop.interpolation
+        by = random.choice(by) if isinstance(by, (tuple, list)) else by
+        whole: Any = image  # torchvision's types speak of tensors alone
+        shown = image_functions.resized_crop(whole, top, left, height, width, list(self.crop.size), by)
+        flipped = self.flip_share > 0 and bool(torch.rand(1) < self.flip_share)
+        if flipped:
+            shown = image_functions.hflip(shown)
+        window = [top / image.height, left / image.width, height / image.height, width / image.width, float(flipped)]
+        return self.finish(self.augment(shown)), torch.tensor(window)
+
+
+class LabelledImages(TrainImages):
+    """Training images with their label maps: ``(tensor, target, map [2, k, h, w], window [5])``.
+
+    An image that has no map because it cannot be read is left out, with a warning that names it.
+    All maps are of the first one's shape; an item with another is refused when it is asked for.
+
+    Raises:
+        CfvitError: readable images without a label map, maps of other classes, two images with one map.
+    """
+
+    def __init__(self, source: DataSource, indices: Sequence[int], transform: LabelledTransform, root: Path) -> None:
+        require_own_maps(source)
+        _require_same_classes(source, root)
+        super().__init__(source, _with_maps(source, indices, root), transform)
+        self.root = root
+        self.shape = self._read_map(self.indices[0]).shape if self.indices else None
+
+    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
+        """The item of an image: ``(tensor, target, map, window)``.
+
+        Raises:
+            CfvitError: a label map that is damaged or of another shape than the first one.
+        """
+        tensor, window = self.transform(image)
+        label_map = self._read_map(index)
+        if label_map.shape != self.shape:
+            raise CfvitError(
+                f"label map {label_path_of(self.root, self.source, index)} is {list(label_map.shape)}, "
+                f"the first one {list(self.shape or ())}: remove it and run cfvit token-labels again"
+            )
+        return tensor, target, label_map, window
+
+    def _read_map(self, index: int) -> Tensor:
+        return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
+
+
+def _require_same_classes(source: DataSource, root: Path) -> None:
+    origin = read_origin(root)
+    differs = origin and difference_of_classes(origin.class_names, source.class_names)
+    if differs:
+        raise CfvitError(
+            f"the label maps in {root} have {differs}: make maps of this data with cfvit token-labels and another --out"
+        )
+
+
+def _with_maps(source: DataSource, indices: Sequence[int], root: Path) -> list[int]:
+    """The indices of the images that have label maps; of the others none may be readable."""
+    missing = {i: path for i in indices if not (path := label_path_of(root, source, i)).is_file()}
+    for index, path in missing.items():
+        try:
+            source.read(index)
+        except ImageError as error:
+            warnings.warn(f"skipped {source.name(index)}: {error}", stacklevel=3)
+            continue
+        raise CfvitError(
+            f"{len(missing)} of {len(indices)} training images have no label map, the first is {path}: "
+            f"make them with cfvit token-labels --out {root}"
+        )
+    return [i for i in indices if i not in missing]
+
+
+def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
+    """Soft labels of the cells of a grid over each crop, from stored label maps.
+
+    A class that is not among the k has score 0, as in LV-ViT's training; `to_label_maps` of
+    `cfvit.training.tokens.labelling` shifts the stored scores so that this is right on the whole.
+
+    Args:
+        maps: ``[B, 2, k, h, w]``, see `read_label_map`.
+        windows: ``[B, 5]``, see `LabelledTransform`.
+        grid: rows and columns; ``(1, 1)`` gives the label of the whole crop.
+
+    Returns:
+        As `pool_scores`.
+    """
+    return pool_scores(_all_scores(maps, num_classes), grid, windows)
+
+
+def pool_scores(scores: Tensor, grid: tuple[int, int], windows: Tensor | None = None) -> Tensor:
+    """Soft labels of the cells of a grid over each crop, from the scores of all classes.
+
+    Each cell's scores are the mean over a lattice of bilinear samples of the label map, spaced by at most
+    one place of the map, so that none is passed over (`torchvision.ops.roi_align` with its adaptive
+    count). A map's place ``i`` of ``h`` covers the shares ``i/h`` to ``(i+1)/h`` of the image.
+
+    Args:
+        scores: ``[B, C, h, w]``, such as a teacher's.
+        grid: rows and columns.
+        windows: ``[B, 5]``, see `LabelledTransform`; by default the whole map.
+
+    Returns:
+        ``[B, rows * cols, C]`` in float32, in rows from the top left; they sum to 1 over the classes.
+    """
+    if windows is None:
+        windows = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).expand(len(scores), -1)
+    windows = windows.to(scores.device, torch.float32)
+    boxes = _boxes(windows, scores.shape[-2], scores.shape[-1])
+    pooled = roi_align(scores.float(), boxes, grid, aligned=True)
+    flipped = windows[:, 4, None, None, None] > 0.5
+    pooled = torch.where(flipped, pooled.flip(-1), pooled)  # [B, C, rows, cols]
+    return pooled.flatten(2).transpose(1, 2).softmax(dim=-1)
+
+
+def _all_scores(maps: Tensor, num_classes: int) -> Tensor:
+    """Scores of all classes, 0 for those that are not stored: ``[B, 2, k, h, w] -> [B, C, h, w]``."""
+    batch, _, _, height, width = maps.shape
+    scores = torch.zeros(batch, num_classes, height, width, device=maps.device)
+    return scores.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
+
+
+def _boxes(windows: Tensor, height: int, width: int) -> Tensor:
+    """Windows as torchvision's boxes on a map, ``(image, left, top, right, bottom)``: ``[B, 5]``."""
+    top, left, tall, wide = windows[:, :4].unbind(1)
+    image = torch.arange(len(windows), device=windows.device, dtype=windows.dtype)
+    return torch.stack([image, left * width, top * height, (left + wide) * width, (top + tall) * height], dim=1)

@@ -1,0 +1,203 @@
+"""Making the label maps of a data set with a teacher."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+import cfvit
+from cfvit.data.datasets import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
+from cfvit.errors import CfvitError
+from cfvit.files import atomic_write
+from cfvit.training.tokens.label_maps import (
+    MAX_CLASSES,
+    ORIGIN_FILE,
+    MapsOrigin,
+    difference_of_classes,
+    label_path_of,
+    read_label_map,
+    read_origin,
+    require_own_maps,
+)
+from cfvit.training.tokens.teacher import Teacher
+
+MAP_SIZE = 18
+TOP_SCORES = 5
+"""Places on a side of a published label map, and scores at each."""
+
+_MAX_SCORE = torch.finfo(torch.float16).max
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """What `make_token_labels` did.
+
+    Attributes:
+        made: label maps written.
+        kept: label maps that were there.
+        unreadable: names of images without a label map, and why.
+    """
+
+    made: int
+    kept: int
+    unreadable: list[tuple[str, str]]
+
+
+def make_token_labels(
+    source: DataSource, teacher: Teacher, out: Path, *, size: int = MAP_SIZE, batch_size: int = 32, workers: int = 2
+) -> LabelCounts:
+    """Writes the label map of every image that has none yet, with a progress bar.
+
+    The teacher sees the whole image, squashed to its input size, so that shares of the map are
+    shares of the image. A map is ``[2, 5, size, size]`` in half precision, fewer than 5 where there
+    are fewer classes; see `to_label_maps`. What the maps are made of is written into ``out`` first.
+
+    Args:
+        source: the training images.
+        out: gets a folder per class and ``labels.json``, a `cfvit.training.tokens.label_maps.MapsOrigin`.
+
+    Raises:
+        CfvitError: other classes than the teacher's, two images with one place for their maps, maps of
+            another or unknown origin in ``out``, a full disk. What has been written is kept and used by
+            another call.
+    """
+    teacher.require_classes(source.class_names)
+    _require_countable_classes(source)
+    _require_outside(source, out)
+    require_own_maps(source)
+    _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, cfvit.__version__))
+    unreadable: list[tuple[str, str]] = []
+    with _progress() as progress:
+        indices = progress.track(range(len(source)), description="finding label maps")
+        missing = [index for index in indices if not _is_there(source, index, out, size)]
+        images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
+        loader = eval_loader(images, batch_size, workers, teacher.device)
+        for batch in progress.track(loader, description="making label maps"):
+            unreadable += _label_batch(source, teacher, out, size, *batch)
+    return LabelCounts(len(missing) - len(unreadable), len(source) - len(missing), unreadable)
+
+
+def to_label_maps(logits: Tensor, size: int) -> Tensor:
+    """Label maps of a teacher's logits at each place: the highest, and their classes.
+
+    Softmax does not mind by how much all logits of a place are shifted, but a reader of maps takes
+    the classes that are not stored to have score 0. So the scores are shifted until the softmax with
+    that 0 gives these classes together what the teacher gives them: by the log of the mean of their
+    exponentials. Where every class is stored, the highest is shifted to 0, near which half precision
+    is finest.
+
+    Args:
+        logits: ``[B, C, h, w]``; interpolated to the size of the maps.
+        size: places on a side.
+
+    Returns:
+        ``[B, 2, k, size, size]`` in half precision, k at most 5. Where that does not reach to the mean
+        of the classes that are not stored, the scores keep their distance from the highest.
+
+    Raises:
+        CfvitError: scores that are not finite.
+    """
+    logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    scores, classes = logits.topk(min(TOP_SCORES, logits.shape[1]), dim=1)
+    others = logits.shape[1] - scores.shape[1]
+    if others:
+        unstored = logits.scatter(1, classes, -math.inf)
+        mean = unstored.logsumexp(dim=1, keepdim=True) - math.log(others)
+        scores = scores - mean.clamp(min=-_MAX_SCORE)
+    maps = torch.stack([scores.clamp(min=-_MAX_SCORE), classes.float()], dim=1).half()
+    if not maps.isfinite().all():
+        raise CfvitError("the teacher gives scores that are not finite: check its weights")
+    return maps
+
+
+def _progress() -> Progress:
+    console = Console(stderr=True)
+    return Progress(console=console, transient=True, disable=not console.is_terminal)
+
+
+def _label_batch(
+    source: DataSource, teacher: Teacher, out: Path, size: int, images: Tensor, targets: Tensor, indices: Tensor
+) -> list[tuple[str, str]]:
+    """Writes the maps of the readable images; names of the others, and why."""
+    readable = targets != UNREADABLE
+    if readable.any():
+        maps = to_label_maps(teacher.dense(images[readable].to(teacher.device)), size).cpu()
+        for index, label_map in zip(indices[readable].tolist(), maps, strict=True):
+            _write(label_path_of(out, source, index), label_map)
+    return [(source.name(index), _reason(source, index)) for index in indices[~readable].tolist()]
+
+
+def _require_countable_classes(source: DataSource) -> None:
+    count = len(source.class_names)
+    if count > MAX_CLASSES:
+        raise CfvitError(
+            f"{count} classes are more than label maps can hold, {MAX_CLASSES}: train with the teacher itself"
+        )
+
+
+def _require_outside(source: DataSource, out: Path) -> None:
+    """Refuses maps that would turn up among the classes of the data."""
+    reader: Any = getattr(source.dataset, "reader", None)
+    root = getattr(reader, "root", None)
+    if root and out.resolve().is_relative_to(Path(root).resolve()):
+        raise CfvitError(f"{out} lies within the data, where its folders would be classes: choose another folder")
+
+
+def _claim(out: Path, origin: MapsOrigin) -> None:
+    """Writes down what the maps in a folder will be made of, or compares it with what is written there."""
+    was = read_origin(out)
+    if was is None:
+        if any(out.glob("*/*.pt")):
+            raise CfvitError(f"{out} holds label maps of unknown origin, without {ORIGIN_FILE}: give another --out")
+        with atomic_write(out / ORIGIN_FILE) as file:
+            file.write_text(json.dumps(asdict(origin), indent=2) + "\n")
+        return
+    differs = _difference(was, origin)
+    if differs:
+        raise CfvitError(f"the label maps in {out} {differs}: give another --out, or remove the folder")
+
+
+def _difference(was: MapsOrigin, now: MapsOrigin) -> str | None:
+    """How maps that are there differ from those to be made, or None."""
+    if was.weights_sha256 != now.weights_sha256:
+        which = f"not {now.teacher}" if was.teacher != now.teacher else "with other weights"
+        return f"are by teacher {was.teacher}, {which}"
+    if was.size != now.size:
+        return f"are of {was.size} x {was.size} places, not {now.size}"
+    classes = difference_of_classes(was.class_names, now.class_names)
+    return classes and f"have {classes}"
+
+
+def _is_there(source: DataSource, index: int, out: Path, size: int) -> bool:
+    """Whether an image has its map; a damaged one and one of another shape are made again."""
+    path, classes = label_path_of(out, source, index), len(source.class_names)
+    try:
+        return read_label_map(path, classes).shape == (2, min(TOP_SCORES, classes), size, size)
+    except CfvitError:
+        return False
+
+
+def _reason(source: DataSource, index: int) -> str:
+    try:
+        source.read(index)
+    except ImageError as error:
+        return str(error)
+    return "could not be read a moment ago"
+
+
+def _write(path: Path, label_map: Tensor) -> None:
+    content = io.BytesIO()  # writing straight to a full disk, torch would not say that it is full
+    torch.save(label_map.clone(), content)
+    with atomic_write(path) as file:
+        file.write_bytes(content.getvalue())

@@ -1,0 +1,231 @@
+"""Teachers: trained classifiers that are asked at every place of an image, for token labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from cfvit.checkpoints import CONFIG_FILE
+from cfvit.errors import CfvitError, first_line
+from cfvit.modeling.backbones import in_timms_keys, require_fit
+from cfvit.modeling.weights import read_weights
+
+
+@dataclass(frozen=True, eq=False)
+class Teacher:
+    """A classifier whose head is applied at each place instead of to the whole image.
+
+    Attributes:
+        name: what timm calls it.
+        model: a timm model in evaluation mode.
+        data_config: its own preprocessing, timm's keys.
+        student_config: ``mean`` and ``std`` by which the images that it is called with are normalised.
+        class_names: by class index, where the teacher names its classes.
+    """
+
+    name: str
+    model: Any
+    data_config: Mapping[str, Any]
+    student_config: Mapping[str, Any]
+    class_names: list[str] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are, and its images must be."""
+        return next(self.model.parameters()).device
+
+    def weights_sha256(self) -> str:
+        """A digest of its weights, their names included: the same on any device."""
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def require_classes(self, class_names: Sequence[str]) -> None:
+        """Refuses data of other classes than the teacher's.
+
+        Raises:
+            CfvitError: another number of classes or, where the teacher names its own, another order.
+        """
+        if len(class_names) != self.model.num_classes:
+            raise CfvitError(
+                f"teacher {self.name} has {self.model.num_classes} classes, the data {len(class_names)}: "
+                "give a teacher trained on the classes of the data"
+            )
+        for ours, theirs in zip(class_names, self.class_names or class_names, strict=True):
+            if ours != theirs:
+                raise CfvitError(
+                    f"class {ours!r} of the data is {theirs!r} for teacher {self.name}: "
+                    "give one trained on the classes of the data"
+                )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits at each place of a student's images: ``[B, 3, H, W] -> [B, C, h, w]``, without gradient."""
+        return self.dense(self._prepared(images))
+
+    @torch.no_grad()
+    def dense(self, images: Tensor) -> Tensor:
+        """Logits at each place of images that went through the teacher's own preprocessing.
+
+        Args:
+            images: ``[B, 3, H, W]``.
+
+        Returns:
+            ``[B, C, h, w]``; h and w are the teacher's own.
+
+        Raises:
+            CfvitError: a model that gives neither a map nor tokens.
+        """
+        features = self.model.forward_features(images)
+        dims = features.ndim if isinstance(features, Tensor) else 0
+        if dims == 4:
+            return _read_map(self.model, features)
+        if dims == 3:
+            return _read_tokens(self.model, features, images.shape[-2], images.shape[-1])
+        raise CfvitError("its features are neither a map nor tokens")
+
+    @torch.no_grad()
+    def _prepared(self, images: Tensor) -> Tensor:
+        """Images normalised by the student's figures as the teacher wants them."""
+
+        def figures(config: Mapping[str, Any], name: str) -> Tensor:
+            return torch.tensor(config[name], device=images.device, dtype=images.dtype)[:, None, None]
+
+        own = self.data_config
+        offset = figures(self.student_config, "mean") - figures(own, "mean")
+        images = images * (figures(self.student_config, "std") / figures(own, "std")) + offset / figures(own, "std")
+        size = own["input_size"][-2:]
+        if images.shape[-2:] == size:
+            return images
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+
+def _read_map(model: Any, features: Tensor) -> Tensor:
+    """The head at each place of a feature map, as if that were a map of one place: ``-> [B, C, h, w]``."""
+    channels_last = features.shape[-1] == model.num_features != features.shape[1]
+    places = features if channels_last else features.permute(0, 2, 3, 1)
+    batch, rows, cols, dim = places.shape
+    logits = model.forward_head(places.reshape(-1, 1, 1, dim) if channels_last else places.reshape(-1, dim, 1, 1))
+    return logits.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2)
+
+
+def _read_tokens(model: Any, tokens: Tensor, height: int, width: int) -> Tensor:
+    """The head at each patch token, or the one that a model has for them: ``[B, T, D] -> [B, C, h, w]``.
+
+    In the sequences of one patch each that the head gets, the patch also stands for the class token
+    and the like, so that it alone counts, however the model pools.
+    """
+    has_class_token = getattr(model, "cls_token", None) is not None
+    prefix = getattr(model, "num_prefix_tokens", int(has_class_token))
+    patches = tokens[:, prefix:]
+    batch, count, dim = patches.shape
+    rows, cols = round(math.sqrt(count * height / width)), round(math.sqrt(count * width / height))
+    if rows * cols != count:
+        raise CfvitError(f"its {count} tokens do not tile an image of {height} x {width}")
+    if getattr(model, "aux_head", None) is not None:
+        logits = model.aux_head(patches)
+    else:
+        logits = model.forward_head(patches.reshape(-1, 1, dim).expand(-1, prefix + 1, -1))
+    return logits.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2)
+
+
+def load_teacher(
+    name: str,
+    num_classes: int,
+    weights: Path | None = None,
+    device: torch.device | None = None,
+    *,
+    student: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """A trained timm model as a teacher.
+
+    Args:
+        name: of a timm model, or ``local-dir:FOLDER`` as written by timm.
+        num_classes: of a model with ``weights``; `Teacher.require_classes` compares it with the data's.
+        weights: a file with timm's own names of weights; by default those that timm has for the name.
+            The positions of a plain ViT trained at another size are resampled.
+        device: the CPU by default.
+        student: ``mean`` and ``std`` by which the images that it will be called with are normalised, as in
+            a model's ``data_config``; by default the teacher's own.
+
+    Raises:
+        CfvitError: no such model, weights that cannot be had or do not fit, a model that cannot be asked
+            at each place.
+    """
+    _require_timms_own(name)
+    model = _build(name, num_classes, weights)
+    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
+    config = resolve_model_data_config(model)
+    names = model.pretrained_cfg.get("label_names")
+    names = None if names is None else list(names)
+    teacher = Teacher(name, model, config, config if student is None else student, names)
+    _require_dense(teacher)
+    return teacher
+
+
+def _require_timms_own(name: str) -> None:
+    """Says what to give instead of a folder without timm's prefix, or of a model of ours."""
+    if not timm.is_model(name) and Path(name).is_dir():
+        raise CfvitError(f"teacher {name} is a folder: give it as local-dir:{name}")
+    source, _, folder = name.partition(":")
+    try:
+        config = json.loads((Path(folder) / CONFIG_FILE).read_text()) if source == "local-dir" else None
+    except (OSError, ValueError):  # of which timm says more
+        return
+    if isinstance(config, dict) and "architecture" not in config:
+        raise CfvitError(
+            f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
+            "give a folder written by timm or by cfvit train --stages backbone"
+        )
+
+
+def _build(name: str, num_classes: int, weights: Path | None) -> Any:
+    try:
+        if weights is None:
+            return timm.create_model(name, pretrained=True)
+        model = timm.create_model(name, num_classes=num_classes)
+    except Exception as error:  # timm, the Hub and the architectures raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise CfvitError(
+            f"teacher {name} cannot be had ({reason}): give a timm model, local-dir:FOLDER, or a file of its weights"
+        ) from error
+    _fill_strictly(model, weights, name)
+    return model
+
+
+def _fill_strictly(model: nn.Module, path: Path, name: str) -> None:
+    """Loads weights, positions of plain ViTs resampled; all must fit, the head too."""
+    own, weights = model.state_dict(), read_weights(path)
+    try:
+        weights = in_timms_keys(model, weights)
+    except Exception as error:  # timm resamples foreign shapes as far as it gets
+        raise CfvitError(
+            f"{path} does not fit the teacher {name} ({first_line(error)}): give weights of that model"
+        ) from error
+    require_fit(own, weights, f"{path} does not fit the teacher {name}")
+    model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in weights.items()})
+
+
+def _require_dense(teacher: Teacher) -> None:
+    try:
+        shape = teacher.dense(torch.zeros(1, *teacher.data_config["input_size"], device=teacher.device)).shape
+        if shape[1] != teacher.model.num_classes:
+            raise CfvitError(f"its head gives {shape[1]} logits")
+    except Exception as error:  # heads of some architectures cannot be read so at all
+        reason = " ".join(str(error).split())[:200]
+        raise CfvitError(
+            f"teacher {teacher.name} cannot be asked at each place ({reason}): "
+            "choose another, such as resnet50 or deit_small_patch16_224"
+        ) from error
