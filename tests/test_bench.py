@@ -41,7 +41,7 @@ from cfvit.benchmark.report import (
 )
 from cfvit.benchmark.run import run_bench
 from cfvit.calibration import Estimate
-from cfvit.data.datasets import open_images
+from cfvit.data import open_images
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
 from cfvit.inference.files import FileAnswer

@@ -50,7 +50,7 @@ from cfvit.calibration import (
 )
 from cfvit.calibration.overlap import shared_images
 from cfvit.checkpoints import apply_calibration, read_calibration, weights_digest
-from cfvit.data.datasets import (
+from cfvit.data import (
     EvalImages,
     eval_transform,
     find_images,

@@ -23,7 +23,7 @@ from torch import Tensor
 import cfvit
 from cfvit import CoarseToFineViT, Predictor, count_macs, eval_transform, load, open_image
 from cfvit.cli import main
-from cfvit.data.datasets import find_images
+from cfvit.data import find_images
 from cfvit.errors import CfvitError, UsageError
 from cfvit.training.recipe import RECIPES, Recipe
 

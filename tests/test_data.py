@@ -25,8 +25,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
 
-from cfvit.data import datasets as data
-from cfvit.data.datasets import (
+from cfvit.data import (
     UNREADABLE,
     DataSource,
     EvalImages,
@@ -39,6 +38,7 @@ from cfvit.data.datasets import (
     open_image,
     split_holdout,
 )
+from cfvit.data import images as data
 from cfvit.data.labels import readable_class_names
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -519,7 +519,7 @@ def test_a_loader_left_open_does_not_hold_up_the_exit() -> None:
     program = """
 import sys
 from torch.utils.data import DataLoader
-from cfvit.data.datasets import leave_signals_to_the_run
+from cfvit.data import leave_signals_to_the_run
 sys.kept = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_signals_to_the_run))
 next(sys.kept)
 """

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
+from cfvit.data import ImageError, open_data
 from cfvit.data import cache as held_images
 from cfvit.data.cache import HeldSource, hold
-from cfvit.data.datasets import ImageError, open_data
 from cfvit.errors import CfvitError
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe

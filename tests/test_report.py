@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT, StageMacs
 from cfvit.calibration import Risk, calibrate, rank_images
-from cfvit.data.datasets import DataSource
+from cfvit.data import DataSource
 from cfvit.evaluation import metrics
 from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
 from cfvit.evaluation.metrics import Collected

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cfvit import CoarseToFineViT
-from cfvit.data.datasets import EvalImages, eval_loader, open_data
+from cfvit.data import EvalImages, eval_loader, open_data
 from cfvit.modeling.timm_vit import patch_side
 from cfvit.paper.patches import (
     answer_from_patches,

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import roi_align
 
 import cfvit
-from cfvit.data.datasets import TrainImages, next_batch, open_data
+from cfvit.data import TrainImages, next_batch, open_data
 from cfvit.errors import CfvitError
 from cfvit.training.tokens.label_maps import (
     LabelledImages,

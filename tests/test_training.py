@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cfvit import CoarseToFineOutput, create_model, load, processes
-from cfvit.data.datasets import open_data
+from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.modeling.losses import token_label_loss

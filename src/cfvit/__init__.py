@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, calibrate
     from cfvit.checkpoints import bundled_models, load, save
-    from cfvit.data.datasets import eval_transform, open_image
+    from cfvit.data import eval_transform, open_image
     from cfvit.errors import CfvitError
     from cfvit.inference.predictor import Prediction, Predictor
     from cfvit.modeling.cost import StageMacs, count_macs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, relate
-from cfvit.data.datasets import DataSource, ImageError, eval_transform, open_image
+from cfvit.data import DataSource, ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
 from cfvit.inference.acceleration import copied_ahead, placed

@@ -15,7 +15,7 @@ from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, ra
 from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
-from cfvit.data.datasets import DataSource
+from cfvit.data import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
 from cfvit.inference.acceleration import COMPILATIONS, accelerate

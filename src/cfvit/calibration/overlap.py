@@ -6,9 +6,8 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 
-from cfvit.data.datasets import DataSource, ImageError
+from cfvit.data import DataSource, ImageError, progress_bar
 from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import progress_bar
 
 UNOPENED = -1
 

@@ -70,7 +70,7 @@ def bench(
     if backbone is not None and (model is not None or data is not None):
         raise UsageError("--backbone has random weights: give it without --model and --data")
     from cfvit.benchmark.measure import Plan
-    from cfvit.data.datasets import open_images
+    from cfvit.data import open_images
 
     _require_bench_folder(out)
     run = partial(

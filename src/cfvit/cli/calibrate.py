@@ -18,7 +18,7 @@ from cfvit.training.recipe import load_recipe
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Target
-    from cfvit.data.datasets import DataSource
+    from cfvit.data import DataSource
 
 Made = typing.TypeVar("Made")
 
@@ -171,7 +171,7 @@ def _calibration_path(model: str, out: Path | None) -> Path:
 
 def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
     """What the model was trained on, and which of it; None if that is not known or not there."""
-    from cfvit.data.datasets import open_data, split_holdout
+    from cfvit.data import open_data, split_holdout
 
     if train_data is not None:
         source = open_data(train_data, "train")

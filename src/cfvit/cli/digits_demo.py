@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cfvit.benchmark.measure import Row, compare_with_backbone
 from cfvit.checkpoints import bundled_models, load
-from cfvit.data.datasets import EvalImages, find_images, open_data
+from cfvit.data import EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
 from cfvit.files import atomic_write

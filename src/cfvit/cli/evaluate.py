@@ -16,7 +16,7 @@ from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Drift
-    from cfvit.data.datasets import DataSource
+    from cfvit.data import DataSource
     from cfvit.evaluation.metrics import Evaluation
     from cfvit.modeling.model import CoarseToFineViT
 
@@ -104,7 +104,7 @@ def _tell_drift(
     network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
 ) -> int:
     from cfvit.checkpoints import read_calibration, warn_of_other_weights
-    from cfvit.data.datasets import open_images
+    from cfvit.data import open_images
     from cfvit.evaluation.calibrate import check_drift_of
     from cfvit.processes import join_processes
 

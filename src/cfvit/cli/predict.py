@@ -43,7 +43,7 @@ def predict(
     A file that cannot be read is reported; the others still get their answers, and the exit
     status is 1 at the end.
     """
-    from cfvit.data.datasets import find_images
+    from cfvit.data import find_images
     from cfvit.inference.files import FileAnswer, classify_files
     from cfvit.inference.predictor import Predictor
     from cfvit.modeling.cost import count_macs

@@ -60,7 +60,7 @@ def token_labels(
     Maps that are there are kept, so that a run that was stopped can be called again. A file that
     cannot be read is reported; the others still get their maps, and the exit status is 1 at the end.
     """
-    from cfvit.data.datasets import open_data
+    from cfvit.data import open_data
     from cfvit.processes import best_device
     from cfvit.training.tokens.labelling import make_token_labels
     from cfvit.training.tokens.teacher import load_teacher

@@ -1,28 +1,33 @@
 """Reading images and data sets."""
 
 from cfvit.data.datasets import (
-    FAILURES_IN_A_ROW,
+    DataSource,
+    ImageFiles,
+    has_validation_split,
+    open_data,
+    open_images,
+    split_holdout,
+)
+from cfvit.data.images import (
     IMAGE_SUFFIXES,
     MAX_ASPECT,
     MAX_PIXELS,
-    UNREADABLE,
-    DataSource,
-    EvalImages,
     ImageError,
-    ImageFiles,
+    eval_transform,
+    find_images,
+    open_image,
+)
+from cfvit.data.loading import (
+    FAILURES_IN_A_ROW,
+    UNREADABLE,
+    EvalImages,
     TrainImages,
     TrainSampler,
     combine_seeds,
     eval_loader,
-    eval_transform,
-    find_images,
-    has_validation_split,
     leave_signals_to_the_run,
     next_batch,
-    open_data,
-    open_image,
-    open_images,
-    split_holdout,
+    progress_bar,
 )
 
 __all__ = [
@@ -47,5 +52,6 @@ __all__ = [
     "open_data",
     "open_image",
     "open_images",
+    "progress_bar",
     "split_holdout",
 ]

@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from cfvit.data.datasets import DataSource, ImageError, leave_signals_to_the_run, next_batch
+from cfvit.data.datasets import DataSource
+from cfvit.data.images import ImageError
+from cfvit.data.loading import leave_signals_to_the_run, next_batch, progress_bar
 from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import progress_bar
 
 
 @dataclass(frozen=True)

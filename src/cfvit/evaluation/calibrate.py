@@ -17,7 +17,7 @@ from cfvit.calibration.calibrated import ADD_CLASSES, check_logits, missing_clas
 from cfvit.calibration.choice import require_reachable
 from cfvit.calibration.overlap import refuse_training_images
 from cfvit.checkpoints import weights_digest
-from cfvit.data.datasets import DataSource, open_data
+from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.timing import lacks_memory, time_stages

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvit.calibration import rank_images
-from cfvit.data.datasets import DataSource, EvalImages, eval_loader, open_data
+from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.inference.acceleration import accelerate
 from cfvit.modeling.cost import StageMacs, count_macs
@@ -51,7 +48,7 @@ def collect(
     device: torch.device,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Collected:
-    """Runs a model over a loader of `cfvit.data.datasets.EvalImages`, on every rank its own share.
+    """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share.
 
     Args:
         forward: images ``[B, 3, S, S]`` to logits, one ``[B, classes]`` per stage.
@@ -78,15 +75,6 @@ def collect(
     readable = order[labels[order] >= 0]
     unreadable = indices[order[labels[order] < 0]].tolist()
     return Collected(tuple(stage[readable] for stage in logits), labels[readable], indices[readable], unreadable)
-
-
-@contextmanager
-def progress_bar(total: int, leads: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error where someone watches; call what it gives with each number of images done."""
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (leads and console.is_terminal)) as progress:
-        task = progress.add_task("images", total=total)
-        yield lambda done: progress.advance(task, done)
 
 
 def labelled_images(model: CoarseToFineViT, data: str) -> DataSource:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvit.data.datasets import ImageError, eval_transform, open_image
+from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.errors import first_line
 from cfvit.inference.acceleration import copied_ahead
 from cfvit.inference.predictor import FINE, Predictor, StreamedPrediction

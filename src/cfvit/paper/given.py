@@ -12,7 +12,7 @@ from timm.data.config import resolve_model_data_config
 
 from cfvit.benchmark.conditions import Conditions
 from cfvit.checkpoints import CONFIG_FILE, load
-from cfvit.data.datasets import EvalImages
+from cfvit.data import EvalImages
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import labelled_images

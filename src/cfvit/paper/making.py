@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.data.datasets import EvalImages, eval_loader
-from cfvit.evaluation.metrics import progress_bar
+from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.inference.predictor import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.paper import figures, patches

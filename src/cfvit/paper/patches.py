@@ -98,7 +98,7 @@ def score_highest_lowest(
     Costs two passes for each block, and two more.
 
     Args:
-        loader: batches of `cfvit.data.datasets.EvalImages`; images that cannot be read are left out.
+        loader: batches of `cfvit.data.EvalImages`; images that cannot be read are left out.
         kept: how many patches are left, of each kind.
         on_batch: called with the number of images done, for a progress bar.
 

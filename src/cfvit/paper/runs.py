@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cfvit.benchmark.conditions import Conditions
 from cfvit.checkpoints import WEIGHTS_FILE, load
-from cfvit.data.datasets import EvalImages, eval_loader
+from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.evaluation.metrics import collect, progress_bar
+from cfvit.evaluation.metrics import collect
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.paper.budget import Budget, Clock, duration, time_left

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageOps
 import cfvit
 from cfvit.calibration import Estimate, TradeOff, rank_images
 from cfvit.calibration.calibrated import missing_classes
-from cfvit.data.datasets import DataSource, EvalImages
+from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (
     LEVEL,
     Answers,

@@ -20,9 +20,9 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cfvit import data as datasets
 from cfvit.calibration import choose_threshold
 from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save
-from cfvit.data import datasets
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write

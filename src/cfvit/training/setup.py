@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from cfvit import data as datasets
 from cfvit.checkpoints import initialise
-from cfvit.data import datasets
 from cfvit.data.cache import hold
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.inference.acceleration import accelerate_training

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfvit.data import datasets
+from cfvit import data as datasets
 from cfvit.errors import CfvitError
 from cfvit.modeling.losses import classification_loss, coarse_to_fine_loss, token_label_loss
 from cfvit.processes import Process

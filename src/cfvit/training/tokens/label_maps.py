@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
-from cfvit.data.datasets import DataSource, ImageError, TrainImages
+from cfvit.data import DataSource, ImageError, TrainImages
 from cfvit.errors import CfvitError, first_line
 
 MAX_CLASSES = 2049

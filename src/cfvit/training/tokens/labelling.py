@@ -16,7 +16,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 import cfvit
-from cfvit.data.datasets import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
+from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.training.tokens.label_maps import (

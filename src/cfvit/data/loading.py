@@ -1,0 +1,185 @@
+"""Loading images in batches: items for training and evaluation, their order, the loading processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+
+from cfvit.data.datasets import DataSource
+from cfvit.data.images import ImageError, eval_transform
+from cfvit.errors import CfvitError
+
+UNREADABLE = -1
+"""The target that stands for an image that could not be read."""
+
+FAILURES_IN_A_ROW = 100
+"""So many unreadable training images one after the other end the run."""
+
+
+class TrainImages(Dataset):
+    """Augmented training images. An item is asked for by ``(position, seed)``.
+
+    All random choices of the transform follow from the seed, whatever worker makes the item. An
+    unreadable file is replaced by the next readable one, with a warning that names it; where there
+    is none, the target is `UNREADABLE`, which the run refuses.
+    """
+
+    def __init__(self, source: DataSource, indices: Sequence[int], transform: Any) -> None:
+        self.source, self.indices, self.transform = source, indices, transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
+        position, seed = key
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than an augmentation, for GPUs' sake
+        return self.augment(*self._read(position))
+
+    def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
+        """The item of an image, given also its number in the source: ``(tensor, target)``."""
+        return self.transform(image), target
+
+    def _read(self, position: int) -> tuple[Image.Image, int, int]:
+        index = self.indices[position]
+        for offset in range(min(len(self), FAILURES_IN_A_ROW)):
+            index = self.indices[(position + offset) % len(self)]
+            try:
+                return *self.source.read(index), index
+            except ImageError as error:
+                warnings.warn(f"skipped {self.source.name(index)}: {error}", stacklevel=2)
+        return Image.new("RGB", (8, 8)), UNREADABLE, index
+
+
+class TrainSampler(Sampler):
+    """The order of one rank's training images, as ``(position, seed)``, fixed by seed and epoch.
+
+    Call `set_position` before each epoch; ``start`` leaves out what a resumed run has seen.
+    """
+
+    def __init__(self, dataset: TrainImages, repeats: int, seed: int, rank: int, world: int) -> None:
+        self.seed, self.rank, self.epoch, self.start = seed, rank, 0, 0
+        self.order: Any
+        if repeats > 1:
+            self.order = RepeatAugSampler(dataset, num_replicas=world, rank=rank, num_repeats=repeats)
+        else:
+            self.order = DistributedSampler(dataset, num_replicas=world, rank=rank, seed=seed)
+
+    def set_position(self, epoch: int, start: int) -> None:
+        """Chooses the epoch, and how many of this rank's images of it to leave out."""
+        self.epoch, self.start = epoch, start
+        self.order.set_epoch(epoch if self.order.__class__ is DistributedSampler else self.seed * 100_003 + epoch)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for place, position in enumerate(self.order):
+            if place >= self.start:
+                yield position, combine_seeds(self.seed, self.epoch, self.rank, place)
+
+    def __len__(self) -> int:
+        return len(self.order) - self.start
+
+
+def next_batch(batches: Iterator[Any]) -> Any:
+    """The next batch of a loader; an error in a loading process says what it said there, in one line.
+
+    Raises:
+        CfvitError: as raised by the data set; for anything else, that images cannot be loaded, and why.
+    """
+    try:
+        return next(batches)
+    except StopIteration:
+        raise
+    except Exception as error:  # torch has put the loading process's traceback in front
+        said = [type(error).__name__, *str(error).strip().splitlines()][-1]
+        if isinstance(error, CfvitError):
+            raise CfvitError(re.sub(r"^cfvit\.[\w.]+: ", "", said)) from error
+        raise CfvitError(f"images cannot be loaded ({said}): check the data, or give fewer --workers") from error
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """For loading processes: Ctrl-C and SIGTERM reach the whole group, but the run alone decides what to do.
+
+    A SIGTERM that the run itself sends does end the process: multiprocessing sends one at exit, and waits.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it and keeps torch's handler, which ends on any SIGTERM
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_run, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_the_run(run: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
+
+
+def combine_seeds(*parts: int) -> int:
+    """One 32-bit seed from several numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class EvalImages(Dataset):
+    """Images in their order under the evaluation transform, a share of them for each rank.
+
+    An item is ``(image, target, index)``; an unreadable file has target -1 and a black image.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        data_config: dict[str, Any],
+        indices: Sequence[int] | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        chosen = range(len(source)) if indices is None else indices
+        self.source, self.indices = source, list(chosen)[rank::world]
+        self.transform, self.shape = eval_transform(data_config), data_config["input_size"]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, int, int]:
+        index = self.indices[item]
+        try:
+            image, target = self.source.read(index)
+        except ImageError:
+            return torch.zeros(self.shape), UNREADABLE, index
+        return self.transform(image), target, index
+
+
+def eval_loader(dataset: Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+    """Batches in order, the last one short."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
+    )
+
+
+@contextmanager
+def progress_bar(total: int, leads: bool = True) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error where someone watches; call what it gives with each number of images done."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (leads and console.is_terminal)) as progress:
+        task = progress.add_task("images", total=total)
+        yield lambda done: progress.advance(task, done)
