@@ -43,7 +43,8 @@ _HOMES = {
     "data": ("eval_transform", "open_image"),
     "errors": ("CfvitError",),
     "inference": ("Prediction", "Predictor"),
-    "modeling": ("CoarseState", "CoarseToFineOutput", "CoarseToFineViT", "StageMacs", "count_macs", "create_model"),
+    "modeling.cost": ("StageMacs", "count_macs"),
+    "modeling.model": ("CoarseState", "CoarseToFineOutput", "CoarseToFineViT", "create_model"),
 }
 _HOME_OF = {name: f"cfvit.{module}" for module, names in _HOMES.items() for name in names}
 
