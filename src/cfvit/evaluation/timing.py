@@ -1,9 +1,8 @@
-"""Times that can be compared: calls in turn, the spread of their times, ratios with intervals, and when not to tell."""
+"""Times that can be compared: calls in turn, their spread and drift, ratios with intervals."""
 
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,29 +10,29 @@ from itertools import chain
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cfvit.calibration import Estimate, StageLatency
-from cfvit.calibration.binomial import binomial_cdf
 from cfvit.modeling.model import CoarseToFineViT
 
 Call = Callable[[], object]
 
 WARM_UP = 2
-"""Rounds in front that are not counted: caches fill, compilers compile."""
+"""The first rounds are not counted: caches fill, compilers compile."""
 FEWEST_ROUNDS = 6
-"""Fewer rounds give no 95% interval of a median, whatever they say."""
+"""With fewer rounds there is no 95% interval of a median."""
 STEADY = 1.05
-"""Medians of a reference's first and second half that differ by more say that the machine was busy."""
-MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
-"""Sides of the square matrices whose product tells what a device could do."""
+"""If the medians of a reference's two halves differ by more, the machine was busy."""
 SHARP = 1.10
-"""An interval whose ends differ by more is too wide to tell."""
+"""If the ends of an interval differ by more, the ratio is too uncertain to be used."""
+MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
+"""Sides of the square matrices by whose product a device's peak speed is measured."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender's calls.
+    """Seconds of the calls of one contender.
 
     Attributes:
         rounds: for each round, the seconds of each of its calls.
@@ -54,23 +53,21 @@ class Timing:
     @property
     def median(self) -> float:
         """Seconds of the median round."""
-        return statistics.median(self.totals)
+        return float(np.median(self.totals))
 
     @property
     def spread(self) -> float:
-        """The interquartile range of the rounds as a share of their median."""
-        low, high = np.quantile(self.totals, (0.25, 0.75))
-        return float(high - low) / self.median
+        """The interquartile range of the rounds, divided by their median."""
+        return float(stats.iqr(self.totals)) / self.median
 
     @property
     def drift(self) -> float:
         """How many times slower the slower half of the rounds was, the first or the second, by their medians."""
-        totals = self.totals
-        middle = len(totals) // 2
+        middle = len(self.rounds) // 2
         if middle == 0:
             return 1.0
-        first, second = statistics.median(totals[:middle]), statistics.median(totals[-middle:])
-        return max(first, second) / min(first, second)
+        halves = [float(np.median(half)) for half in (self.totals[:middle], self.totals[-middle:])]
+        return max(halves) / min(halves)
 
 
 def time_in_turn(
@@ -79,41 +76,38 @@ def time_in_turn(
     device: torch.device,
     seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Times contenders in turn, so that a machine that drifts treats all alike.
+    """Times contenders in turn, so that a slow phase of the machine affects all alike.
 
-    Each round has its own order, the same in every run, so that none always follows the same other.
+    Each round has its own random order, the same in every run, so that no contender always follows the same other.
 
     Args:
-        calls: by name, a call, or several that make up a round of it.
-        rounds: at most so many are counted, after `WARM_UP` that are not.
-        seconds: no round is begun later than this after the first one, but for the first `FEWEST_ROUNDS`.
+        calls: by name, one call, or several that make up a round of it.
+        rounds: the most rounds that are counted, after `WARM_UP` that are not.
+        seconds: no round begins later than this after the first one, except the first `FEWEST_ROUNDS`.
     """
+
+    def duration(call: Call) -> float:
+        _synchronise(device)
+        start = time.perf_counter()
+        call()
+        _synchronise(device)
+        return time.perf_counter() - start
+
     series = {name: [given] if callable(given) else list(given) for name, given in calls.items()}
-    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in series}
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in series}
     begun = time.perf_counter()
     for turn in range(-WARM_UP, rounds):
         if turn == 0:
             begun = time.perf_counter()
         if turn >= FEWEST_ROUNDS and time.perf_counter() - begun > seconds:
             break
-        for name in _shuffled(list(series), turn):
-            spent = tuple(_seconds(call, device) for call in series[name])
+        order = list(series)
+        random.Random(turn).shuffle(order)
+        for name in order:
+            durations = tuple(duration(call) for call in series[name])
             if turn >= 0:
-                taken[name].append(spent)
-    return {name: Timing(tuple(spent)) for name, spent in taken.items()}
-
-
-def _shuffled(names: list[str], turn: int) -> list[str]:
-    random.Random(turn).shuffle(names)
-    return names
-
-
-def _seconds(call: Call, device: torch.device) -> float:
-    _synchronise(device)
-    start = time.perf_counter()
-    call()
-    _synchronise(device)
-    return time.perf_counter() - start
+                measured[name].append(durations)
+    return {name: Timing(tuple(durations)) for name, durations in measured.items()}
 
 
 def _synchronise(device: torch.device) -> None:
@@ -122,7 +116,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def percentile(seconds: Sequence[float], share: float, weights: Sequence[float] | None = None) -> float | None:
-    """The time that this share of calls does not exceed; None if there are too few calls to tell.
+    """The time that this share of calls does not exceed; None if there are too few calls for it.
 
     Args:
         seconds: of each call, at least one.
@@ -131,42 +125,38 @@ def percentile(seconds: Sequence[float], share: float, weights: Sequence[float] 
     """
     if share > 0.5 and len(seconds) * (1 - share) < 1 - 1e-9:
         return None
-    order = np.argsort(seconds)
-    heights = np.cumsum((np.ones(len(seconds)) if weights is None else np.asarray(weights))[order])
-    place = int(np.searchsorted(heights, share * heights[-1] * (1 - 1e-12)))
-    return float(np.asarray(seconds)[order][place])
+    weights = np.ones(len(seconds)) if weights is None else weights
+    return float(np.quantile(seconds, share * (1 - 1e-12), weights=weights, method="inverted_cdf"))
 
 
 def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Estimate:
     """How many times faster than the reference: the median over rounds, with its 95% interval.
 
-    The interval lies between two of the rounds' ratios and assumes nothing of how they are distributed
-    (the sign test's). Of fewer than `FEWEST_ROUNDS` rounds it is from 0 to infinity.
+    The interval is the sign test's, which assumes nothing about the distribution. With fewer than
+    `FEWEST_ROUNDS` rounds it is from 0 to infinity.
 
     Args:
         reference, seconds: of the same rounds, in order.
     """
-    ratios = sorted(one / other for one, other in zip(reference, seconds, strict=True))
-    cut = int((binomial_cdf(len(ratios), 0.5) <= 0.025).sum())
-    ends = (ratios[cut - 1], ratios[-cut]) if cut else (0.0, float("inf"))
-    return Estimate(statistics.median(ratios), *ends)
-
-
-def lacks_memory(error: Exception) -> bool:
-    """Whether it says that something does not fit into memory."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _LACK_OF_MEMORY)
-
-
-_LACK_OF_MEMORY = ("out of memory", "allocate memory", "size calculation overflowed")
+    ratios = np.divide(reference, seconds)
+    interval = stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    ends = (0.0, float("inf")) if np.isnan(interval.low) else (float(interval.low), float(interval.high))
+    return Estimate(float(np.median(ratios)), *ends)
 
 
 def is_sharp(ratio: Estimate) -> bool:
-    """Whether the interval is narrow enough to tell the ratio."""
+    """Whether the interval is narrow enough for the ratio to be used."""
     return ratio.high <= SHARP * ratio.low
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether the error says that something does not fit into memory."""
+    messages = ("out of memory", "allocate memory", "size calculation overflowed")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
+
+
 def threshold_for_share(confidence: Tensor, fine_share: float) -> float:
-    """The eta at which this share of a batch goes on (to the nearest image, if no two are equally sure).
+    """The eta at which this share of a batch goes on, to the nearest image, if no two confidences are equal.
 
     Args:
         confidence: ``[B]``, of the coarse stage.
