@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfvit import CoarseToFineViT, Predictor, count_macs, create_model
-from cfvit.benchmark.contenders import Method, methods_of, small_backbone
+from cfvit.benchmark.contenders import Contender, contenders_of, small_backbone
 from cfvit.benchmark.peers import (
     Cascade,
     EViT,
@@ -138,32 +138,32 @@ def test_the_literal_port_answers_as_the_predictor(
 
 
 @pytest.fixture(scope="module")
-def deit_small() -> dict[str, Method]:
+def deit_small() -> dict[str, Contender]:
     with torch.device("meta"):
         model = create_model("deit_small_patch16_224").eval()
-    return {method.name: method for method in methods_of(model, peers=True)}
+    return {method.name: method for method in contenders_of(model, peers=True)}
 
 
 @pytest.mark.parametrize(
     ("name", "printed"),
     [("ToMe, r=13", "2.7"), ("ToMe, r=8", "3.4"), ("EViT, keep 0.7", "3.0"), ("backbone", "4.6")],
 )
-def test_costs_are_those_that_the_papers_print(name: str, printed: str, deit_small: dict[str, Method]) -> None:
-    assert f"{deit_small[name].first_macs / 1e9:.1f}" == printed
+def test_costs_are_those_that_the_papers_print(name: str, printed: str, deit_small: dict[str, Contender]) -> None:
+    assert f"{deit_small[name].macs / 1e9:.1f}" == printed
 
 
-def test_the_literal_port_costs_what_the_papers_accounting_says(deit_small: dict[str, Method]) -> None:
+def test_the_literal_port_costs_what_the_papers_accounting_says(deit_small: dict[str, Contender]) -> None:
     port, predictor = deit_small["literal port"], deit_small["predictor"]
     with torch.device("meta"):
         macs = count_macs(create_model("deit_small_patch16_224"))
-    assert port.macs(1) == pytest.approx(macs.both_in_paper, rel=1e-3)
-    assert (predictor.macs(0), predictor.macs(1), predictor.macs(0.3)) == (macs.coarse, macs.both, macs.expected(0.3))
+    assert port.macs + (port.fine_macs or 0) == pytest.approx(macs.both_in_paper, rel=1e-3)
+    assert (predictor.macs, predictor.fine_macs) == (macs.coarse, macs.fine)
 
 
-def test_a_cascade_costs_both_networks(deit_small: dict[str, Method]) -> None:
-    cascade, plain = deit_small["cascade of two ViTs"], deit_small["backbone"].first_macs
-    assert cascade.macs(1) - cascade.macs(0) == plain
-    assert cascade.macs(0) == pytest.approx(deit_small["coarse stage"].first_macs, rel=1e-3)
+def test_a_cascade_costs_both_networks(deit_small: dict[str, Contender]) -> None:
+    cascade, plain = deit_small["cascade of two ViTs"], deit_small["backbone"].macs
+    assert cascade.fine_macs == plain
+    assert cascade.macs == pytest.approx(deit_small["coarse stage"].macs, rel=1e-3)
 
 
 @pytest.mark.parametrize(

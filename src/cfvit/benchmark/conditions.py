@@ -23,10 +23,10 @@ class Conditions:
 
     Attributes:
         command: as it was given.
-        hardware: the GPU, or the processor and how many threads computed.
+        hardware: the GPU, or the processor and the number of threads.
         dtype: precision of matrix products.
-        versions: of Python, cfvit and what it computes with.
-        commit: of the source, with ``+changes`` where it was edited since; ``unknown`` where that cannot be told.
+        versions: of Python, cfvit and the packages that compute.
+        commit: of the source, with ``+changes`` where it was edited since; ``unknown`` outside a repository.
         date: UTC.
     """
 
@@ -44,7 +44,7 @@ def conditions_of(dtype: torch.dtype, command: str) -> Conditions:
     packages = [f"Python {platform.python_version()}", f"cfvit {cfvit.__version__}"]
     return Conditions(
         command=command,
-        hardware=_hardware(device),
+        hardware=torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         dtype=str(dtype).removeprefix("torch."),
         versions=", ".join(packages + [f"{name} {version(name)}" for name in REPORTED_PACKAGES]),
         commit=_commit(Path(cfvit.__file__)),
@@ -52,32 +52,23 @@ def conditions_of(dtype: torch.dtype, command: str) -> Conditions:
     )
 
 
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
-
-
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
+    info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    lines = info.read_text().splitlines() if info.exists() else []  # only on Linux
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(names, platform.processor() or platform.machine())
+    return f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def _commit(source: Path) -> str:
     """The commit of the repository that holds this very file, not of one that it was merely installed into."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        _git(source, "ls-files", "--error-unmatch", source.name)
-        changed = _git(source, "status", "--porcelain", "--", ".")
-        return _git(source, "rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+        git("ls-files", "--error-unmatch", source.name)
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def _git(source: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(source.parent), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

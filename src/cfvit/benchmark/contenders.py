@@ -41,28 +41,24 @@ There is one number but for a stream: that answers the images as often as there 
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """A way of answering images.
 
     Attributes:
         name: for tables.
-        first_macs: what every image costs.
-        more_macs: what an image costs on top if it goes on; None where all images are treated alike.
+        macs: cost of an image; of one that exits, where some do.
+        fine_macs: what an image costs on top if it goes on; None where all images are treated alike.
         build: prepares it in a mode.
-        modes: those that it is timed in, whichever are asked for, or None for all that are.
+        modes: the only modes that it is timed in, or None for all that are asked for.
         share_out: from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``.
     """
 
     name: str
-    first_macs: int
-    more_macs: int | None
+    macs: int
+    fine_macs: int | None
     build: Callable[[Mode], Runner]
     modes: tuple[Mode, ...] | None = None
     share_out: Callable[[int, float], dict[tuple[int, ...], float]] = lambda count, share: whole_images(count, share)
-
-    def macs(self, fine_share: float | None) -> float:
-        """Mean cost of an image if this share of them goes on."""
-        return self.first_macs + (fine_share or 0) * (self.more_macs or 0)
 
 
 def prepare(network: Any, mode: Mode, run: Callable[[Any], Callable[..., Any]] = lambda network: network) -> Any:
@@ -75,7 +71,7 @@ def prepare(network: Any, mode: Mode, run: Callable[[Any], Callable[..., Any]] =
     return compiled(fast) if mode == "compiled" else fast
 
 
-def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
+def contenders_of(model: CoarseToFineViT, peers: bool) -> list[Contender]:
     """The plain backbone, the stages, the predictor, and with ``peers`` its rivals on the same backbone.
 
     Args:
@@ -105,12 +101,12 @@ def methods_of(model: CoarseToFineViT, peers: bool) -> list[Method]:
         return _runs(lambda images: fine(mode)(images, coarse(mode)(images)))
 
     own = [
-        Method(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
-        Method(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(coarse(mode))),
-        Method(FINE_STAGE, macs.fine, None, fine_alone),
-        Method(BOTH_STAGES, macs.both, None, both),
-        Method(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
-        Method(
+        Contender(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
+        Contender(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(coarse(mode))),
+        Contender(FINE_STAGE, macs.fine, None, fine_alone),
+        Contender(BOTH_STAGES, macs.both, None, both),
+        Contender(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
+        Contender(
             STREAM,
             macs.coarse,
             macs.fine,
@@ -186,14 +182,14 @@ def _streams(model: CoarseToFineViT, mode: Mode) -> Runner:
     return prepare_call
 
 
-def _peers(model: CoarseToFineViT) -> list[Method]:
+def _peers(model: CoarseToFineViT) -> list[Contender]:
     """Their costs are counted on copies without data."""
     meta = copy.deepcopy(model).to("meta").requires_grad_(False)
     images = torch.empty(1, 3, *model.image_size, device="meta", dtype=next(model.parameters()).dtype)
 
-    def alike(name: str, make: Callable[[Any], nn.Module]) -> Method:
+    def alike(name: str, make: Callable[[Any], nn.Module]) -> Contender:
         cost = macs_of(lambda: make(meta.backbone)(images))
-        return Method(name, cost, None, lambda mode: _runs(prepare(make(model.backbone), mode)))
+        return Contender(name, cost, None, lambda mode: _runs(prepare(make(model.backbone), mode)))
 
     return [
         alike("ToMe, r=13", lambda backbone: ToMe(backbone, 13)),
@@ -204,7 +200,7 @@ def _peers(model: CoarseToFineViT) -> list[Method]:
     ]
 
 
-def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Method:
+def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Contender:
     small = small_backbone(model)
     small_macs = macs_of(lambda: copy.deepcopy(small).to("meta")(coarse_image(images)))
     large_macs = macs_of(lambda: meta.backbone(images))
@@ -226,7 +222,7 @@ def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> M
 
         return prepare_call
 
-    return Method("cascade of two ViTs", small_macs, large_macs, build)
+    return Contender("cascade of two ViTs", small_macs, large_macs, build)
 
 
 def small_backbone(model: CoarseToFineViT) -> nn.Module:
@@ -243,7 +239,7 @@ def small_backbone(model: CoarseToFineViT) -> nn.Module:
     return small.eval().requires_grad_(False).to(parameter.dtype)
 
 
-def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Method:
+def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Contender:
     literal = LiteralPort(meta, partial(goes_on, threshold=0))
     coarse_macs = macs_of(lambda: literal.coarse(images))
     both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
@@ -252,7 +248,7 @@ def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor)
         port = LiteralPort(model, *ForcedExits.of_batches(images, goings))
         return lambda: port(images)
 
-    return Method(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
+    return Contender(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,6 @@ from tempfile import TemporaryDirectory
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_SILENT = "100"
-"""Above all levels of the profiler, which would write of its own start and of missing GPUs."""
-
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most bytes of tensors that a call holds at a time, on top of what lay there before.
@@ -28,7 +25,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "100")  # else the profiler reports its start and missing GPUs
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with TemporaryDirectory() as folder:

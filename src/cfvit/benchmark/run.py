@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 
 from cfvit.benchmark.conditions import conditions_of
-from cfvit.benchmark.contenders import Method, methods_of
+from cfvit.benchmark.contenders import contenders_of
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
-from cfvit.data import DataSource
+from cfvit.data.datasets import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
 from cfvit.inference.acceleration import COMPILATIONS, accelerate
@@ -38,7 +37,7 @@ def run_bench(
 
     Args:
         model: on its device and in its precision.
-        name, command: what is told of the run.
+        name, command: of the run, for the report.
         random_weights: whether the model was made for the run.
         peers: time those as well, if the backbone is one that they are written for.
         source: real images, answered at the model's own eta.
@@ -51,51 +50,49 @@ def run_bench(
     if source is not None and model.threshold is None:
         raise CfvitError("real images are answered at the model's own eta and it has none: cfvit calibrate chooses it")
     model = model.eval().requires_grad_(False)
+    parameter = next(model.parameters())
     refusal = why_no_peers(model) if peers else None
-    methods = methods_of(model, peers and refusal is None)
+    contenders = contenders_of(model, peers and refusal is None)
+    notes = {
+        "the weights are random: speed does not depend on them, and shares of exits are forced": random_weights,
+        f"without peers: {refusal}": refusal is not None,
+        "acceleration changes nothing on this device and precision: accelerated is eager": "accelerated" in plan.modes
+        and accelerate(model.backbone) is model.backbone,
+        f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}": parameter.device.type != "cpu"
+        and parameter.dtype == torch.float32,
+    }
     bench = Bench(
-        conditions=conditions_of(next(model.parameters()).dtype, command),
+        conditions=conditions_of(parameter.dtype, command),
         model=name,
         backbone=model.config.backbone,
         grid=model.grid,
         random_weights=random_weights,
         plan=plan,
-        notes=tuple(_notes(model, plan, random_weights, refusal)),
+        notes=tuple(note for note, applies in notes.items() if applies),
         batches=(),
     )
     for size in batch_sizes:
-        kinds = {RANDOM: partial(_measure_random, model, methods, size, plan)}
-        if source is not None:
-            kinds[REAL] = partial(measure_real, model, source, size, plan)
-        for kind, measure in kinds.items():
-            batch = _if_it_fits(measure, "compiled" in plan.modes)
-            if batch is None:
+        for kind in (RANDOM,) if source is None else (RANDOM, REAL):
+            try:
+                with no_silent_eager() if "compiled" in plan.modes else nullcontext():
+                    if kind == RANDOM or source is None:
+                        batch = measure_batch(model, contenders, random_images(model, size), plan)
+                        bench = replace(bench, batches=(*bench.batches, batch))
+                    else:
+                        batch = measure_real(model, source, size, plan)
+                        bench = replace(bench, real=(*bench.real, batch))
+            except (RuntimeError, MemoryError) as error:
+                if not lacks_memory(error):
+                    raise
                 note = f"{kind} images, batch size {size}: not measured, as it does not fit into memory"
                 bench = replace(bench, notes=(*bench.notes, note))
-                continue
-            parts = {"batches": (*bench.batches, batch)} if kind == RANDOM else {"real": (*bench.real, batch)}
-            bench = replace(bench, **parts)
-            watch(batch, bench)
+            else:
+                watch(batch, bench)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()  # after a lack of memory, of what the exception kept
     if not (bench.batches or bench.real):
         raise CfvitError(f"a batch of {min(batch_sizes)} images does not fit into memory: lower --batch-sizes")
     return bench
-
-
-def _measure_random(model: CoarseToFineViT, methods: Sequence[Method], batch_size: int, plan: Plan) -> Batch:
-    return measure_batch(model, methods, random_images(model, batch_size), plan)
-
-
-def _if_it_fits(measure: Callable[[], Batch], compiled: bool) -> Batch | None:
-    """What was measured, or None for lack of memory."""
-    try:
-        with no_silent_eager() if compiled else nullcontext():
-            return measure()
-    except (RuntimeError, MemoryError) as error:
-        if not lacks_memory(error):
-            raise
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # of what the exception kept
-    return None
 
 
 @contextmanager
@@ -117,17 +114,3 @@ def no_silent_eager() -> Iterator[None]:
         if lacks_memory(error):
             raise
         raise CfvitError(f"cannot be timed compiled ({first_line(error)}): choose another --mode") from error
-
-
-def _notes(model: CoarseToFineViT, plan: Plan, random_weights: bool, refusal: str | None) -> list[str]:
-    parameter = next(model.parameters())
-    notes = []
-    if random_weights:
-        notes.append("the weights are random: speed does not depend on them, and shares of exits are forced")
-    if refusal is not None:
-        notes.append(f"without peers: {refusal}")
-    if "accelerated" in plan.modes and accelerate(model.backbone) is model.backbone:
-        notes.append("acceleration changes nothing on this device and precision: accelerated is eager")
-    if parameter.device.type != "cpu" and parameter.dtype == torch.float32:
-        notes.append(f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}")
-    return notes

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
@@ -22,9 +20,6 @@ from cfvit.training.recipe import Recipe
 if TYPE_CHECKING:
     from cfvit.benchmark.measure import Batch
     from cfvit.benchmark.report import Bench
-    from cfvit.modeling.model import CoarseToFineViT
-
-    BenchWatch = Callable[[Batch, Bench], None]
 
 
 @app.command
@@ -62,68 +57,32 @@ def bench(
 ) -> None:
     """Time the plain backbone, both stages, the predictor and its peers in turn, on random and on real images.
 
-    Every ratio stands beside what the MACs promise, with its interval from paired rounds; where the
-    machine was too noisy to tell, that is said.
+    Each ratio has its interval from paired rounds, and beside it the ratio of the MACs. A ratio is marked ? if the
+    machine was too noisy.
     """
     if backbone is None and coarse_grid is not None:
         raise UsageError("--coarse-grid is a model's own: give it with --backbone")
     if backbone is not None and (model is not None or data is not None):
         raise UsageError("--backbone has random weights: give it without --model and --data")
-    from cfvit.benchmark.measure import Plan
-    from cfvit.data import open_images
-
-    _require_bench_folder(out)
-    run = partial(
-        _run,
-        _network_to_time(model, backbone, coarse_grid),
-        precision,
-        batch_sizes=batch_sizes,
-        plan=Plan(mode, fine_share, rounds, seconds),
-        name=backbone or model or DEFAULT_MODEL,
-        random_weights=backbone is not None,
-        peers=peers,
-        source=None if data is None else open_images(data),
-    )
-    _follow_bench(run, out, json)
-
-
-def _run(network: CoarseToFineViT, precision: str, *, watch: BenchWatch, **details: Any) -> Bench:
-    """The benchmark on this process's device; ``details`` as of `run_bench`."""
     import torch
 
+    from cfvit.benchmark.measure import Plan
+    from cfvit.benchmark.report import summary, write_report
     from cfvit.benchmark.run import run_bench
+    from cfvit.checkpoints import load
+    from cfvit.data.datasets import open_images
+    from cfvit.files import require_writable
+    from cfvit.modeling.model import create_model
+    from cfvit.plots.explain import require_matplotlib
     from cfvit.processes import join_processes
 
-    command = shlex.join(["cfvit", *sys.argv[1:]])
-    with join_processes() as process:
-        placed = network.to(process.device, getattr(torch, precision))
-        return run_bench(placed, command=command, watch=watch, **details)
-
-
-def _require_bench_folder(out: Path | None) -> None:
-    """Before the timing, so that nobody waits for what cannot be drawn or written."""
-    from cfvit.files import require_writable
-    from cfvit.plots.explain import require_matplotlib
-
-    if out is not None:
+    if out is not None:  # now, so that nobody waits for what cannot be drawn or written
         require_matplotlib()
         require_writable(out / "bench.json")
-
-
-def _network_to_time(model: str | None, backbone: str | None, coarse_grid: str | None) -> CoarseToFineViT:
-    """The named model, or one on a backbone with random weights."""
-    from cfvit.checkpoints import load
-    from cfvit.modeling.model import create_model
-
     if backbone is None:
-        return load(model or DEFAULT_MODEL)
-    return create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
-
-
-def _follow_bench(run: Callable[..., Bench], out: Path | None, json: bool) -> None:
-    """Tells each batch as it is measured, and in the end all that was, after a failure as well."""
-    from cfvit.benchmark.report import write_report
-
+        network = load(model or DEFAULT_MODEL)
+    else:
+        network = create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
     found: list[Bench] = []
 
     def keep(batch: Batch, so_far: Bench) -> None:
@@ -134,24 +93,31 @@ def _follow_bench(run: Callable[..., Bench], out: Path | None, json: bool) -> No
             _print_batch(batch)
 
     try:
-        found[:] = [run(watch=keep)]
-    finally:
+        with join_processes() as process:
+            found[:] = [
+                run_bench(
+                    network.to(process.device, getattr(torch, precision)),
+                    batch_sizes,
+                    Plan(mode, fine_share, rounds, seconds),
+                    name=backbone or model or DEFAULT_MODEL,
+                    command=shlex.join(["cfvit", *sys.argv[1:]]),
+                    random_weights=backbone is not None,
+                    peers=peers,
+                    source=None if data is None else open_images(data),
+                    watch=keep,
+                )
+            ]
+    finally:  # after a failure as well
         for measured in found:
-            _tell_bench(measured, out, json)
-
-
-def _tell_bench(bench: Bench, out: Path | None, json: bool) -> None:
-    from cfvit.benchmark.report import summary, write_report
-
-    if json:
-        print_json(**summary(bench))
-        for row in (row for batch in (*bench.batches, *bench.real) for row in batch.rows):
-            print_json(**row.to_dict())
-    for sentence in bench.sentences:
-        say(sentence)
-    if out is not None:
-        write_report(bench, out)
-        say(f"written to {out}")
+            if json:
+                print_json(**summary(measured))
+                for row in (row for batch in (*measured.batches, *measured.real) for row in batch.rows):
+                    print_json(**row.to_dict())
+            for sentence in measured.sentences:
+                say(sentence)
+            if out is not None:
+                write_report(measured, out)
+                say(f"written to {out}")
 
 
 def _print_batch(batch: Batch) -> None:

@@ -125,8 +125,8 @@ def percentile(seconds: Sequence[float], share: float, weights: Sequence[float] 
     """
     if share > 0.5 and len(seconds) * (1 - share) < 1 - 1e-9:
         return None
-    weights = np.ones(len(seconds)) if weights is None else weights
-    return float(np.quantile(seconds, share * (1 - 1e-12), weights=weights, method="inverted_cdf"))
+    counted = [1.0] * len(seconds) if weights is None else weights
+    return float(np.quantile(seconds, share * (1 - 1e-12), weights=counted, method="inverted_cdf"))
 
 
 def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Estimate:

@@ -1,0 +1,86 @@
+"""A picture of a benchmark: how many times faster than the plain ViT, by the clock and by the MACs."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cfvit.calibration import Estimate
+from cfvit.files import atomic_write
+from cfvit.plots.charts import COARSE, FINE, INK
+from cfvit.plots.explain import require_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A contender beside the backbone.
+
+    Attributes:
+        label: its name.
+        mode: in which it was prepared.
+        ratio: how many times faster than the backbone in the same mode.
+        eager_ratio: how many times faster than the backbone in eager mode.
+        macs_ratio: the same by the MACs.
+        telling: whether the machine was quiet enough for ``ratio`` to be used.
+    """
+
+    label: str
+    mode: str
+    ratio: Estimate
+    eager_ratio: float
+    macs_ratio: float
+    telling: bool
+
+
+def draw_speed(panels: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:
+    """A PNG with a panel of bars for each batch size.
+
+    Raises:
+        CfvitError: matplotlib is not installed, or the file cannot be written.
+    """
+    abreast = min(len(panels), 3)
+    down = math.ceil(len(panels) / abreast)
+    size = (4.6 * abreast + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * down + 0.7)
+    figure = require_matplotlib()(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots(down, abreast, squeeze=False).flatten()
+    for axis, (name, bars) in zip(axes, panels.items(), strict=False):
+        _draw_panel(axis, name, bars)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    columns = min(4, 2 * abreast)  # more would not fit below a single panel
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _draw_panel(axis: Axes, title: str, bars: Sequence[Bar]) -> None:
+    places, ratios = range(len(bars)), [bar.ratio for bar in bars]
+    usual = Counter(bar.mode for bar in bars).most_common(1)[0][0]
+    label = "by the clock, same mode (pale: too noisy to tell)"
+    contained = axis.barh(places, [ratio.value for ratio in ratios], color=COARSE, height=0.62, label=label)
+    for patch, bar in zip(contained, bars, strict=True):
+        patch.set_alpha(1.0 if bar.telling else 0.4)
+    ends = [(ratio.low, ratio.high) if math.isfinite(ratio.high) else (math.nan, math.nan) for ratio in ratios]
+    axis.hlines(places, [low for low, _ in ends], [high for _, high in ends], color=INK, lw=1.2, label="95% interval")
+    promised = [bar.macs_ratio for bar in bars]
+    axis.plot(promised, places, "d", color=FINE, ms=5, ls="", label="promised by the MACs")
+    eager, label = [bar.eager_ratio for bar in bars], "beside timm's backbone in eager mode"
+    axis.plot(eager, places, "o", color=INK, mfc="none", ms=5, ls="", label=label)
+    axis.axvline(1, color=INK, lw=0.8)
+    ticks = [bar.label if bar.mode == usual else f"{bar.label} ({bar.mode})" for bar in bars]
+    axis.set_yticks(places, ticks, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("times faster than the backbone in the same mode", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_title(f"{title}, {usual} unless marked", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
