@@ -2,7 +2,7 @@
 
 from cfvit.data.datasets import (
     DataSource,
-    ImageFiles,
+    StoredImages,
     has_validation_split,
     open_data,
     open_images,
@@ -14,7 +14,6 @@ from cfvit.data.images import (
     MAX_PIXELS,
     ImageError,
     eval_transform,
-    find_images,
     open_image,
 )
 from cfvit.data.loading import (
@@ -29,6 +28,7 @@ from cfvit.data.loading import (
     next_batch,
     progress_bar,
 )
+from cfvit.data.trees import find_images, natural_key
 
 __all__ = [
     "FAILURES_IN_A_ROW",
@@ -39,7 +39,7 @@ __all__ = [
     "DataSource",
     "EvalImages",
     "ImageError",
-    "ImageFiles",
+    "StoredImages",
     "TrainImages",
     "TrainSampler",
     "combine_seeds",
@@ -48,6 +48,7 @@ __all__ = [
     "find_images",
     "has_validation_split",
     "leave_signals_to_the_run",
+    "natural_key",
     "next_batch",
     "open_data",
     "open_image",

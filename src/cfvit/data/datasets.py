@@ -3,54 +3,69 @@
 from __future__ import annotations
 
 import io
+import os
+import posixpath
 import re
-from collections.abc import Sequence
+import unicodedata
+import zlib
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import timm.data
 from PIL import Image
 
-from cfvit.data.images import IMAGE_SUFFIXES, ImageError, find_images, open_image, to_rgb
+from cfvit.data.images import IMAGE_SUFFIXES, ImageError, open_image, to_rgb
 from cfvit.data.labels import readable_class_names
+from cfvit.data.trees import StoredImage, Tree, holds_folders, natural_key, scan, tell_skipped
 from cfvit.errors import CfvitError, first_line
 
+ClassOrder = Literal["natural", "torchvision"]
+"""How classes are numbered: as people sort names, ``2`` before ``10``, or by characters, as the authors' code does."""
 
-class _TimmDataset(Protocol):
+SPLITS = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "test")}
+"""The names of the folders and tars of a split; the first that is there holds."""
+
+_SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
+
+
+class _Dataset(Protocol):
     def __getitem__(self, index: int) -> Any: ...
     def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """A labelled data set as timm reads it, before any transform.
+    """A data set before any transform.
 
     Attributes:
-        dataset: timm's data set.
-        class_names: by class index, ImageNet's identifiers replaced by words.
+        dataset: `StoredImages` of a folder or a tar, or timm's data set.
+        class_names: by class index, ImageNet's identifiers replaced by words. Empty where classes do not matter.
         targets: the class index to give instead of each of the data set's own, if they differ.
     """
 
-    dataset: _TimmDataset
+    dataset: _Dataset
     class_names: list[str]
     targets: Sequence[int] | None = None
 
     def aligned(self, class_names: Sequence[str]) -> DataSource:
-        """The same images with class indices that follow ``class_names``.
+        """The same images with class indices that follow ``class_names``. The forms of Unicode do not matter.
 
         Raises:
             CfvitError: a class that is not among them.
         """
-        unknown = [name for name in self.class_names if name not in class_names]
+        places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(class_names)}
+        unknown = [name for name in self.class_names if unicodedata.normalize("NFC", name) not in places]
         if unknown:
             raise CfvitError(
                 f"class {unknown[0]!r} of the data is not among the model's {len(class_names)} classes "
                 f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"
             )
-        places = [list(class_names).index(name) for name in self.class_names]
-        targets = places if self.targets is None else [places[target] for target in self.targets]
+        moved = [places[unicodedata.normalize("NFC", name)] for name in self.class_names]
+        targets = moved if self.targets is None else [moved[target] for target in self.targets]
         return replace(self, class_names=list(class_names), targets=targets)
 
     def __len__(self) -> int:
@@ -93,108 +108,201 @@ class DataSource:
         reader = getattr(self.dataset, "reader", None)
         return str(reader.filename(index)) if reader is not None else f"image {index}"
 
+    def folder(self, index: int) -> str:
+        """The folder that an image lies in, or the folder within its tar."""
+        return str(PurePosixPath(self.name(index)).parent)
 
-class ImageFiles:
-    """Files as a data set of a single class, which reads them itself."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self.files, self.reader = files, self
+class StoredImages:
+    """Images of folders and tars with a class index each, as timm's readers give them.
 
-    def __getitem__(self, index: int) -> tuple[Path, int]:
-        return self.files[index], 0
+    Attributes:
+        root: the folder or tar, where there is one of all images.
+    """
+
+    def __init__(self, images: Mapping[str, StoredImage], targets: Sequence[int], root: Path | None = None) -> None:
+        self.names, self.images, self.targets = list(images), list(images.values()), targets
+        self.root, self.reader = root, self
+
+    def __getitem__(self, index: int) -> tuple[Path | bytes, int]:
+        return self.images[index].content(), self.targets[index]
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.images)
 
     def filename(self, index: int) -> str:
-        """The file, as it was found."""
-        return str(self.files[index])
+        """The path below the root."""
+        return self.names[index]
 
 
-def open_images(data: str) -> DataSource:
-    """Images whose classes do not matter: a file, any folder of images, or what `open_data` reads.
+def open_images(
+    data: str | Path | Sequence[str | Path], split: str = "validation", cap: int | None = None, seed: int = 0
+) -> DataSource:
+    """Images whose classes do not matter, in natural order.
+
+    Args:
+        data: an image, a folder or tar of images at any depth, or what `open_data` reads; or several of them. What
+            lies in several of them counts once.
+        split: what is entered of a folder or tar with splits.
+        cap: so many images of each folder at most, the others left out at random.
+        seed: decides which.
 
     Raises:
         CfvitError: nothing there, or no images.
     """
-    root = _split_folder(Path(data), "validation")
-    if not root.is_dir() and root.suffix.lower() not in IMAGE_SUFFIXES:
-        return open_data(data, "validation")
-    files = find_images([root])
-    if files == [root] and root.is_dir():
-        raise CfvitError(f"{data} has no images: give a folder of images")
-    return DataSource(ImageFiles(files), [])
+    sources = [data] if isinstance(data, str | Path) else list(data)
+    found: dict[str, StoredImage] = {}
+    for source in map(Path, sources):
+        if not source.exists():
+            if len(sources) == 1:
+                return open_data(str(source), split)
+            raise CfvitError(f"no data at {source}: give folders of images, tars or images")
+        if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+            images = {str(source): StoredImage(str(source))}
+        else:
+            root, tree, _ = _enter(source, split)
+            images = {f"{root}/{name}": tree.images[name] for name in sorted(tree.images, key=natural_key)}
+        if not images:
+            raise CfvitError(f"{source} has no images: give a folder of images")
+        found |= images
+    kept: dict[tuple[str, int], str] = {}
+    for name, image in found.items():
+        kept.setdefault((os.path.realpath(image.file), image.start), name)
+    names = list(kept.values()) if cap is None else _capped(list(kept.values()), cap, seed)
+    return DataSource(StoredImages({name: found[name] for name in names}, [0] * len(names)), [])
 
 
-def open_data(data: str, split: str = "train") -> DataSource:
+def _capped(names: Sequence[str], cap: int, seed: int) -> list[str]:
+    """At most ``cap`` names of each folder; what is kept of one does not depend on the others."""
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folders.setdefault(posixpath.dirname(name), []).append(name)
+    kept: set[str] = set()
+    for folder, inside in folders.items():
+        generator = np.random.default_rng([seed, zlib.crc32(os.fsencode(folder))])
+        kept |= {inside[place] for place in generator.permutation(len(inside))[:cap]}
+    return [name for name in names if name in kept]
+
+
+def open_data(data: str, split: str = "train", class_order: ClassOrder = "natural") -> DataSource:
     """Opens an image folder, a tar, or a timm data set such as ``hfds/name`` or ``torch/cifar10``.
 
+    A folder or tar has one sub-folder, or tar within, for each class. One with sub-folders for splits, or with a
+    single folder around the classes, is entered.
+
     Args:
-        data: path or timm's name. A folder with sub-folders for splits is entered at ``split``.
+        data: path or timm's name.
         split: ``train`` or ``validation``.
+        class_order: how the classes of a folder or a tar are numbered.
 
     Raises:
-        CfvitError: nothing there, no images, an empty class, fewer than two classes to train on.
+        CfvitError: nothing there, no images, images beside or below the class folders, an empty class, fewer than two
+            classes to train on, another split alone.
     """
     path = Path(data)
-    root = _split_folder(path, split)
-    if root.is_dir():
-        _refuse_empty_classes(root)
-    try:
-        if path.exists():
-            dataset = timm.data.create_dataset("", root=str(root), split=split, search_split=False)
-        elif re.match(r"(hfds|hfids|tfds|wds|torch)/", data, re.IGNORECASE):
+    if path.exists():
+        root, tree, _ = _enter(path, split)
+        classes = _images_of_classes(tree, root)
+        order = {
+            name: i for i, name in enumerate(sorted(classes, key=natural_key if class_order == "natural" else None))
+        }
+        targets = {image: order[name] for name, images in classes.items() for image in images}
+        images = {name: tree.images[name] for name in sorted(targets, key=natural_key)}
+        dataset: Any = StoredImages(images, [targets[name] for name in images], Path(root))
+        names = list(order)
+    elif re.match(r"(hfds|hfids|tfds|wds|torch)/", data, re.IGNORECASE):
+        try:
             dataset = timm.data.create_dataset(data, root=None, split=split, download=False)
-        else:
-            raise CfvitError(
-                f"no data at {data}: give a folder with one sub-folder per class, a .tar, or a timm name (hfds/...)"
-            )
-    except CfvitError:
-        raise
-    except Exception as error:
-        raise CfvitError(f"cannot read the data at {data} ({first_line(error)})") from error
-    names = _class_names(dataset)
+        except Exception as error:
+            raise CfvitError(f"cannot read the data at {data} ({first_line(error)})") from error
+        names = _class_names(dataset)
+    else:
+        raise CfvitError(
+            f"no data at {data}: give a folder with one sub-folder per class, a .tar, or a timm name (hfds/...)"
+        )
     if len(names) < 2 and split == "train":
         raise CfvitError(f"{data} holds {len(names)} class: give one sub-folder of images per class, at least two")
-    return DataSource(cast(_TimmDataset, dataset), readable_class_names(names))
-
-
-def _split_folder(path: Path, split: str) -> Path:
-    """The sub-folder or tar of a split, or the path itself where it has none."""
-    synonyms = {"train": ("train", "training"), "validation": ("val", "validation", "valid", "test")}
-    for name in synonyms.get(split, (split,)):
-        if (path / f"{name}.tar").is_file():
-            return path / f"{name}.tar"
-        if _class_folders(path / name):  # else it is a class of that name
-            return path / name
-    return path
+    return DataSource(dataset, readable_class_names(names))
 
 
 def has_validation_split(data: str) -> bool:
-    """Whether a folder holds a validation split of its own."""
-    return _split_folder(Path(data), "validation") != Path(data)
+    """Whether a folder or a tar holds a validation split of its own."""
+    return Path(data).exists() and _enter(Path(data), "validation")[2]
 
 
-def _class_folders(root: Path) -> list[Path]:
-    """The visible sub-folders of a folder, none if it is not there."""
-    return sorted(p for p in root.iterdir() if p.is_dir() and p.name[0] != ".") if root.is_dir() else []
+def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
+    """What a folder or a tar holds, entered at its split, or where a single folder holds all others.
+
+    Returns:
+        The place entered, the tree there, and whether that is the split.
+    """
+    name, entered = None, False
+    if path.is_dir():
+        tars = {tar.stem: tar for tar in path.glob("*.tar") if tar.is_file()}
+        folders = {p.name: p for p in path.iterdir() if p.is_dir()}
+        there = _SPLIT_NAMES & {*folders, *tars}
+        name = _split_among(there, {name for name in there if name in tars or holds_folders(folders[name])}, split)
+        path = path if name is None else tars.get(name, folders.get(name, path))
+        entered = name is not None
+    tree = scan(path)
+    if tree.unreadable:
+        raise CfvitError(f"{path}/{tree.unreadable[0]} cannot be opened: change its permissions, or move it away")
+    tell_skipped(tree)
+    root = str(path)
+    while True:
+        names = tree.names()
+        there = _SPLIT_NAMES.intersection(names)
+        name = _split_among(there, {name for name in there if tree.names(name)}, split)
+        entered = entered or name is not None
+        single = len(names) == 1 and not tree.images_in() and names[0] not in _SPLIT_NAMES - {path.stem}
+        if name is None and single and tree.names(names[0]) and not tree.images_in(names[0]):
+            name = names[0]
+        if name is None:
+            return root, tree, entered
+        root, tree = f"{root}/{name}", tree.below(name)
 
 
-def _refuse_empty_classes(root: Path) -> None:
-    folders = _class_folders(root)
-    if not folders and not any(root.glob("*.tar")):
+def _split_among(there: AbstractSet[str], whole: AbstractSet[str], split: str) -> str | None:
+    """The folder or tar of a split, None where there is none.
+
+    Args:
+        there: those that have the name of a split. They may be classes, so that one counts if it is ``whole``, or
+            beside one that is: it is then refused for its want of class folders.
+        whole: those of them that hold class folders.
+    """
+    found = there - {"test"} | whole if whole else set()
+    return next((name for name in SPLITS[split] if name in found), None)
+
+
+def _images_of_classes(tree: Tree, root: str) -> dict[str, list[str]]:
+    """The paths of the images of each class, by its name in Unicode's NFC."""
+    folders = tree.names()
+    if not folders:
         raise CfvitError(f"{root} has no sub-folders: give a folder with one sub-folder of images per class")
-    stray = next((p for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()), None)
-    if stray is not None:
-        raise CfvitError(f"{stray} lies beside the class folders of {root}: move it into one, or away")
+    inside: dict[str, list[str]] = {folder: [] for folder in ("", *tree.folders)}
+    for path in tree.images:
+        inside[posixpath.dirname(path)].append(path)
+    if inside[""]:
+        stray = min(inside[""], key=natural_key)
+        raise CfvitError(f"{root}/{stray} lies beside the class folders of {root}: move it into one, or away")
+    nested = {folder.split("/")[0]: folder for folder in sorted(tree.folders, reverse=True) if "/" in folder}
+    classes: dict[str, list[str]] = {}
     for folder in folders:
-        if not any(p.suffix.lower() in IMAGE_SUFFIXES for p in folder.rglob("*")):
-            raise CfvitError(f"class folder {folder} has no images: fill it or remove it")
-        if _class_folders(folder):
-            raise CfvitError(
-                f"class folder {folder} holds the folder {_class_folders(folder)[0].name}: "
-                "put the images of a class into one folder"
+        name = unicodedata.normalize("NFC", folder)
+        if folder in nested:
+            beside = _SPLIT_NAMES.intersection(folders)
+            hint = (
+                "give data with the split that is asked for" if beside else "put the images of a class into one folder"
             )
+            raise CfvitError(
+                f"class folder {root}/{folder} holds the folder {posixpath.basename(nested[folder])}: {hint}"
+            )
+        if not inside[folder]:
+            raise CfvitError(f"class folder {root}/{folder} has no images: fill it or remove it")
+        if name in classes:
+            raise CfvitError(f"{root} holds two folders {name!r}, in two forms of Unicode: merge them")
+        classes[name] = inside[folder]
+    return classes
 
 
 def _class_names(dataset: Any) -> list[str]:

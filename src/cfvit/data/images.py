@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -18,8 +17,6 @@ IMAGE_SUFFIXES = frozenset(
     [".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".jp2", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"]
 )
 """What a folder is searched for; a file named outright is read whatever its name."""
-
-timm.data.set_img_extensions(sorted(IMAGE_SUFFIXES))  # by itself timm finds .png and .jpeg alone
 
 MAX_PIXELS = 178_956_970
 """Larger images are refused, as by Pillow itself: decoded, they would take more than 500 MB."""
@@ -98,22 +95,6 @@ def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
     """Deep greyscale to 8 bits: 16-bit integers by their full range, floats in [0, 1] or [0, 255]."""
     full = 65535.0 if mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
     return (values * (255 / full)).round().clip(0, 255).astype(np.uint8)
-
-
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
-    """The files named, and all images in the folders named, sorted within each folder.
-
-    A path that does not exist and a folder without images stand for themselves: `open_image` will
-    say what is wrong with each, and the others still get their answers.
-    """
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            found += inside or [path]
-        else:
-            found.append(path)
-    return found
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:

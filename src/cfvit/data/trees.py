@@ -1,0 +1,312 @@
+"""What a folder or a tar holds: its images by their paths, found by the same rules in both."""
+
+from __future__ import annotations
+
+import io
+import os
+import posixpath
+import re
+import tarfile
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cfvit.data.images import IMAGE_SUFFIXES
+from cfvit.errors import CfvitError, first_line
+
+FOREIGN_FOLDERS = frozenset(["@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"])
+"""Folders that systems add by themselves, in lower case. They are skipped, as is all that begins with a dot."""
+
+UNREAD_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in (
+        *("arw", "cr2", "cr3", "dng", "heic", "heif", "ico", "j2k", "jpe", "jxl"),
+        *("jxr", "nef", "pbm", "pnm", "psd", "raw", "svg", "tar", "tga"),
+    )
+)
+"""Suffixes of pictures that are not looked for; where they are skipped, they are counted."""
+
+MOST_LINKS = 40
+"""So many links are followed one after the other, as by Linux."""
+
+
+def natural_key(name: str) -> tuple[Any, ...]:
+    """Sorts names as people do: numbers by their value, case ignored; names that are equal then by their characters.
+
+    The order of timm's ``natural_key`` where that orders names at all. It depends on the names alone.
+    """
+    name = unicodedata.normalize("NFC", name)
+    parts = re.split(r"(\d+)", name.lower())
+    numbers = ("".join(str(int(digit)) for digit in part).lstrip("0") for part in parts[1::2])
+    values = [(len(digits), digits) for digits in numbers]
+    return [*chain.from_iterable(zip(parts[::2], values, strict=False)), parts[-1]], name
+
+
+class StoredImage(NamedTuple):
+    """Where an image lies: a file, or so many bytes from a place of a tar on."""
+
+    file: str
+    start: int = 0
+    size: int | None = None
+
+    def content(self) -> Path | bytes:
+        """The file, or what the tar holds. A tar is opened at each call, so that threads and processes share nothing.
+
+        Raises:
+            OSError: the tar cannot be opened.
+        """
+        if self.size is None:
+            return Path(self.file)
+        with open(self.file, "rb") as tar:  # noqa: PTH123 - quicker
+            tar.seek(self.start)
+            return tar.read(self.size)
+
+
+@dataclass
+class Tree:
+    """Images and folders by their paths below a root, ``/`` between the names.
+
+    Attributes:
+        images: what is found by its suffix; nothing hidden, nothing in `FOREIGN_FOLDERS`.
+        folders: all that are not skipped, a tar within being one.
+        skipped: how many pictures of other suffixes there are.
+        unreadable: folders that cannot be opened.
+    """
+
+    images: dict[str, StoredImage] = field(default_factory=dict)
+    folders: set[str] = field(default_factory=set)
+    skipped: Counter[str] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+
+    def names(self, folder: str = "") -> list[str]:
+        """The names of the folders right below one, in natural order."""
+        return sorted((posixpath.basename(f) for f in self.folders if posixpath.dirname(f) == folder), key=natural_key)
+
+    def images_in(self, folder: str = "") -> list[str]:
+        """The paths of the images that lie right in a folder, in natural order."""
+        return sorted((path for path in self.images if posixpath.dirname(path) == folder), key=natural_key)
+
+    def below(self, folder: str) -> Tree:
+        """One of the folders as a tree of its own."""
+        start = len(folder) + 1
+        inside = f"{folder}/"
+        images = {path[start:]: image for path, image in self.images.items() if path.startswith(inside)}
+        return Tree(images, {path[start:] for path in self.folders if path.startswith(inside)})
+
+    def add(
+        self, name: str, listing: Iterator[_Entry], tars: bool, parents: frozenset[str | None] = frozenset()
+    ) -> None:
+        """Adds what a folder of this path holds, links followed, unless they lead to a folder they lie in."""
+        for entry in listing:
+            suffix = posixpath.splitext(entry.name)[1].lower()
+            path = f"{name}/{entry.name}" if name else entry.name
+            if _is_foreign(entry.name) or entry.identity in parents:
+                continue
+            if entry.open_folder is not None:
+                self._add_name(path)
+                try:
+                    self.add(path, entry.open_folder(), tars, parents | {entry.identity})
+                except OSError:
+                    self.unreadable.append(path)
+            elif suffix in IMAGE_SUFFIXES:
+                self.images[path] = entry.image
+            elif suffix == ".tar" and tars:
+                self._add_tar(path[: -len(suffix)], entry.image)
+            elif suffix in UNREAD_SUFFIXES:
+                self.skipped[suffix] += 1
+
+    def _add_name(self, path: str) -> None:
+        if path in self.folders:
+            raise CfvitError(f"{path} is there as a folder and as {path}.tar: remove one of them")
+        self.folders.add(path)
+
+    def _add_tar(self, path: str, tar: StoredImage) -> None:
+        """A tar as the folder of its name; if it holds but one folder, as that folder."""
+        self._add_name(path)
+        inner = _scan_tar(tar)
+        while len(inner.names()) == 1 and not inner.images_in():
+            inner = inner.below(inner.names()[0])
+        self.folders |= {f"{path}/{folder}" for folder in inner.folders}
+        self.images |= {f"{path}/{name}": image for name, image in inner.images.items()}
+
+
+class _Entry(NamedTuple):
+    """A name in a folder: a file, or a folder that can be opened, by what it is beyond all links."""
+
+    name: str
+    image: StoredImage
+    identity: str | None = None
+    open_folder: Callable[[], Iterator[_Entry]] | None = None
+
+
+def scan(root: Path, *, tars: bool = True) -> Tree:
+    """All images of a folder or a tar.
+
+    Args:
+        tars: whether a tar within the folder counts as a folder of its images.
+
+    Raises:
+        CfvitError: neither a folder nor a tar that can be read.
+    """
+    if not root.is_dir():
+        status = root.stat()
+        return _scan_known_tar(str(root), status.st_mtime_ns, status.st_size)
+    tree = Tree()
+    try:
+        around = [root.resolve(), *root.resolve().parents]
+        tree.add("", _list_folder(str(root)), tars, frozenset(map(str, around)))
+    except OSError as error:
+        raise CfvitError(f"{root} cannot be read ({error.strerror or error})") from error
+    return tree
+
+
+def holds_folders(folder: Path) -> bool:
+    """Whether a folder holds others, or tars, that are not skipped."""
+    return any(
+        (entry.open_folder is not None or entry.name.lower().endswith(".tar")) and not _is_foreign(entry.name)
+        for entry in _list_folder(str(folder))
+    )
+
+
+def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """The files named, and all images in the folders named, sorted within each folder, each file once.
+
+    A path that does not exist and a folder without images, or that cannot be opened, stand for themselves:
+    `open_image` will say what is wrong with each, and the others still get their answers.
+    """
+    found: list[Path] = []
+    seen: set[str] = set()
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(path)
+            continue
+        tree = scan(path, tars=False)
+        tell_skipped(tree)
+        new: list[Path] = []
+        for file in sorted(path / name for name in tree.images):
+            if (real := os.path.realpath(file)) not in seen:
+                seen.add(real)
+                new.append(file)
+        found += [*new, *(path / name for name in tree.unreadable)]
+        if not tree.images and not tree.unreadable:
+            found.append(path)
+    return found
+
+
+def tell_skipped(tree: Tree) -> None:
+    """Warns in one line of pictures that are not read for their suffix."""
+    if tree.skipped:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(tree.skipped.items()))
+        count = tree.skipped.total()
+        files = "1 file is" if count == 1 else f"{count} files are"
+        warnings.warn(
+            f"{files} skipped for the suffix ({kinds}): convert pictures to .jpg or .png to have them read",
+            stacklevel=3,
+        )
+
+
+def _is_foreign(name: str) -> bool:
+    return name.startswith(".") or name.lower() in FOREIGN_FOLDERS
+
+
+def _list_folder(folder: str) -> Iterator[_Entry]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            linked = Path(entry.path) if entry.is_symlink() else None  # of links without an end, entry itself raises
+            if entry.is_dir() if linked is None else linked.is_dir():
+                where = os.path.realpath(entry.path)
+                yield _Entry(entry.name, StoredImage(entry.path), where, partial(_list_folder, entry.path))
+            elif entry.is_file() if linked is None else linked.is_file():
+                yield _Entry(entry.name, StoredImage(entry.path))
+
+
+@lru_cache(maxsize=4)
+def _scan_known_tar(file: str, changed: int, size: int) -> Tree:
+    """A tar is scanned once, not for each question about its splits."""
+    return _scan_tar(StoredImage(file))
+
+
+def _scan_tar(tar: StoredImage) -> Tree:
+    tree = Tree()
+    content = tar.content()
+    try:
+        with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+            members = _Members(tar, file)
+        tree.add("", members.list_folder(""), tars=True, parents=frozenset([""]))
+    except (tarfile.TarError, OSError, UnicodeError, ValueError) as error:
+        if isinstance(error, CfvitError):
+            raise
+        raise CfvitError(
+            f"{tar.file} is damaged, compressed or no tar ({first_line(error)}): give an uncompressed tar or a folder"
+        ) from error
+    return tree
+
+
+class _Members:
+    """The members of a tar as folders: paths made plain, links followed, the last of equal names."""
+
+    def __init__(self, tar: StoredImage, file: IO[bytes]) -> None:
+        self.folders: dict[str, set[str]] = {"": set()}
+        self.files: dict[str, StoredImage] = {}
+        self.links: dict[str, str] = {}
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                path = posixpath.normpath(f"/{member.name}").lstrip("/")
+                if not path:
+                    continue
+                self.links.pop(path, None)
+                self.files.pop(path, None)
+                if member.isreg():
+                    self.files[path] = StoredImage(tar.file, tar.start + member.offset_data, member.size)
+                elif member.issym():
+                    self.links[path] = member.linkname
+                elif member.islnk():
+                    up = "../" * path.count("/")
+                    self.links[path] = up + posixpath.normpath(f"/{member.linkname}").lstrip("/")
+                elif member.isdir():
+                    self.folders.setdefault(path, set())
+                else:
+                    continue
+                while path:
+                    folder, name = posixpath.split(path)
+                    self.folders.setdefault(folder, set()).add(name)
+                    path = folder
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # which tarfile itself takes for the end
+                raise tarfile.ReadError(f"it breaks off after {len(self.files)} files")
+
+    def list_folder(self, folder: str) -> Iterator[_Entry]:
+        """As `_list_folder` does for one on a disk."""
+        for name in self.folders[folder]:
+            path = self._resolve(f"{folder}/{name}")
+            if path in self.files:
+                yield _Entry(name, self.files[path])
+            elif path is not None and path in self.folders:
+                yield _Entry(name, StoredImage(""), path, partial(self.list_folder, path))
+
+    def _resolve(self, path: str) -> str | None:
+        """Where a path leads if all links are followed; None if that is outside, nowhere or without an end."""
+        ahead, done, links = path.split("/"), "", 0
+        while ahead:
+            part = ahead.pop(0)
+            if part == "..":
+                if not done:
+                    return None
+                done = posixpath.dirname(done)
+            elif part not in ("", "."):
+                here = f"{done}/{part}".lstrip("/")
+                target = self.links.get(here)
+                links += target is not None
+                if links > MOST_LINKS or (target is not None and target.startswith("/")):
+                    return None
+                if target is None:
+                    done = here
+                else:
+                    ahead = target.split("/") + ahead
+        return done
