@@ -32,7 +32,7 @@ from cfvit.inference.acceleration import (
     copied_ahead,
     in_sizes,
 )
-from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.exit import Exit
 
 WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
 """Layers large enough to be packed, all but the head."""
@@ -659,8 +659,8 @@ def test_a_compiled_predictor_measures_by_the_models_rule(
 ) -> None:
     model = make_model(depth=1)
     predictor = Predictor(model, 0, compile=True)
-    for rule in (ExitRule("margin"), ExitRule("entropy", coarse_temperature=2.0)):
-        model.exit_rule = rule
+    for rule in (Exit("margin"), Exit("entropy", coarse_temperature=2.0)):
+        model.exit = rule
         answer = predictor(make_images(model, 2))
         torch.testing.assert_close(answer.confidence, rule.coarse(answer.logits))
 

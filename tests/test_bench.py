@@ -205,12 +205,12 @@ def _logits(answer: Any) -> Tensor:
 def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(
     model: CoarseToFineViT, methods: list[Contender], make_images: Callable[..., Tensor]
 ) -> None:
-    images, rule = make_images(model, 4), model.exit_rule
+    images, rule = make_images(model, 4), model.exit
     runner = next(method for method in methods if method.name == "predictor").build("eager")
     one, three = runner(images, [1]), runner(images, [3])
     results: list[Any] = [call() for call in (one, three, one)]
     assert [int(result.stage.sum()) for result in results] == [1, 3, 1]
-    assert model.exit_rule is rule
+    assert model.exit is rule
 
 
 def test_a_stream_sends_on_what_is_asked_of_each_batch(

@@ -62,7 +62,7 @@ from cfvit.data import (
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
 from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import ExitRule, Measure, confidence_of, fit_temperature
+from cfvit.modeling.exit import Exit, Measure, confidence_of, fit_temperature
 from cfvit.plots.explain import explain
 from cfvit.training.recipe import DIGITS
 
@@ -255,7 +255,7 @@ def test_the_measure_is_chosen_stored_and_used(
     _assert_alike(
         loaded.calibration, calibrate(*images, _macs(network), GmacsBudget(_budget(network)), measure=measure)
     )
-    assert loaded.exit_rule == ExitRule(measure)
+    assert loaded.exit == Exit(measure)
     assert loaded.threshold == loaded.calibration.threshold
     prediction = Predictor(loaded)(pixels)
     assert 0 < prediction.stage.sum() < len(pixels)
@@ -335,7 +335,7 @@ def test_temperatures_are_fitted_on_other_images_than_eta_is_chosen_on(
     assert (chosen.coarse_temperature, chosen.fine_temperature) == pytest.approx(temperatures, abs=1e-4)
     assert (chosen.images, chosen.threshold) == (17, pytest.approx(expected.threshold, abs=1e-4))
     assert any(line.startswith("temperatures: ") and "on 16 other images" in line for line in outcome.out)
-    assert load(model).exit_rule == ExitRule("entropy", chosen.coarse_temperature, chosen.fine_temperature)
+    assert load(model).exit == Exit("entropy", chosen.coarse_temperature, chosen.fine_temperature)
     again = _run(cfvit_main, model, colours, *arguments)
     assert again.out == outcome.out
 
@@ -772,7 +772,7 @@ def test_a_calibrated_model_is_saved_with_it(
     save(loaded, tmp_path / "copy")
     again = load(tmp_path / "copy")
     assert again.calibration == calibration
-    assert again.exit_rule == ExitRule("margin", 2.0, 0.5) == calibration.exit_rule
+    assert again.exit == Exit("margin", 2.0, 0.5) == calibration.exit
     prediction = Predictor(again)(pixels)
     assert 0 < prediction.stage.sum() < len(pixels)
     hard = prediction.stage.bool()
@@ -809,7 +809,7 @@ def test_a_threshold_that_was_changed_since_is_saved_without_the_calibration(
     save(loaded, model)
     again = load(model)
     assert not (model / "calibration.json").exists()
-    assert (again.threshold, again.exit_rule, again.calibration) == (0.123, calibration.exit_rule, None)
+    assert (again.threshold, again.exit, again.calibration) == (0.123, calibration.exit, None)
 
 
 def test_a_model_without_calibration_removes_a_former_one(
@@ -823,9 +823,9 @@ def test_a_model_without_calibration_removes_a_former_one(
 
 def test_a_wrong_rule_in_the_config_is_refused(model: Path, fails: Callable[..., Any]) -> None:
     config = json.loads((model / "config.json").read_text())
-    config["exit_rule"] = {"measure": "hope", "coarse_temperature": 1.0, "fine_temperature": 1.0}
+    config["exit"] = {"measure": "hope", "coarse_temperature": 1.0, "fine_temperature": 1.0}
     (model / "config.json").write_text(json.dumps(config))
-    with fails("exit_rule.measure is 'hope'"):
+    with fails("exit.measure is 'hope'"):
         load(model)
 
 
@@ -879,9 +879,9 @@ def test_bench_sends_on_as_many_as_asked_for(
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ExitRule("hope"), "measure is 'hope'"),  # type: ignore[arg-type]
-        (lambda: ExitRule(coarse_temperature=0), "coarse_temperature is 0"),
-        (lambda: ExitRule(fine_temperature=float("nan")), "fine_temperature is nan"),
+        (lambda: Exit("hope"), "measure is 'hope'"),  # type: ignore[arg-type]
+        (lambda: Exit(coarse_temperature=0), "coarse_temperature is 0"),
+        (lambda: Exit(fine_temperature=float("nan")), "fine_temperature is nan"),
     ],
 )
 def test_rules_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:

@@ -17,7 +17,7 @@ from cfvit import CoarseToFineViT, create_model
 from cfvit.benchmark.peers import EViT, ToMe
 from cfvit.inference.acceleration import placed
 from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss
 from cfvit.training.recipe import Recipe
 from cfvit.training.tokens.label_maps import pool_scores
@@ -69,7 +69,7 @@ def test_both_stages_stay_on_the_gpu(backbone: str, training: bool) -> None:
         images = images_of(model)
         state = model.coarse(images)
         answers = [state.logits, state.class_attention, state.confidence, model.fine(images, state[labels()])]
-        confidence = ExitRule("margin").coarse(state.logits)
+        confidence = Exit("margin").coarse(state.logits)
         answers += [confidence, goes_on(confidence, 0.5), goes_on(confidence, 1)]
         assert {answer.device for answer in answers} == {GPU}
 

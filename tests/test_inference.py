@@ -570,7 +570,7 @@ class TestStream:
         smooth = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0))
         images = torch.nn.functional.interpolate(smooth, model.image_size, mode="bilinear")
         with torch.inference_mode():
-            ordered = model.exit_rule.coarse(model.coarse(images).logits).sort().values
+            ordered = model.exit.coarse(model.coarse(images).logits).sort().values
         widest = 2 + int(ordered[2:6].diff().argmax())
         predictor = Predictor(model, float(ordered[widest : widest + 2].mean()), compile=accelerated)
         joined = _joined(predictor.stream(images.split(3), ordered=True))

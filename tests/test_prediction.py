@@ -191,7 +191,7 @@ class TestScaledDecode:
         transform = eval_transform(model.data_config)
         with torch.inference_mode():
             images = torch.stack([transform(open_image(path)) for path in paths])
-            ordered = model.exit_rule.coarse(model.coarse(images).logits).sort().values
+            ordered = model.exit.coarse(model.coarse(images).logits).sort().values
         widest = 1 + int(ordered[1:-1].diff().argmax())
         assert ordered[widest + 1] - ordered[widest] > 0.02
         return Predictor(model, float(ordered[widest : widest + 2].mean()))

@@ -28,7 +28,7 @@ from cfvit.evaluation import metrics
 from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
 from cfvit.evaluation.metrics import Collected
 from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import ExitRule, confidence_of
+from cfvit.modeling.exit import Exit, confidence_of
 from cfvit.plots.report import write_report
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -223,7 +223,7 @@ def test_gains_of_classes_are_counted(write: Write) -> None:
 
 def test_reliability_is_counted_bin_by_bin() -> None:
     collected = make_collected(200, 7)
-    stage = judge(collected, ExitRule(), 0.5).coarse
+    stage = judge(collected, Exit(), 0.5).coarse
     inside: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for logits, label in zip(collected.logits[0], collected.labels, strict=True):
         sure = _confidence(logits)
@@ -237,10 +237,10 @@ def test_reliability_is_counted_bin_by_bin() -> None:
 
 def test_reliability_is_of_probabilities_whatever_eta_is_compared_with() -> None:
     collected = make_collected(50, 7)
-    answers = judge(collected, ExitRule("margin", 2.0), 0.3)
+    answers = judge(collected, Exit("margin", 2.0), 0.3)
     expected = (collected.logits[0] / 2).softmax(-1).amax(-1)
     np.testing.assert_allclose(answers.coarse.probability, expected, rtol=1e-6)
-    rule = ExitRule("margin", 2.0)
+    rule = Exit("margin", 2.0)
     assert answers.gone_on.tolist() == goes_on(rule.coarse(collected.logits[0]), 0.3).tolist()
 
 
@@ -299,7 +299,7 @@ def test_a_thousand_classes_make_no_wall(write: Write, make_model: Callable[...,
     page = parse(path)
     tables = [rows for rows in page.tables if rows[0][0] == "class"]
     assert [len(rows) - 1 for rows in tables] == [20, 20, 10]
-    scores = class_scores(judge(collected, ExitRule(), 0.01), 1000)
+    scores = class_scores(judge(collected, Exit(), 0.01), 1000)
     shares = sorted(score.exit_share for score in scores)
     shown = [[row[-1] for row in rows[1:]] for rows in tables]
     assert shown[0] == [f"{100 * share:.0f}%" for share in shares[:-21:-1]]
@@ -357,7 +357,7 @@ def test_how_many_exit_is_certain_at_the_ends(eta: float, exits: int) -> None:
 
 
 def test_captions_show_only_shares_in_percent(write: Write, model: CoarseToFineViT) -> None:
-    model.exit_rule = ExitRule("entropy")
+    model.exit = Exit("entropy")
     collected = make_collected(5, 7)
     for image in parse(write(collected)).all("img"):
         place = int(re.findall(r"\(image (\d+)\)", str(image["alt"]))[0])

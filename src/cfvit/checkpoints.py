@@ -21,26 +21,24 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from cfvit.calibration import Calibration
-from cfvit.calibration.records import from_json, to_json
+from cfvit.calibration.records import CALIBRATION_FILE, from_json, read_calibration
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
-from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig
 from cfvit.modeling.weights import read_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-CALIBRATION_FILE = "calibration.json"
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
     """Writes ``config.json`` and ``model.safetensors``, the Hub's convention.
 
-    The calibration of a model that has one is written along as ``calibration.json``. Of a model that
-    has none, or whose threshold was changed since, a former one is removed.
+    A ``calibration.json`` of a former model in the folder is removed.
 
     Args:
         folder: made if it is not there. Files are replaced one by one, each as a whole.
@@ -55,49 +53,27 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "model": {**asdict(model.config), "timm_kwargs": dict(model.config.timm_kwargs)},
         "data_config": model.data_config,
         "class_names": model.class_names,
-        "threshold": model.threshold,
-        **({} if model.exit_rule == ExitRule() else {"exit_rule": to_json(model.exit_rule)}),
+        "exit": asdict(model.exit),
     }
-    calibration = model.calibration
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(weights, file, metadata={"format": "pt"})
+    _write_config(folder, config)
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+
+
+def save_exit(exit: Exit, folder: Path) -> None:
+    """Changes what a saved model knows of its exit, and nothing else in its folder.
+
+    Raises:
+        CfvitError: the folder cannot be written; it is then as it was.
+    """
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    _write_config(folder, {**config, "exit": asdict(exit)})
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
     with atomic_write(folder / CONFIG_FILE) as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
-    if calibration and (calibration.threshold, calibration.exit_rule) == (model.threshold, model.exit_rule):
-        write_calibration(calibration, folder / CALIBRATION_FILE)
-    else:
-        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
-
-
-def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Writes a calibration as JSON, for `read_calibration`.
-
-    Raises:
-        CfvitError: the file cannot be written; it is then as it was.
-    """
-    with atomic_write(path) as file:
-        file.write_text(json.dumps(calibration.to_dict(), indent=2, allow_nan=False) + "\n")
-
-
-def read_calibration(path: Path) -> Calibration:
-    """A stored calibration.
-
-    Args:
-        path: the file, or the folder of a calibrated model.
-
-    Raises:
-        CfvitError: no such file, not JSON, or a key that is missing, unknown or of a wrong value.
-    """
-    path = path / CALIBRATION_FILE if path.is_dir() else path
-    try:
-        return Calibration.from_dict(json.loads(path.read_text()))
-    except FileNotFoundError as error:
-        raise CfvitError(f"no calibration at {path}: make one with cfvit calibrate") from error
-    except CfvitError as error:
-        raise CfvitError(f"{path} cannot be used: {error}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        mend = "remove it and calibrate again" if path.name == CALIBRATION_FILE else "name one of cfvit calibrate"
-        raise CfvitError(f"{path} is damaged or no calibration ({first_line(error)}): {mend}") from error
 
 
 def weights_digest(model: CoarseToFineViT) -> str:
@@ -116,14 +92,15 @@ def weights_digest(model: CoarseToFineViT) -> str:
     return digest.hexdigest()[:16]
 
 
-def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
-    """Warns if a calibration was made with other weights; no error, as a converted copy may do as well.
-
-    Args:
-        source: where the calibration was read.
-    """
-    made_with = calibration.origin.weights if calibration.origin else ""
-    if made_with and made_with != weights_digest(model):
+def warn_if_stale(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
+    """A warning if the record of a calibration does not describe this model's exit, or was made with other weights."""
+    if calibration.exit != model.exit:
+        warnings.warn(
+            f"{source} is stale and not used: it records {_described(calibration.exit)}, the model has "
+            f"{_described(model.exit)}; calibrate again, or choose the record with --calibration",
+            stacklevel=2,
+        )
+    elif calibration.origin and calibration.origin.weights not in ("", weights_digest(model)):
         warnings.warn(
             f"{source} was made with other weights than this model's: calibrate this model, "
             "unless it is a copy whose answers are nearly the same",
@@ -131,24 +108,31 @@ def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, sour
         )
 
 
+def _described(exit: Exit) -> str:
+    temperatures = f"{exit.coarse_temperature:.3g} and {exit.fine_temperature:.3g}"
+    return f"eta {'none' if exit.eta is None else f'{exit.eta:.9g}'} by {exit.measure} at temperatures {temperatures}"
+
+
 def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
-    """Reads a calibration and has the model use it, with a warning if it was made with other weights.
+    """Reads a calibration and has the model use its exit, with a warning if it was made with other weights.
 
     Raises:
         CfvitError: it cannot be read, or is of another number of classes.
     """
     calibration = read_calibration(path)
-    try:
-        model.use_calibration(calibration)
-    except CfvitError as error:
-        raise CfvitError(f"{path} does not fit: {error}") from error
-    warn_of_other_weights(model, calibration, path)
+    if calibration.classes != model.config.num_classes:
+        raise CfvitError(
+            f"{path} does not fit: the calibration is of {calibration.classes} classes and the model has "
+            f"{model.config.num_classes}: calibrate this model"
+        )
+    model.exit = calibration.exit
+    warn_if_stale(model, calibration, path)
 
 
 def load(path_or_name: str | Path) -> CoarseToFineViT:
     """A model ready for use, in evaluation mode on the CPU in float32.
 
-    The calibration in a folder, ``calibration.json``, goes before the threshold in its ``config.json``.
+    If a folder holds a ``calibration.json`` that does not describe the model, that is a warning.
 
     Args:
         path_or_name: a folder written by `save`, one of the authors' ``.pth`` files, or one of
@@ -193,8 +177,8 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         weights = load_file(folder / WEIGHTS_FILE)
         model = CoarseToFineViT(ModelConfig(**config["model"]))
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
-        model.class_names, model.threshold = config["class_names"], config["threshold"]
-        rule = config.get("exit_rule")
+        model.class_names = config["class_names"]
+        model.exit = from_json(Exit, config["exit"], f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
         raise CfvitError(
             f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
@@ -206,23 +190,19 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
             f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
         ) from error
     load_strictly(model, weights, str(folder))
-    if rule is not None:
-        model.exit_rule = from_json(ExitRule, rule, f"{folder / CONFIG_FILE}: exit_rule")
     _check_attributes(model, folder / CONFIG_FILE)
     if (folder / CALIBRATION_FILE).exists():
-        apply_calibration(model, folder / CALIBRATION_FILE)
+        warn_if_stale(model, read_calibration(folder), folder / CALIBRATION_FILE)
     return model.eval()
 
 
 def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
     """Refuses what a saved folder says besides the weights before it can fail in use."""
-    names, eta, size, config = model.class_names, model.threshold, model.image_size, model.data_config
+    names, size, config = model.class_names, model.image_size, model.data_config
     unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
     problem = None
     if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
         problem = f"class_names do not name {model.config.num_classes} classes"
-    elif eta is not None and not (isinstance(eta, (int, float)) and 0 <= eta <= 1):
-        problem = f"threshold is {eta!r}, not between 0 and 1"
     elif tuple(config.get("input_size", ())) != (3, *size):
         problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
     elif unknown:

@@ -208,7 +208,7 @@ def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> C
     def look_first(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         def look(images: Tensor) -> tuple[Tensor, Tensor]:
             logits = network(coarse_image(images))
-            return logits, model.exit_rule.coarse(logits)
+            return logits, model.exit.coarse(logits)
 
         return look
 

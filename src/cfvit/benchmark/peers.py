@@ -202,7 +202,7 @@ class LiteralPort(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
         state = self.coarse(images)
-        going = self.goes_on(self.model.exit_rule.coarse(state.logits)).tolist()
+        going = self.goes_on(self.model.exit.coarse(state.logits)).tolist()
         hard = [place for place, goes in enumerate(going) if goes]
         logits = state.logits.clone()
         if hard:

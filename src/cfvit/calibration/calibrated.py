@@ -17,7 +17,7 @@ from cfvit.calibration.targets import Drop, Risk, StageLatency, Target
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import ExitRule, Measure
+from cfvit.modeling.exit import Exit, Measure
 
 ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
 _NAMED_CLASSES = 5
@@ -126,7 +126,7 @@ class Calibration:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        _ = self.exit_rule
+        _ = self.exit
         _check_level(self.level)
         if not 0 <= self.threshold <= 1:
             raise CfvitError(f"threshold is {self.threshold}: give a confidence between 0 and 1")
@@ -136,9 +136,9 @@ class Calibration:
             raise CfvitError(f"calibrated on {self.images} images of {self.classes} classes: give at least 1 of each")
 
     @property
-    def exit_rule(self) -> ExitRule:
+    def exit(self) -> Exit:
         """How the confidence is measured that eta is compared with."""
-        return ExitRule(self.measure, self.coarse_temperature, self.fine_temperature)
+        return Exit(self.measure, self.coarse_temperature, self.fine_temperature)
 
     @property
     def exit_share(self) -> float:
@@ -195,7 +195,7 @@ def calibrate(
     missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), len(labels))
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
-    _ = ExitRule(measure, coarse_temperature, fine_temperature)
+    _ = Exit(measure, coarse_temperature, fine_temperature)
     _check_level(level)
     trade = rank_images(coarse, fine, labels, measure, coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)

@@ -1,93 +1,77 @@
-"""Frozen dataclasses to JSON and back, with every key and type checked."""
+"""The record of a calibration on disk: ``calibration.json`` beside a model's weights, every key and type checked."""
 
 from __future__ import annotations
 
-import sys
-import types
-from dataclasses import MISSING, asdict, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
 
-from cfvit.errors import CfvitError
+from pydantic import TypeAdapter, ValidationError
+
+from cfvit.calibration.calibrated import Calibration
+from cfvit.errors import CfvitError, first_line
+from cfvit.files import atomic_write
+
+CALIBRATION_FILE = "calibration.json"
+_SHOWN = 40
 
 Record = TypeVar("Record")
 
-_KIND = "kind"
-_LARGEST = sys.float_info.max
 
-
-def to_json(record: Any) -> dict[str, Any]:
-    """What ``json.dumps`` takes. A field of several dataclasses also says which: ``{"kind": "Drop", ...}``."""
-    values = asdict(record)
-    hints = get_type_hints(type(record))
-    for field in fields(record):
-        value = getattr(record, field.name)
-        if is_dataclass(value) and len(_dataclasses(hints[field.name])) > 1:
-            values[field.name] = {_KIND: type(value).__name__, **values[field.name]}
-        elif isinstance(value, tuple):
-            values[field.name] = list(value)
-        elif is_dataclass(value):
-            values[field.name] = to_json(value)
-    return values
-
-
-def from_json(kind: type[Record], data: object, name: str) -> Record:
-    """A dataclass from what `to_json` gave, now or before a field with a default was added.
+def parse_record(kind: type[Record], text: str, name: str) -> Record:
+    """A dataclass from the JSON of its fields.
 
     Args:
-        name: what to call the data in an error.
+        name: what to call it in an error.
 
     Raises:
-        CfvitError: a missing or unknown key, a value of another type or not finite.
+        CfvitError: no JSON, a missing or unknown key, a value of another type or out of range.
     """
-    if not isinstance(data, dict):
-        raise CfvitError(f"{name} is {_shown(data)}: give what to_dict returned, with its keys")
-    hints = get_type_hints(kind)
-    needed = [field.name for field in fields(kind) if field.default is MISSING]  # type: ignore[arg-type]
-    missing, unknown = [key for key in needed if key not in data], [str(key) for key in data if key not in hints]
-    if missing or unknown:
-        problem = f"lacks {', '.join(missing)}" if missing else f"has unknown {', '.join(unknown)}"
-        raise CfvitError(f"{name} {problem}: give what to_dict returned, or calibrate again")
-    return kind(**{key: _value(hint, data[key], f"{name}.{key}") for key, hint in hints.items() if key in data})
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+    where = ".".join(map(str, (name, *first["loc"])))
+    match first["type"]:
+        case "missing":
+            problem = f"{where} is missing"
+        case "unexpected_keyword_argument":
+            problem = f"{where} is unknown"
+        case "value_error":
+            problem = f"{where}: {first['ctx']['error']}"
+        case "json_invalid":
+            problem = f"{name} is no JSON ({first['ctx']['error']})"
+        case _:
+            got = " ".join(repr(first["input"]).split())
+            problem = f"{where} is {got if len(got) <= _SHOWN else f'{got[: _SHOWN - 3]}...'}: {first['msg']}"
+    raise CfvitError(problem)
 
 
-def _value(hint: Any, data: object, name: str) -> Any:
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return None if data is None and type(None) in arguments else _record(_dataclasses(hint), data, name)
-    if is_dataclass(hint):
-        return _record([hint], data, name)
-    if origin is tuple and isinstance(data, (list, tuple)):
-        return tuple(_value(arguments[0], item, f"{name}[{i}]") for i, item in enumerate(data))
-    if origin is Literal and data in arguments:
-        return data
-    if hint is float and _is_number(data):
-        return float(data)  # type: ignore[arg-type]
-    if hint in (int, str) and type(data) is hint:
-        return data
-    wanted = " or ".join(map(str, arguments)) if origin is Literal else getattr(hint, "__name__", str(hint))
-    raise CfvitError(f"{name} is {_shown(data)}: give a {wanted}, or calibrate again")
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes a calibration as JSON, for `read_calibration`.
+
+    Raises:
+        CfvitError: the file cannot be written; it is then as it was.
+    """
+    with atomic_write(path) as file:
+        file.write_text(json.dumps(asdict(calibration), indent=2, allow_nan=False) + "\n")
 
 
-def _record(kinds: list[Any], data: object, name: str) -> Any:
-    if len(kinds) == 1:
-        return from_json(kinds[0], data, name)
-    kind = data.get(_KIND) if isinstance(data, dict) else None
-    for candidate in kinds:
-        if candidate.__name__ == kind and isinstance(data, dict):
-            return from_json(candidate, {key: value for key, value in data.items() if key != _KIND}, name)
-    allowed = ", ".join(candidate.__name__ for candidate in kinds)
-    raise CfvitError(f"{name} is of kind {_shown(kind)}: give one of {allowed}")
+def read_calibration(path: Path) -> Calibration:
+    """A stored calibration.
 
+    Args:
+        path: the file, or the folder of a calibrated model.
 
-def _dataclasses(hint: Any) -> list[Any]:
-    return [kind for kind in get_args(hint) or (hint,) if is_dataclass(kind)]
-
-
-def _is_number(data: object) -> bool:
-    return type(data) in (int, float) and abs(data) <= _LARGEST  # type: ignore[operator]
-
-
-def _shown(data: object) -> str:
-    """A value in at most a few words, on one line."""
-    text = " ".join(repr(data).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    Raises:
+        CfvitError: no such file, not JSON, or a key that is missing, unknown or of a wrong value.
+    """
+    path = path / CALIBRATION_FILE if path.is_dir() else path
+    mend = "remove it and calibrate again" if path.name == CALIBRATION_FILE else "name a file of cfvit calibrate"
+    try:
+        return parse_record(Calibration, path.read_text(), "calibration")
+    except FileNotFoundError as error:
+        raise CfvitError(f"no calibration at {path}: make one with cfvit calibrate") from error
+    except (OSError, ValueError) as error:
+        raise CfvitError(f"{path} cannot be used ({first_line(error)}): {mend}") from error

@@ -123,10 +123,10 @@ def calibrate(
     from cfvit.evaluation.calibrate import Wish, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
-    from cfvit.modeling.exit import ExitRule
+    from cfvit.modeling.exit import Exit
     from cfvit.processes import Process, best_device
 
-    checked = _as_usage(lambda: ExitRule(typing.cast(typing.Any, measure))).measure
+    checked = _as_usage(lambda: Exit(typing.cast(typing.Any, measure))).measure
     require_writable(path)
     network = load_model(model, None)
     source = labelled_images(network, data)

@@ -60,7 +60,7 @@ def predict(
     for result in classify_files(files, predictor, batch_size, macs=macs, scaled_decode=scaled_decode, **watch):
         if isinstance(result, FileAnswer):
             answers.append(result)
-            _print_answer(result, width, predictor.model.exit_rule.measure, json)
+            _print_answer(result, width, predictor.model.exit.measure, json)
         else:
             _tell_failure(result, json)
     if answers:

@@ -12,7 +12,7 @@ from cfvit.calibration.binomial import share_estimate
 from cfvit.evaluation.metrics import Collected
 from cfvit.inference.predictor import goes_on
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import ExitRule, Measure, confidence_of
+from cfvit.modeling.exit import Exit, Measure, confidence_of
 
 LEVEL = 0.95
 """Probability with which each interval holds."""
@@ -27,7 +27,7 @@ class StageAnswers:
     Attributes:
         answer: class indices ``[n]``.
         right: which of them are the label, ``[n]``.
-        confidence: by the model's `ExitRule`, ``[n]``.
+        confidence: by the model's `Exit`, ``[n]``.
         probability: the highest softmax probability at the rule's temperature, ``[n]`` in [0, 1].
     """
 
@@ -58,7 +58,7 @@ class Answers:
         return np.where(self.gone_on, self.fine.right, self.coarse.right)
 
 
-def judge(collected: Collected, rule: ExitRule, threshold: float) -> Answers:
+def judge(collected: Collected, rule: Exit, threshold: float) -> Answers:
     """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
     coarse, fine = collected.logits
     return Answers(
@@ -70,7 +70,7 @@ def judge(collected: Collected, rule: ExitRule, threshold: float) -> Answers:
 
 
 def _stage_answers(
-    logits: Tensor, labels: Tensor, confidence: Tensor, rule: ExitRule, temperature: float
+    logits: Tensor, labels: Tensor, confidence: Tensor, rule: Exit, temperature: float
 ) -> StageAnswers:
     answer = logits.argmax(-1)
     probability = confidence

@@ -17,11 +17,11 @@ from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_
 from cfvit.errors import CfvitError
 from cfvit.inference.acceleration import accelerate
 from cfvit.modeling.cost import StageMacs, count_macs
-from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
-PAPERS_RULE = ExitRule()
+PAPERS_RULE = Exit()
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +150,7 @@ def sweep(
     labels: Tensor,
     macs: StageMacs,
     thresholds: Sequence[float],
-    rule: ExitRule = PAPERS_RULE,
+    rule: Exit = PAPERS_RULE,
 ) -> list[SweepPoint]:
     """Accuracy and expected cost at each threshold, without running the model again.
 
@@ -236,7 +236,7 @@ def evaluate_model(
     return Evaluation(
         images=len(collected.labels),
         stages=(stages[0], stages[1]),
-        sweep=sweep(coarse, fine, collected.labels, macs, etas, model.exit_rule),
+        sweep=sweep(coarse, fine, collected.labels, macs, etas, model.exit),
         calibrated=model.threshold,
         backbone_gmacs=macs.backbone / 1e9,
         unreadable=unreadable,

@@ -28,7 +28,7 @@ class Prediction:
 
     Attributes:
         logits: ``[B, classes]``, of the stage that answered.
-        confidence: ``[B]`` in float32, by the model's `ExitRule`; -1 where it is not a number.
+        confidence: ``[B]`` in float32, by the model's `Exit`; -1 where it is not a number.
         stage: ``[B]``, 0 where the coarse stage answered and 1 where the fine stage did.
     """
 
@@ -85,7 +85,7 @@ class Predictor:
     Args:
         model: put into evaluation mode; its device and precision are used as they are.
         threshold: eta in [0, 1]; by default the model's calibrated one. Either is compared with the
-            confidence that ``model.exit_rule`` measures, the highest softmax probability unless the
+            confidence that ``model.exit`` measures, the highest softmax probability unless the
             model was calibrated for another.
         compile: None for what suits the device (`acceleration.accelerate`), which costs no waiting; True for
             ``torch.compile`` of both stages (`acceleration.compiled`), for any number of images, on a GPU with

@@ -70,11 +70,11 @@ def _stages_on(network: CoarseToFineViT, model: CoarseToFineViT) -> Both:
 
     def coarse(images: Tensor) -> tuple[CoarseState, Tensor]:
         state = network.coarse(images)
-        return state, model.exit_rule.coarse(state.logits)
+        return state, model.exit.coarse(state.logits)
 
     def fine(images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
         logits = network.fine(images, state)
-        return logits, model.exit_rule.fine(logits)
+        return logits, model.exit.fine(logits)
 
     return coarse, fine
 
@@ -86,7 +86,7 @@ def _parts_of(model: CoarseToFineViT) -> tuple[list[object], int | None]:
     some parameters were made in inference mode, where torch counts nothing. This runs at each call, so it walks the
     modules itself, which takes a quarter of the time of ``model.modules()`` and ``model.parameters()``.
     """
-    parts: list[object] = [model.config, model.exit_rule]
+    parts: list[object] = [model.config, model.exit]
     waiting: list[nn.Module] = [model]
     versions, counted = 0, True
     while waiting:

@@ -10,9 +10,9 @@ The two stages meet in a `CoarseState`; nothing is kept on the module between ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import timm.data
 import torch
@@ -23,7 +23,7 @@ from torch.nn.init import trunc_normal_
 from cfvit.errors import CfvitError
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
-from cfvit.modeling.exit import ExitRule, confidence_of
+from cfvit.modeling.exit import Exit, confidence_of
 from cfvit.modeling.tokens import (
     accumulate_attention,
     child_positions,
@@ -36,9 +36,6 @@ from cfvit.modeling.tokens import (
     score_cells,
 )
 from cfvit.modeling.variants import Reuse, Selection
-
-if TYPE_CHECKING:
-    from cfvit.calibration import Calibration
 
 FIRST_ATTENTION_BLOCK = 3
 """The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
@@ -131,7 +128,7 @@ class CoarseState:
     def confidence(self) -> Tensor:
         """The highest softmax probability of each image, as in the paper: ``[B]`` in float32, -1 where not a number.
 
-        A model may have been calibrated for another measure: see ``model.exit_rule.coarse(state.logits)``.
+        A model may have been calibrated for another measure: see ``model.exit.coarse(state.logits)``.
         """
         return confidence_of(self.logits)
 
@@ -195,9 +192,7 @@ class CoarseToFineViT(nn.Module):
         config: the `ModelConfig` it was built from.
         data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
         class_names: a name for each class, or None.
-        threshold: the calibrated confidence at which the coarse answer is given, or None.
-        exit_rule: how that confidence is measured.
-        calibration: what the two were chosen by and promise, if `use_calibration` set them, or None.
+        exit: how confidence is measured, and the eta at which the coarse answer is given; see `Exit`.
     """
 
     def __init__(
@@ -232,23 +227,16 @@ class CoarseToFineViT(nn.Module):
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
         self.data_config["input_size"] = (3, *self.image_size)
         self.class_names: list[str] | None = None
-        self.threshold: float | None = None
-        self.exit_rule = ExitRule()
-        self.calibration: Calibration | None = None
+        self.exit = Exit()
 
-    def use_calibration(self, calibration: Calibration) -> None:
-        """Takes over the threshold of a calibration and the confidence that it is meant for.
+    @property
+    def threshold(self) -> float | None:
+        """The calibrated eta, ``exit.eta``, or None. Setting it keeps the measure and the temperatures."""
+        return self.exit.eta
 
-        Raises:
-            CfvitError: it is of another number of classes.
-        """
-        _require(
-            calibration.classes == self.config.num_classes,
-            f"the calibration is of {calibration.classes} classes and the model has {self.config.num_classes}: "
-            "calibrate this model",
-        )
-        self.threshold, self.exit_rule = calibration.threshold, calibration.exit_rule
-        self.calibration = calibration
+    @threshold.setter
+    def threshold(self, eta: float | None) -> None:
+        self.exit = replace(self.exit, eta=eta)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters for optimisers to leave undecayed: positions and extra tokens."""

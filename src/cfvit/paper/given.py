@@ -128,4 +128,4 @@ def as_finished(given: Given, recipe: Recipe, conditions: Conditions) -> Finishe
         macs=dataclasses.asdict(macs),
         conditions=dataclasses.asdict(conditions),
     )
-    return Finished(recipe, Path(), record, scored, scored, macs, given.model.exit_rule)
+    return Finished(recipe, Path(), record, scored, scored, macs, given.model.exit)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import ExitRule
+from cfvit.modeling.exit import Exit
 from cfvit.training.log import LOG_FILE
 from cfvit.training.recipe import Recipe
 
@@ -82,7 +82,7 @@ class Finished:
     holdout: Scored
     validation: Scored
     macs: StageMacs
-    rule: ExitRule = dataclasses.field(default_factory=ExitRule)
+    rule: Exit = dataclasses.field(default_factory=Exit)
 
 
 def read_record(folder: Path) -> RunRecord | None:

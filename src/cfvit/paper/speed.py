@@ -43,7 +43,7 @@ def images_per_second(
             backbone = _fast(model.backbone)
             return lambda: backbone(images)
         two_stages = _fast(model)
-        eta = threshold_for_share(model.exit_rule.coarse(two_stages.coarse(images).logits), share)
+        eta = threshold_for_share(model.exit.coarse(two_stages.coarse(images).logits), share)
         predictor = Predictor(two_stages, eta, compile=False)
         return lambda: predictor(images)
 

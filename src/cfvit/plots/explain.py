@@ -29,7 +29,7 @@ class Explanation:
         image: ``[S, S, 3]`` in [0, 1], as the model saw it, without the normalisation.
         attention: ``[rows, columns]``, global class attention.
         split: ``[rows, columns]``, which cells the fine stage splits.
-        answers: label and confidence (by the model's `ExitRule`) of the coarse and of the fine stage.
+        answers: label and confidence (by the model's `Exit`) of the coarse and of the fine stage.
         stage: the stage whose answer counts, 0 or 1.
     """
 
@@ -47,7 +47,7 @@ def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Ex
     images = images.to(parameter.device, parameter.dtype)
     state = model.coarse(images)
     fine = model.fine(images, state)
-    sure, fine_sure = model.exit_rule.coarse(state.logits), model.exit_rule.fine(fine)
+    sure, fine_sure = model.exit.coarse(state.logits), model.exit.fine(fine)
     rows, columns = model.grid
     chosen, _ = rank_cells(state.class_attention, num_informative(model.config.informative_ratio, rows * columns))
     split = torch.zeros_like(state.class_attention, dtype=torch.bool).scatter(1, chosen, True)

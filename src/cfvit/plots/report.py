@@ -120,12 +120,12 @@ class _Page:
 
     @cached_property
     def trade(self) -> TradeOff:
-        (coarse, fine), rule = self.collected.logits, self.model.exit_rule
+        (coarse, fine), rule = self.collected.logits, self.model.exit
         return rank_images(coarse, fine, self.collected.labels, rule.measure, rule.coarse_temperature)
 
     @cached_property
     def answers(self) -> Answers:
-        return judge(self.collected, self.model.exit_rule, self.threshold)
+        return judge(self.collected, self.model.exit, self.threshold)
 
     @cached_property
     def scores(self) -> list[ClassScore]:
@@ -236,7 +236,7 @@ class _Page:
         return _table("The curve in numbers; MACs saved are those of the plain backbone", header, rows, chosen)
 
     def _reliability_words(self) -> str:
-        rule = self.model.exit_rule
+        rule = self.model.exit
         said = (
             "Where bars meet the dashed line, a stage is right as often as its highest probability says; bars below it "
             "are too sure of themselves. The expected calibration error (ECE) is the mean distance."
@@ -364,7 +364,7 @@ class _Page:
         return f"<li>{image}<span>label: {escape(name)}</span>{''.join(lines)}</li>"
 
     def _answer(self, stage: StageAnswers, place: int) -> str:
-        sure = shown_confidence(max(float(stage.confidence[place]), 0), self.model.exit_rule.measure)
+        sure = shown_confidence(max(float(stage.confidence[place]), 0), self.model.exit.measure)
         return f"{self.model.label_of(int(stage.answer[place]))}, {sure}"
 
 
