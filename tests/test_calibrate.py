@@ -10,7 +10,7 @@ import shutil
 import tarfile
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ from cfvit.calibration import (
     check_drift,
 )
 from cfvit.calibration.overlap import shared_images
-from cfvit.checkpoints import apply_calibration, read_calibration, weights_digest
+from cfvit.calibration.records import parse_record, read_calibration, write_calibration
+from cfvit.calibration.temperature import fit_temperature
+from cfvit.checkpoints import apply_calibration, save_exit, weights_digest
 from cfvit.data import (
     EvalImages,
     eval_transform,
@@ -61,8 +63,7 @@ from cfvit.data import (
 )
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
-from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import Exit, Measure, confidence_of, fit_temperature
+from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 from cfvit.plots.explain import explain
 from cfvit.training.recipe import DIGITS
 
@@ -152,12 +153,18 @@ def _run(cfvit_main: Cli, model: Path | str, data: Path | str, *more: object) ->
     return cfvit_main("calibrate", "--data", data, "--model", model, *QUICK, *map(str, more))
 
 
+def _store(calibration: Calibration, folder: Path) -> None:
+    """What `cfvit calibrate` leaves in a model's folder."""
+    write_calibration(calibration, folder / "calibration.json")
+    save_exit(calibration.exit, folder)
+
+
 def _assert_alike(found: Calibration, expected: Calibration) -> None:
     """Up to rounding, as batches are cut otherwise, and to where it comes from, which only the command knows."""
     for each in (found, expected):
         assert isinstance(each, Calibration)
     said = replace(expected, origin=None, warnings=(*expected.warnings, NOT_COMPARED))
-    _assert_close(replace(found, origin=None).to_dict(), said.to_dict())
+    _assert_close(asdict(replace(found, origin=None)), asdict(said))
 
 
 def _assert_close(found: Any, expected: Any) -> None:
@@ -251,29 +258,30 @@ def test_the_measure_is_chosen_stored_and_used(
 ) -> None:
     assert _run(cfvit_main, model, colours, "--gmacs", _budget(network), "--measure", measure).status == 0
     loaded = load(model)
-    assert loaded.calibration is not None
-    _assert_alike(
-        loaded.calibration, calibrate(*images, _macs(network), GmacsBudget(_budget(network)), measure=measure)
-    )
-    assert loaded.exit == Exit(measure)
-    assert loaded.threshold == loaded.calibration.threshold
+    chosen = read_calibration(model)
+    _assert_alike(chosen, calibrate(*images, _macs(network), GmacsBudget(_budget(network)), measure=measure))
+    assert loaded.exit == Exit(measure, eta=chosen.threshold)
+    assert loaded.threshold == chosen.threshold
     prediction = Predictor(loaded)(pixels)
     assert 0 < prediction.stage.sum() < len(pixels)
     confidence = confidence_of(images[0], measure)
-    hard = goes_on(confidence, loaded.calibration.threshold)
+    hard = goes_on(confidence, chosen.threshold)
     assert torch.equal(prediction.stage, hard.long())
     expected = torch.where(hard, confidence_of(images[1], measure), confidence)
     torch.testing.assert_close(prediction.confidence, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_calibration_is_written_and_says_where_it_is_from(cfvit_main: Cli, model: Path, colours: Path) -> None:
+def test_only_eta_and_its_record_are_written(cfvit_main: Cli, model: Path, colours: Path) -> None:
     before = {path.name: path.read_bytes() for path in model.iterdir()}
     outcome = _run(cfvit_main, model, colours, "--max-drop", 1)
     assert outcome.err == [f"written to {model / 'calibration.json'}"]
     assert [line for line in outcome.out if NOT_COMPARED in line] == [f"warning: {NOT_COMPARED}"]
     after = {path.name: path.read_bytes() for path in model.iterdir()}
     written = json.loads(after.pop("calibration.json"))
+    configs = [json.loads(files.pop("config.json")) for files in (before, after)]
     assert after == before
+    assert configs[1].pop("exit")["eta"] == written["threshold"] != configs[0].pop("exit")["eta"]
+    assert configs[0] == configs[1]
     origin = written["origin"]
     assert (origin["data"], origin["cfvit"], origin["temperature_images"]) == (str(colours), cfvit.__version__, 0)
     assert datetime.fromisoformat(origin["date"]).tzinfo is not None
@@ -300,7 +308,7 @@ def test_the_table_shows_each_figure_with_its_interval(cfvit_main: Cli, model: P
 
 def test_json_is_the_calibration(cfvit_main: Cli, model: Path, colours: Path) -> None:
     (line,) = _run(cfvit_main, model, colours, "--max-drop", 1, "--json").out
-    assert Calibration.from_dict(json.loads(line)) == read_calibration(model)
+    assert parse_record(Calibration, line, "line") == read_calibration(model)
 
 
 def test_whether_training_images_were_looked_for_is_among_the_warnings(
@@ -335,7 +343,7 @@ def test_temperatures_are_fitted_on_other_images_than_eta_is_chosen_on(
     assert (chosen.coarse_temperature, chosen.fine_temperature) == pytest.approx(temperatures, abs=1e-4)
     assert (chosen.images, chosen.threshold) == (17, pytest.approx(expected.threshold, abs=1e-4))
     assert any(line.startswith("temperatures: ") and "on 16 other images" in line for line in outcome.out)
-    assert load(model).exit == Exit("entropy", chosen.coarse_temperature, chosen.fine_temperature)
+    assert load(model).exit == Exit("entropy", chosen.coarse_temperature, chosen.fine_temperature, chosen.threshold)
     again = _run(cfvit_main, model, colours, *arguments)
     assert again.out == outcome.out
 
@@ -379,7 +387,7 @@ def test_predict_shows_only_shares_in_percent(
     measure: Measure, cfvit_main: Cli, model: Path, colours: Path, calibration: Calibration
 ) -> None:
     chosen = replace(calibration, measure=measure, threshold=0.99996)
-    (model / "calibration.json").write_text(json.dumps(chosen.to_dict()))
+    _store(chosen, model)
     photo = colours / "val" / "red" / "0.png"
     outcome = cfvit_main("predict", photo, "--model", model)
     (row,) = map(json.loads, cfvit_main("predict", photo, "--model", model, "--json").out)
@@ -454,7 +462,6 @@ def test_a_bundled_model_is_calibrated_into_a_file(cfvit_main: Cli, tmp_path: Pa
     out = tmp_path / "mine.json"
     assert _run(cfvit_main, name, tmp_path / "data", "--max-drop", 1, "--out", out).status == 0
     assert read_calibration(out).classes == 10
-    assert load(name).calibration is None
 
 
 def test_authors_files_are_calibrated_into_a_file(cfvit_main: Cli, authors_file: Path, tmp_path: Path) -> None:
@@ -505,7 +512,7 @@ def test_a_calibration_of_other_weights_is_a_warning(cfvit_main: Cli, model: Pat
     assert (after.status, len(after.out)) == (0, len(before.out))
     assert [line.startswith("cfvit: ") and OTHER in line for line in after.err] == [True, False]
     with pytest.warns(UserWarning, match=re.escape(OTHER)):
-        assert load(model).calibration is not None
+        load(model)
 
     kept = file.rename(model.parent / "calibration.json")
     assert OTHER in cfvit_main(*words, "--calibration", kept).err[0]
@@ -526,7 +533,7 @@ def test_the_same_weights_in_another_precision_or_an_older_calibration_are_no_wa
     _changed(model, lambda bias: bias + 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load(model).calibration is not None
+        load(model)
 
 
 # what is refused
@@ -659,7 +666,7 @@ def test_a_damaged_calibration_is_one_line(
     content: bytes, cfvit_main: Cli, model: Path, colours: Path, fails: Callable[..., Any]
 ) -> None:
     (model / "calibration.json").write_bytes(content)
-    with fails(r"calibration\.json (is damaged|cannot be used)"):
+    with fails(r"calibration\.json cannot be used"):
         load(model)
     for words in (("predict", colours / "val"), ("eval", "--data", colours)):
         assert "calibration.json " in _error(cfvit_main(*words, "--model", model), 1)
@@ -764,15 +771,14 @@ def calibration(network: CoarseToFineViT, images: Images) -> Calibration:
     return calibrate(*images, macs, target, measure="margin", coarse_temperature=2.0, fine_temperature=0.5)
 
 
-def test_a_calibrated_model_is_saved_with_it(
+def test_a_calibrated_model_is_saved_with_its_exit(
     model: Path, calibration: Calibration, pixels: Tensor, images: Images, tmp_path: Path
 ) -> None:
     loaded = load(model)
-    loaded.use_calibration(calibration)
+    loaded.exit = calibration.exit
     save(loaded, tmp_path / "copy")
     again = load(tmp_path / "copy")
-    assert again.calibration == calibration
-    assert again.exit == Exit("margin", 2.0, 0.5) == calibration.exit
+    assert again.exit == Exit("margin", 2.0, 0.5, calibration.threshold) == calibration.exit
     prediction = Predictor(again)(pixels)
     assert 0 < prediction.stage.sum() < len(pixels)
     hard = prediction.stage.bool()
@@ -780,17 +786,36 @@ def test_a_calibrated_model_is_saved_with_it(
     torch.testing.assert_close(prediction.confidence, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_it_goes_before_the_threshold_in_the_config(model: Path, calibration: Calibration) -> None:
-    (model / "calibration.json").write_text(json.dumps(calibration.to_dict()))
-    assert json.loads((model / "config.json").read_text())["threshold"] != calibration.threshold
-    assert load(model).threshold == calibration.threshold
+def test_a_record_of_another_exit_is_told_and_never_applied(
+    cfvit_main: Cli, model: Path, calibration: Calibration, colours: Path
+) -> None:
+    before = load(model).exit
+    write_calibration(calibration, model / "calibration.json")
+    with pytest.warns(UserWarning, match=r"calibration.json is stale and not used: .* margin, 2.0, 0.5, "):
+        assert load(model).exit == before
+    for words in (
+        ("eval", "--data", colours, "--model", model, "--report", model / "page"),
+        ("eval", "--data", colours, "--against", model),
+    ):
+        outcome = cfvit_main(*words, *QUICK)
+        assert [outcome.status, *("is stale" in line for line in outcome.err)][:2] == [0, True], outcome
+    assert "promised" not in (model / "page" / "report.html").read_text()
+
+
+def test_a_record_belongs_to_the_weights_that_it_was_saved_beside(model: Path, calibration: Calibration) -> None:
+    _store(calibration, model)
+    loaded = load(model)
+    loaded.threshold = 0.123
+    save(loaded, model)
+    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
+    assert load(model).exit == replace(calibration.exit, eta=0.123)
 
 
 def test_an_explicit_threshold_means_the_same_measure(
     model: Path, calibration: Calibration, pixels: Tensor, images: Images
 ) -> None:
     loaded = load(model)
-    loaded.use_calibration(calibration)
+    loaded.exit = calibration.exit
     confidence = confidence_of(images[0], "margin", 2.0)
     eta = float(confidence.sort().values[10:12].mean())
     assert torch.equal(Predictor(loaded, eta)(pixels).stage, goes_on(confidence, eta).long())
@@ -798,50 +823,27 @@ def test_an_explicit_threshold_means_the_same_measure(
     assert Predictor(loaded, 1)(pixels).stage.sum() == len(pixels)
 
 
-def test_a_threshold_that_was_changed_since_is_saved_without_the_calibration(
-    model: Path, calibration: Calibration
-) -> None:
-    loaded = load(model)
-    loaded.use_calibration(calibration)
-    save(loaded, model)
-    assert (model / "calibration.json").exists()
-    loaded.threshold = 0.123
-    save(loaded, model)
-    again = load(model)
-    assert not (model / "calibration.json").exists()
-    assert (again.threshold, again.exit, again.calibration) == (0.123, calibration.exit, None)
-
-
-def test_a_model_without_calibration_removes_a_former_one(
-    model: Path, network: CoarseToFineViT, calibration: Calibration
-) -> None:
-    (model / "calibration.json").write_text(json.dumps(calibration.to_dict()))
-    save(network, model)
-    assert load(model).threshold == network.threshold
-    assert sorted(path.name for path in model.iterdir()) == ["config.json", "model.safetensors"]
-
-
 def test_a_wrong_rule_in_the_config_is_refused(model: Path, fails: Callable[..., Any]) -> None:
     config = json.loads((model / "config.json").read_text())
-    config["exit"] = {"measure": "hope", "coarse_temperature": 1.0, "fine_temperature": 1.0}
-    (model / "config.json").write_text(json.dumps(config))
-    with fails("exit.measure is 'hope'"):
-        load(model)
+    for change, message in (({"measure": "hope"}, "exit.measure is 'hope'"), ({"eta": 2}, "exit: threshold is 2")):
+        (model / "config.json").write_text(json.dumps({**config, "exit": {**config["exit"], **change}}))
+        with fails(message):
+            load(model)
 
 
 def test_a_calibration_can_be_applied_from_a_folder(model: Path, calibration: Calibration, tmp_path: Path) -> None:
     other = Path(shutil.copytree(model, tmp_path / "other"))
-    (other / "calibration.json").write_text(json.dumps(calibration.to_dict()))
+    write_calibration(calibration, other / "calibration.json")
     loaded = load(model)
     apply_calibration(loaded, other)
-    assert loaded.calibration == calibration
+    assert loaded.exit == calibration.exit
 
 
 def test_pictures_and_sweeps_follow_the_rule(
     cfvit_main: Cli, model: Path, calibration: Calibration, colours: Path, pixels: Tensor
 ) -> None:
     loaded = load(model)
-    loaded.use_calibration(calibration)
+    loaded.exit = calibration.exit
     save(loaded, model)
     predictor = Predictor(loaded)
     prediction = predictor(pixels)
@@ -862,7 +864,7 @@ def test_bench_sends_on_as_many_as_asked_for(
     model: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = load(model)
-    loaded.use_calibration(calibration)
+    loaded.exit = calibration.exit
     sent: set[int] = set()
     original = CoarseToFineViT.fine
 
@@ -882,6 +884,7 @@ def test_bench_sends_on_as_many_as_asked_for(
         (lambda: Exit("hope"), "measure is 'hope'"),  # type: ignore[arg-type]
         (lambda: Exit(coarse_temperature=0), "coarse_temperature is 0"),
         (lambda: Exit(fine_temperature=float("nan")), "fine_temperature is nan"),
+        (lambda: Exit(eta=1.5), "threshold is 1.5"),
     ],
 )
 def test_rules_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:
@@ -894,7 +897,7 @@ def test_rules_out_of_range_are_refused(make: Callable[[], object], message: str
 
 @pytest.fixture
 def calibrated(model: Path, calibration: Calibration) -> Path:
-    (model / "calibration.json").write_text(json.dumps(calibration.to_dict()))
+    _store(calibration, model)
     return model
 
 
@@ -966,7 +969,7 @@ def test_images_are_opened_with_and_without_classes(colours: Path, tmp_path: Pat
 def test_a_file_that_is_no_calibration_is_not_said_to_be_removed(cfvit_main: Cli, model: Path, colours: Path) -> None:
     arguments = ("predict", colours / "val", "--model", model, "--calibration", model / "model.safetensors")
     message = _error(cfvit_main(*arguments), 1)
-    assert message.endswith("name one of cfvit calibrate")
+    assert message.endswith("name a file of cfvit calibrate")
     assert "remove" not in message
 
 

@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cfvit import CoarseToFineViT, create_model
 from cfvit.benchmark.peers import EViT, ToMe
 from cfvit.inference.acceleration import placed
-from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import Exit
+from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss
 from cfvit.training.recipe import Recipe
 from cfvit.training.tokens.label_maps import pool_scores

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from cfvit import CfvitError, CoarseState, CoarseToFineOutput, CoarseToFineViT, Prediction, Predictor, load
-from cfvit.inference.predictor import COARSE, FINE, FINE_BATCH, StreamedPrediction, _Hard, _Queue, goes_on
+from cfvit.inference.predictor import COARSE, FINE, FINE_BATCH, StreamedPrediction, _Hard, _Queue
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.tokens import coarse_image
 
 COUNT = 6

@@ -13,7 +13,7 @@ from torch import Tensor
 from cfvit import StageMacs
 from cfvit.calibration import choose_threshold
 from cfvit.evaluation.metrics import collect, sweep, top_k_accuracy
-from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import goes_on
 
 CLASSES = 3
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)

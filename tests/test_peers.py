@@ -22,7 +22,7 @@ from cfvit.benchmark.peers import (
     merge_similar,
     why_no_peers,
 )
-from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.tokens import coarse_image
 
 
@@ -107,7 +107,7 @@ def test_the_parts_of_a_cascade_are_plain_networks(
     threshold: float, who: str, model: CoarseToFineViT, images: Tensor
 ) -> None:
     small = small_backbone(model).requires_grad_(False)
-    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, threshold=threshold))(images)
+    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, eta=threshold))(images)
     expected = small(coarse_image(images)) if who == "small" else model.backbone(images)
     torch.testing.assert_close(answer, expected)
 
@@ -117,7 +117,7 @@ def test_a_cascade_exits_by_confidence(model: CoarseToFineViT, images: Tensor) -
     first = small(coarse_image(images))
     confidence = first.softmax(dim=-1).amax(dim=-1)
     eta = float(confidence.sort().values[2:4].mean())
-    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, threshold=eta))(images)
+    answer = Cascade(_looks_first(small), model.backbone, partial(goes_on, eta=eta))(images)
     hard = confidence < eta
     assert hard.sum() == 3
     torch.testing.assert_close(answer, torch.where(hard[:, None], model.backbone(images), first))
@@ -131,7 +131,7 @@ def test_the_literal_port_answers_as_the_predictor(
     images = make_images(model, 6)
     confidence = model.coarse(images).confidence.sort().values
     for eta in (0.0, float(confidence[2:4].mean()), 1.0):
-        port = LiteralPort(model, partial(goes_on, threshold=eta))
+        port = LiteralPort(model, partial(goes_on, eta=eta))
         torch.testing.assert_close(
             port(images), Predictor(model, eta, compile=False)(images).logits, rtol=1e-4, atol=1e-4
         )

@@ -27,8 +27,7 @@ from cfvit.data import DataSource
 from cfvit.evaluation import metrics
 from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
 from cfvit.evaluation.metrics import Collected
-from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import Exit, confidence_of
+from cfvit.modeling.exit import Exit, confidence_of, goes_on
 from cfvit.plots.report import write_report
 
 Fails = Callable[..., AbstractContextManager[None]]

@@ -24,7 +24,7 @@ from cfvit.evaluation.timing import (
     time_in_turn,
     time_stages,
 )
-from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import goes_on
 
 CPU = torch.device("cpu")
 

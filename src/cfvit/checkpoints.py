@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from cfvit.calibration import Calibration
-from cfvit.calibration.records import CALIBRATION_FILE, from_json, read_calibration
+from cfvit.calibration.records import CALIBRATION_FILE, parse_record, read_calibration
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
@@ -92,25 +92,14 @@ def weights_digest(model: CoarseToFineViT) -> str:
     return digest.hexdigest()[:16]
 
 
-def warn_if_stale(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
-    """A warning if the record of a calibration does not describe this model's exit, or was made with other weights."""
-    if calibration.exit != model.exit:
-        warnings.warn(
-            f"{source} is stale and not used: it records {_described(calibration.exit)}, the model has "
-            f"{_described(model.exit)}; calibrate again, or choose the record with --calibration",
-            stacklevel=2,
-        )
-    elif calibration.origin and calibration.origin.weights not in ("", weights_digest(model)):
+def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
+    """A warning if a calibration was made with other weights than this model's."""
+    if calibration.origin and calibration.origin.weights not in ("", weights_digest(model)):
         warnings.warn(
             f"{source} was made with other weights than this model's: calibrate this model, "
             "unless it is a copy whose answers are nearly the same",
             stacklevel=2,
         )
-
-
-def _described(exit: Exit) -> str:
-    temperatures = f"{exit.coarse_temperature:.3g} and {exit.fine_temperature:.3g}"
-    return f"eta {'none' if exit.eta is None else f'{exit.eta:.9g}'} by {exit.measure} at temperatures {temperatures}"
 
 
 def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
@@ -126,7 +115,7 @@ def apply_calibration(model: CoarseToFineViT, path: Path) -> None:
             f"{model.config.num_classes}: calibrate this model"
         )
     model.exit = calibration.exit
-    warn_if_stale(model, calibration, path)
+    warn_of_other_weights(model, calibration, path)
 
 
 def load(path_or_name: str | Path) -> CoarseToFineViT:
@@ -178,7 +167,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model = CoarseToFineViT(ModelConfig(**config["model"]))
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
         model.class_names = config["class_names"]
-        model.exit = from_json(Exit, config["exit"], f"{folder / CONFIG_FILE}: exit")
+        model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
         raise CfvitError(
             f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
@@ -191,9 +180,23 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         ) from error
     load_strictly(model, weights, str(folder))
     _check_attributes(model, folder / CONFIG_FILE)
-    if (folder / CALIBRATION_FILE).exists():
-        warn_if_stale(model, read_calibration(folder), folder / CALIBRATION_FILE)
+    record = folder / CALIBRATION_FILE
+    if record.exists():
+        _warn_if_stale(model, read_calibration(record), record)
     return model.eval()
+
+
+def _warn_if_stale(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
+    """A warning if the record in a model's folder is not of the model's exit, or was made with other weights."""
+    if calibration.exit == model.exit:
+        warn_of_other_weights(model, calibration, source)
+        return
+    recorded, used = (", ".join(str(value) for value in astuple(exit)) for exit in (calibration.exit, model.exit))
+    warnings.warn(
+        f"{source} is stale and not used: its measure, temperatures and eta are {recorded}, those in {CONFIG_FILE} "
+        f"{used}: calibrate again, or use it with --calibration",
+        stacklevel=2,
+    )
 
 
 def _check_attributes(model: CoarseToFineViT, source: Path) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.evaluation.timing import Call
 from cfvit.inference.acceleration import accelerate, compiled
-from cfvit.inference.predictor import FINE_BATCH, Predictor, goes_on
+from cfvit.inference.predictor import FINE_BATCH, Predictor
 from cfvit.modeling import backbones
 from cfvit.modeling.cost import count_macs, macs_of
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 from cfvit.modeling.tokens import coarse_image
 from cfvit.modeling.variants import Mode
@@ -240,7 +241,7 @@ def small_backbone(model: CoarseToFineViT) -> nn.Module:
 
 
 def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Contender:
-    literal = LiteralPort(meta, partial(goes_on, threshold=0))
+    literal = LiteralPort(meta, partial(goes_on, eta=0))
     coarse_macs = macs_of(lambda: literal.coarse(images))
     both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
 
@@ -275,7 +276,7 @@ class ForcedExits:
 
     def __call__(self, confidence: Tensor) -> Tensor:
         """Which images go on; confidences lie between -1, where they are not numbers, and 1."""
-        return goes_on(torch.where(self.going, confidence - 2, confidence + 2), threshold=0.5)
+        return goes_on(torch.where(self.going, confidence - 2, confidence + 2), eta=0.5)
 
 
 def whole_images(count: int, fine_share: float) -> dict[tuple[int, ...], float]:

@@ -1,8 +1,7 @@
 """From logits of both stages to eta, and what it promises: pure functions, no model and no data needed.
 
-``calibrate`` turns logits, labels and a wish into a `Calibration`, ``check_drift`` compares it with
-images in use. The confidence that eta is compared with is that of `confidence_of`, with the
-calibration's measure and temperature, which a model takes over with `use_calibration`.
+``calibrate`` turns logits, labels and a target into a `Calibration`, ``check_drift`` compares it with
+images in use. A model takes over its `Exit`: ``model.exit = calibration.exit``.
 """
 
 from cfvit.calibration.binomial import Estimate

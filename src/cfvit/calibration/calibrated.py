@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +11,14 @@ from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
 from cfvit.calibration.choice import choose_eta
-from cfvit.calibration.records import from_json, to_json
-from cfvit.calibration.targets import Drop, Risk, StageLatency, Target
+from cfvit.calibration.targets import Drop, Risk, StageLatency, Target, count_images
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Exit, Measure
 
 ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
+NO_PROMISE = "none for other images: eta was chosen on the very images that the figures are of"
 _NAMED_CLASSES = 5
 _QUANTILES = 101
 
@@ -38,16 +37,19 @@ class ConfidenceProfile:
 
     def __post_init__(self) -> None:
         rising = all(sorted(set(column)) == list(column) for column in (self.values, self.shares))
-        if (
-            not self.values
-            or len(self.values) != len(self.shares)
-            or not rising
-            or self.shares[0] <= 0
-            or self.shares[-1] != 1
-        ):
+        paired = 0 < len(self.values) == len(self.shares)
+        if not (rising and paired and self.shares[0] > 0 and self.shares[-1] == 1):
             raise CfvitError(
                 "a confidence profile needs as many rising values as rising shares up to 1: calibrate again"
             )
+
+    @classmethod
+    def of(cls, ranked: Tensor) -> ConfidenceProfile:
+        """The profile of confidences in rising order, ``[n]``."""
+        places = np.linspace(0, len(ranked) - 1, _QUANTILES).round().astype(int)
+        values = np.unique(ranked.numpy()[places])
+        shares = np.searchsorted(ranked.numpy(), values, side="right") / len(ranked)
+        return cls(tuple(values.tolist()), tuple(shares.tolist()))
 
     @property
     def median(self) -> float:
@@ -126,10 +128,8 @@ class Calibration:
     origin: Origin | None = None
 
     def __post_init__(self) -> None:
-        _ = self.exit
+        _ = self.exit  # which checks eta, measure and temperatures
         _check_level(self.level)
-        if not 0 <= self.threshold <= 1:
-            raise CfvitError(f"threshold is {self.threshold}: give a confidence between 0 and 1")
         if not 0 <= self.fine_share.value <= 1:
             raise CfvitError(f"fine_share is {self.fine_share.value}: give a share between 0 and 1, or calibrate again")
         if self.images < 1 or self.classes < 1:
@@ -137,26 +137,13 @@ class Calibration:
 
     @property
     def exit(self) -> Exit:
-        """How the confidence is measured that eta is compared with."""
-        return Exit(self.measure, self.coarse_temperature, self.fine_temperature)
+        """What a model needs to know of it: ``model.exit = calibration.exit``."""
+        return Exit(self.measure, self.coarse_temperature, self.fine_temperature, self.threshold)
 
     @property
     def exit_share(self) -> float:
         """Share of images that exit at the coarse stage, in [0, 1]."""
         return 1 - self.fine_share.value
-
-    def to_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dictionaries, for JSON."""
-        return to_json(self)
-
-    @classmethod
-    def from_dict(cls, data: object) -> Calibration:
-        """What `to_dict` gave, equal to the original.
-
-        Raises:
-            CfvitError: a missing or unknown key, a value of another type or out of range.
-        """
-        return from_json(cls, data, "calibration")
 
 
 def calibrate(
@@ -191,30 +178,44 @@ def calibrate(
     Raises:
         CfvitError: input that cannot be used, or a wish out of reach, with the nearest value that is not.
     """
-    _check_images(coarse, fine, labels)
-    missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), len(labels))
+    check_images(coarse, fine, labels)
+    count = len(labels)
+    missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), count)
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
-    _ = Exit(measure, coarse_temperature, fine_temperature)
+    rule = Exit(measure, float(coarse_temperature), float(fine_temperature))
     _check_level(level)
-    trade = rank_images(coarse, fine, labels, measure, coarse_temperature)
+    trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
-    figures = _figures(trade, eta, macs, level)
+    go_on = trade.gone_on(eta)
+    share = trade.fine_share(eta, level)
+    right, worse, better = (int(column[go_on]) for column in (trade.right, trade.worse, trade.better))
+    nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
+
+    def percent(hits: int) -> Estimate:
+        return share_estimate(hits, count, level).mapped(lambda value: 100 * value)
+
     return Calibration(
         target=target,
         threshold=eta,
-        measure=measure,
-        coarse_temperature=float(coarse_temperature),
-        fine_temperature=float(fine_temperature),
-        promise=_promise(target, trade.images),
+        measure=rule.measure,
+        coarse_temperature=rule.coarse_temperature,
+        fine_temperature=rule.fine_temperature,
+        promise=target.promise(count) if isinstance(target, Risk) else NO_PROMISE,
         warnings=tuple(_warnings(target, trade, eta, macs, missing)),
-        images=trade.images,
+        images=count,
         classes=coarse.shape[1],
         level=float(level),
-        latency=None if latency is None else figures["fine_share"].mapped(latency.expected),
-        profile=_profile(trade),
-        origin=None,
-        **figures,
+        accuracy=percent(right),
+        drop=nothing if eta >= 1 else paired_difference(worse, better, count, level).mapped(lambda v: 100 * v),
+        worse=nothing if eta >= 1 else share_estimate(worse, count, level),
+        fine_share=share,
+        gmacs=share.mapped(lambda value: macs.expected(value) / 1e9),
+        saving=share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
+        latency=None if latency is None else share.mapped(latency.expected),
+        coarse_accuracy=percent(int(trade.right[0])),
+        fine_accuracy=percent(int(trade.right[-1])),
+        profile=ConfidenceProfile.of(trade.ranked),
     )
 
 
@@ -248,14 +249,18 @@ def missing_classes(present: Collection[int], names: Sequence[object], images: i
     there = set(present)
     missing = [repr(name) for index, name in enumerate(names) if index not in there]
     if len(missing) < 2:
-        return f"class {missing[0]} has none of the {_images(images)}" if missing else ""
+        return f"class {missing[0]} has none of the {count_images(images)}" if missing else ""
     others = len(missing) - _NAMED_CLASSES
     named = f"{', '.join(missing[:_NAMED_CLASSES])}{f' and {others} more' if others > 0 else ''}"
-    return f"classes {named} have none of the {_images(images)}"
+    return f"classes {named} have none of the {count_images(images)}"
 
 
-def _check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
-    """Refuses logits that cannot be used, and labels that do not fit them."""
+def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
+    """Refuses logits that cannot be used, and labels that do not fit them.
+
+    Raises:
+        CfvitError: says what is wrong with which of them.
+    """
     check_logits(coarse, "coarse")
     check_logits(fine, "fine")
     if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
@@ -270,79 +275,33 @@ def _check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
         raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
 
 
-def _images(count: int) -> str:
-    return "1 image" if count == 1 else f"{count} images"
-
-
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
 
 
-def _figures(trade: TradeOff, eta: float, macs: StageMacs, level: float) -> dict[str, Estimate]:
-    """The estimates of a `Calibration` by name, but for its latency."""
-    count = trade.images
-    go_on = int(trade.gone_on(np.array([eta]))[0])
-    right, worse, better = (int(column[go_on]) for column in (trade.right, trade.worse, trade.better))
-    share = trade.fine_share(eta, level)
-
-    def percent(hits: int) -> Estimate:
-        return share_estimate(hits, count, level).mapped(lambda value: 100 * value)
-
-    nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
-    return {
-        "accuracy": percent(right),
-        "drop": nothing if eta >= 1 else paired_difference(worse, better, count, level).mapped(lambda v: 100 * v),
-        "worse": nothing if eta >= 1 else share_estimate(worse, count, level),
-        "fine_share": share,
-        "gmacs": share.mapped(lambda value: macs.expected(value) / 1e9),
-        "saving": share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
-        "coarse_accuracy": percent(int(trade.right[0])),
-        "fine_accuracy": percent(int(trade.right[-1])),
-    }
-
-
-def _promise(target: Target, images: int) -> str:
-    if not isinstance(target, Risk):
-        return "none for other images: eta was chosen on the very images that the figures are of"
-    means = {
-        "upper_bound": "Clopper-Pearson upper bound",
-        "fixed_sequence": "fixed-sequence testing, exact binomial p-values",
-    }[target.method]
-    return (
-        f"with a probability of at least {100 * target.confidence:g}% over the choice of the {_images(images)}, "
-        f"at most {100 * target.share:g}% of all answers are wrong where the fine stage is right ({means})"
-    )
-
-
 def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: str) -> list[str]:
-    said = []
+    found = []
     if isinstance(target, Risk) and trade.images < (needed := images_needed(target.share, target.confidence)):
-        said.append(
-            f"{_images(trade.images)} are too few to promise this of a threshold below 1: at least {needed} are needed"
+        found.append(
+            f"{count_images(trade.images)} are too few to promise this of a threshold below 1: "
+            f"at least {needed} are needed"
         )
     if isinstance(target, Drop) and 0 < target.points < 100 / trade.images:
-        said.append(
-            f"one of {_images(trade.images)} is {100 / trade.images:.2g} points, "
+        found.append(
+            f"one of {count_images(trade.images)} is {100 / trade.images:.2g} points, "
             f"so a drop of {target.points:g} cannot be told from 0: use more images"
         )
     if trade.ranked[0] == trade.ranked[-1] and trade.images > 1:
-        said.append("all images have the same confidence: only all or none of them can exit")
-    cost = macs.expected(float(trade.gone_on(np.array([eta]))[0]) / trade.images)
+        found.append("all images have the same confidence: only all or none of them can exit")
+    cost = macs.expected(trade.gone_on(eta) / trade.images)
     if cost > macs.backbone:
-        said.append(
+        found.append(
             f"{cost / 1e9:.3g} GMACs an image are more than the plain backbone's {macs.backbone / 1e9:.3g}: "
             "nothing is saved at this eta"
         )
-    if eta >= 1 and trade.images > 1 and not said:
-        said.append("no image exits early: more images, or a wish that asks for less, would let some exit")
+    if eta >= 1 and trade.images > 1 and not found:
+        found.append("no image exits early: more images, or a wish that asks for less, would let some exit")
     if missing:
-        said.append(f"{missing}, so nothing is known of them")
-    return said
-
-
-def _profile(trade: TradeOff) -> ConfidenceProfile:
-    places = np.linspace(0, trade.images - 1, _QUANTILES).round().astype(int)
-    values = np.unique(trade.ranked[places])
-    shares = np.searchsorted(trade.ranked, values, side="right") / trade.images
-    return ConfidenceProfile(tuple(values.tolist()), tuple(shares.tolist()))
+        found.append(f"{missing}, so nothing is known of them")
+    return found

@@ -1,4 +1,4 @@
-"""From a wish to the threshold that grants it.
+"""From a target to the threshold that meets it.
 
 Risk control: the loss of an image is 1 where the answer is wrong and the fine stage's is right. It
 can only fall as eta rises, since an image that goes on gets the fine stage's answer, and its number
@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy
 from torch import Tensor
 
-from cfvit.calibration.binomial import binomial_cdf
 from cfvit.calibration.targets import Accuracy, Drop, GmacsBudget, LatencyBudget, Risk, Saving, StageLatency, Target
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
@@ -54,66 +54,55 @@ def require_reachable(target: Target, macs: StageMacs, latency: StageLatency | N
     """
     match target:
         case GmacsBudget(gmacs):
-            cost = macs.coarse / 1e9
-            nearest = f"the coarse stage alone takes {_up(cost)} GMACs at eta 0; ask for at least that"
-            _refuse_above(cost, gmacs, f"{gmacs:g} GMACs", nearest)
+            least, budget, asked = macs.coarse / 1e9, gmacs, f"{gmacs:g} GMACs"
+            nearest = f"the coarse stage alone takes {_up(least)} GMACs at eta 0; ask for at least that"
         case Saving(percent):
-            spent = 100 * macs.coarse / macs.backbone
-            nearest = f"the most is {_down(100 - spent)}% at eta 0; ask for at most that"
-            _refuse_above(spent, 100 - percent, f"a saving of {percent:g}%", nearest)
+            least, budget, asked = 100 * macs.coarse / macs.backbone, 100 - percent, f"a saving of {percent:g}%"
+            nearest = f"the most is {_down(100 - least)}% at eta 0; ask for at most that"
         case LatencyBudget(milliseconds):
-            time = _measured(latency).coarse
-            nearest = f"the coarse stage alone takes {_up(time)} ms at eta 0; ask for at least that"
-            _refuse_above(time, milliseconds, f"{milliseconds:g} ms", nearest)
-
-
-def _refuse_above(least: float, budget: float, asked: str, nearest: str) -> None:
+            if latency is None:
+                raise CfvitError("a latency is asked for and none is measured: pass latency=StageLatency(coarse, both)")
+            least, budget, asked = latency.coarse, milliseconds, f"{milliseconds:g} ms"
+            nearest = f"the coarse stage alone takes {_up(least)} ms at eta 0; ask for at least that"
+        case _:
+            return
     if least > budget + _SLACK * abs(budget):
         raise CfvitError(f"{asked} is out of reach: {nearest}")
 
 
-def _measured(latency: StageLatency | None) -> StageLatency:
-    if latency is None:
-        raise CfvitError("a latency is asked for and none was measured: pass latency=StageLatency(coarse, both)")
-    return latency
-
-
 def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageLatency | None = None) -> float:
-    """The eta that grants a wish on these images.
+    """The eta that meets a target on these images.
 
     Raises:
         CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
     """
     require_reachable(target, macs, latency)
+    shares = trade.reachable / trade.images
     match target:
         case GmacsBudget(gmacs):
-            return _within(trade, _costs(trade, macs) / 1e9, gmacs)
+            return _most_accurate_within(trade, (macs.coarse + shares * macs.fine) / 1e9, gmacs)
         case Saving(percent):
-            return _within(trade, 100 * _costs(trade, macs) / macs.backbone, 100 - percent)
+            spent = 100 * (macs.coarse + shares * macs.fine) / macs.backbone
+            return _most_accurate_within(trade, spent, 100 - percent)
         case LatencyBudget(milliseconds):
-            measured = _measured(latency)
-            return _within(trade, np.array([measured.expected(share) for share in _shares(trade)]), milliseconds)
+            assert latency is not None
+            return _most_accurate_within(trade, latency.expected_all(shares), milliseconds)
         case Accuracy(percent):
             return _cheapest_with_accuracy(trade, percent)
         case Drop(points):
             return trade.threshold(_fewest_without_drop(trade, points))
         case Risk(method="upper_bound"):
-            return trade.threshold(_fewest_by_upper_bound(trade, target))
+            # the upper bound of k of n is at most the share where k or fewer of n are improbable at that share
+            improbable = scipy.stats.binom.cdf(trade.worse[trade.reachable], trade.images, target.share)
+            granted = improbable <= 1 - target.confidence
+            granted[-1] = True  # if all go on, no answer is worse
+            return trade.threshold(int(trade.reachable[granted.argmax()]))
         case Risk():
             return _last_of_fixed_sequence(trade, target)
 
 
-def _shares(trade: TradeOff) -> np.ndarray:
-    return trade.reachable / trade.images
-
-
-def _costs(trade: TradeOff, macs: StageMacs) -> np.ndarray:
-    """Mean MACs of an image at each reachable split."""
-    return macs.coarse + _shares(trade) * macs.fine
-
-
-def _within(trade: TradeOff, costs: np.ndarray, budget: float) -> float:
-    """The most accurate split within a budget, which at least the first is; the cheapest of equally accurate ones."""
+def _most_accurate_within(trade: TradeOff, costs: np.ndarray, budget: float) -> float:
+    """Of the splits within a budget, which the first always is; the cheapest of equally accurate ones."""
     affordable = trade.reachable[costs <= budget + _SLACK * abs(budget)]
     return trade.threshold(int(affordable[trade.right[affordable].argmax()]))
 
@@ -138,20 +127,15 @@ def _fewest_without_drop(trade: TradeOff, points: float) -> int:
     return int(trade.reachable[failing[-1] + 1 if len(failing) else 0])
 
 
-def _fewest_by_upper_bound(trade: TradeOff, risk: Risk) -> int:
-    # the upper bound of k of n is at most the share where k or fewer of n are improbable at that share
-    improbable = binomial_cdf(trade.images, risk.share) <= 1 - risk.confidence
-    granted = improbable[trade.worse[trade.reachable]]
-    granted[-1] = True  # if all go on, no answer is worse
-    return int(trade.reachable[granted.argmax()])
-
-
 def _last_of_fixed_sequence(trade: TradeOff, risk: Risk) -> float:
     """Tests "too many get worse" from eta = 1 downwards, until it cannot be rejected."""
-    thresholds = TESTED[::-1]
-    p_values = binomial_cdf(trade.images, risk.share)[trade.worse[trade.gone_on(thresholds)]]
-    kept = np.flatnonzero(p_values[1:] > 1 - risk.confidence)  # at eta = 1 nothing is to be shown
-    return float(thresholds[kept[0] if len(kept) else -1])
+    p_values = scipy.stats.binom.cdf(np.arange(trade.images + 1), trade.images, risk.share)
+    granted = 1.0  # where nothing is to be shown
+    for eta in TESTED[-2::-1].tolist():
+        if p_values[trade.worse[trade.gone_on(eta)]] > 1 - risk.confidence:
+            break
+        granted = eta
+    return granted
 
 
 def _down(value: float) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
+import scipy
 from torch import Tensor
 
-from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, check_logits
+from cfvit.calibration.calibrated import Calibration, check_logits
 from cfvit.errors import CfvitError
-from cfvit.inference.predictor import goes_on
-from cfvit.modeling.exit import confidence_of
+from cfvit.modeling.exit import goes_on
 
 _FEW = 100
-_TERMS = np.arange(1, 101)
 
 
 @dataclass(frozen=True)
@@ -69,59 +67,32 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         )
     if not 0 < alpha < 1:
         raise CfvitError(f"alpha is {alpha}: give a probability between 0 and 1, such as 0.01")
-    confidence = confidence_of(coarse_logits, calibration.measure, calibration.coarse_temperature).cpu()
-    count = len(confidence)
+    confidence = calibration.exit.coarse(coarse_logits).cpu()
+    count, before = len(confidence), calibration.images
     gone_on = int(goes_on(confidence, calibration.threshold).sum())
-    before = round(calibration.fine_share.value * calibration.images)
-    share_p = _same_share_p(before, calibration.images, gone_on, count)
-    distance = _distance(calibration.profile, confidence.numpy())
-    distance_p = _distance_p(distance, calibration.images, count)
-    found = Drift(
-        drifted=min(share_p, distance_p) < alpha / 2,
+    expected = round(calibration.fine_share.value * before)
+    table = [[expected, before - expected], [gone_on, count - gone_on]]
+    tails = [scipy.stats.fisher_exact(table, side).pvalue for side in ("less", "greater")]
+    values = np.array(calibration.profile.values, dtype=np.float32)
+    shares = np.searchsorted(confidence.sort().values.numpy(), values, side="right") / count
+    distance = float(np.abs(shares - np.array(calibration.profile.shares)).max())
+    root = math.sqrt(before * count / (before + count))
+    corrected = (root + 0.12 + 0.11 / root) * distance  # for few images (Stephens, 1970)
+    drift = Drift(
+        drifted=False,
         sentence="",
         images=count,
         alpha=alpha,
         expected_fine_share=calibration.fine_share.value,
         fine_share=gone_on / count,
-        fine_share_p=share_p,
+        fine_share_p=float(min(1.0, 2 * min(tails))),
         expected_confidence=calibration.profile.median,
         confidence=float(confidence.median()),
         distance=distance,
-        distance_p=distance_p,
+        distance_p=float(scipy.stats.kstwobign.sf(corrected)),
     )
-    return Drift(**{**vars(found), "sentence": _sentence(found)})
-
-
-def _same_share_p(hits: int, count: int, other_hits: int, other_count: int) -> float:
-    """Fisher's exact test of two shares, twice the smaller tail of the hypergeometric distribution."""
-    drawn = hits + other_hits
-    possible = np.arange(max(0, drawn - other_count), min(count, drawn) + 1)
-    weight = _log_choose(count, possible) + _log_choose(other_count, drawn - possible)
-    weight = np.exp(weight - weight.max())
-    weight /= weight.sum()
-    at_most, at_least = weight[possible <= hits].sum(), weight[possible >= hits].sum()
-    return float(min(1.0, 2 * min(at_most, at_least)))
-
-
-def _log_choose(count: int, chosen: np.ndarray) -> np.ndarray:
-    log_factorials = torch.lgamma(torch.arange(1, count + 2, dtype=torch.float64)).numpy()
-    return log_factorials[count] - log_factorials[chosen] - log_factorials[count - chosen]
-
-
-def _distance(profile: ConfidenceProfile, confidence: np.ndarray) -> float:
-    values = np.array(profile.values, dtype=np.float32)
-    shares = np.searchsorted(np.sort(confidence), values, side="right") / len(confidence)
-    return float(np.abs(shares - np.array(profile.shares)).max())
-
-
-def _distance_p(distance: float, count: int, other_count: int) -> float:
-    """Two-sample p-value of Kolmogorov's limit with Stephens' correction for few images (1970)."""
-    root = math.sqrt(count * other_count / (count + other_count))
-    scaled = (root + 0.12 + 0.11 / root) * distance
-    if scaled < 0.2:
-        return 1.0  # by 1e-12; the series below would need more terms
-    series = np.where(_TERMS % 2, 2, -2) * np.exp(-2 * (_TERMS * scaled) ** 2)
-    return float(series.sum().clip(0, 1))
+    drifted = min(drift.fine_share_p, drift.distance_p) < alpha / 2
+    return replace(drift, drifted=drifted, sentence=_sentence(drift))
 
 
 def _sentence(drift: Drift) -> str:

@@ -32,6 +32,7 @@ def parse_record(kind: type[Record], text: str, name: str) -> Record:
         return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
     except ValidationError as error:
         first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error", "")
     where = ".".join(map(str, (name, *first["loc"])))
     match first["type"]:
         case "missing":
@@ -39,9 +40,9 @@ def parse_record(kind: type[Record], text: str, name: str) -> Record:
         case "unexpected_keyword_argument":
             problem = f"{where} is unknown"
         case "value_error":
-            problem = f"{where}: {first['ctx']['error']}"
+            problem = f"{where}: {cause}"
         case "json_invalid":
-            problem = f"{name} is no JSON ({first['ctx']['error']})"
+            problem = f"{name} is no JSON ({cause})"
         case _:
             got = " ".join(repr(first["input"]).split())
             problem = f"{where} is {got if len(got) <= _SHOWN else f'{got[: _SHOWN - 3]}...'}: {first['msg']}"

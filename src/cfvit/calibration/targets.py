@@ -1,21 +1,23 @@
-"""What a user asks of the trade-off: one of six wishes."""
+"""What a user asks of the trade-off: one of six targets."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
 
 import numpy as np
+import scipy
+from pydantic import Discriminator
 
-from cfvit.calibration.binomial import binomial_probabilities
 from cfvit.errors import CfvitError
 
 RiskMethod = Literal["upper_bound", "fixed_sequence"]
 
 
-def _require(name: str, value: object, holds: bool, allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds:
+def _require(name: str, value: float, holds: Callable[[float], bool], allowed: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
         raise CfvitError(f"{name} is {value!r}: give {allowed}")
 
 
@@ -39,8 +41,8 @@ class StageLatency:
     between: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        _require("coarse latency", self.coarse, _positive(self.coarse), "milliseconds above 0")
-        _require("both latency", self.both, _positive(self.both), "milliseconds above 0")
+        _require("coarse latency", self.coarse, _positive, "milliseconds above 0")
+        _require("both latency", self.both, _positive, "milliseconds above 0")
         if self.both < self.coarse:
             raise CfvitError(f"both stages take {self.both} ms and the coarse one {self.coarse} ms: measure them again")
         if list(self._times) != sorted(self._times):
@@ -52,17 +54,16 @@ class StageLatency:
 
     def expected(self, fine_share: float) -> float:
         """Mean time of an image in milliseconds if each goes on with this probability, by itself."""
-        if not 0 < fine_share < 1:
-            return self.both if fine_share else self.coarse
-        return float(binomial_probabilities(len(self.between) + 1, fine_share) @ np.array(self._times))
+        return float(self.expected_all(np.array([fine_share]))[0])
+
+    def expected_all(self, fine_shares: np.ndarray) -> np.ndarray:
+        """`expected` at each of many shares, ``[m] -> [m]``."""
+        batch = len(self.between) + 1
+        return np.array(self._times) @ scipy.stats.binom.pmf(np.arange(batch + 1)[:, None], batch, fine_shares)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and value > 0
-
-
-def _between(low: float, value: object, high: float) -> bool:
-    return isinstance(value, (int, float)) and low <= value <= high
+def _positive(value: float) -> bool:
+    return value > 0
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class GmacsBudget:
     """The most accurate threshold whose mean cost is at most ``gmacs``, in 1e9 multiply-accumulates an image."""
 
     gmacs: float
+    kind: Literal["GmacsBudget"] = field(default="GmacsBudget", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("gmacs", self.gmacs, _positive(self.gmacs), "a number of GMACs above 0")
+        _require("gmacs", self.gmacs, _positive, "a number of GMACs above 0")
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ class Saving:
     """The most accurate threshold that saves at least ``percent`` of the plain backbone's MACs."""
 
     percent: float
+    kind: Literal["Saving"] = field(default="Saving", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        holds = _between(0, self.percent, 100) and self.percent != 100
-        _require("saving", self.percent, holds, "a percentage from 0 to below 100")
+        _require("saving", self.percent, lambda value: 0 <= value < 100, "a percentage from 0 to below 100")
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ class LatencyBudget:
     """The most accurate threshold whose mean latency is at most ``milliseconds`` an image."""
 
     milliseconds: float
+    kind: Literal["LatencyBudget"] = field(default="LatencyBudget", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("latency", self.milliseconds, _positive(self.milliseconds), "milliseconds above 0")
+        _require("latency", self.milliseconds, _positive, "milliseconds above 0")
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,10 @@ class Accuracy:
     """The cheapest threshold with a top-1 accuracy of at least ``percent`` on the calibration images."""
 
     percent: float
+    kind: Literal["Accuracy"] = field(default="Accuracy", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("accuracy", self.percent, _between(0, self.percent, 100), "a percentage from 0 to 100")
+        _require("accuracy", self.percent, lambda value: 0 <= value <= 100, "a percentage from 0 to 100")
 
 
 @dataclass(frozen=True)
@@ -111,9 +115,10 @@ class Drop:
     """The lowest threshold from which upwards none loses more than ``points`` of accuracy against the fine stage."""
 
     points: float
+    kind: Literal["Drop"] = field(default="Drop", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("drop", self.points, _between(0, self.points, 100), "percentage points from 0 to 100")
+        _require("drop", self.points, lambda value: 0 <= value <= 100, "percentage points from 0 to 100")
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,30 @@ class Risk:
     share: float
     confidence: float = 0.95
     method: RiskMethod = "upper_bound"
+    kind: Literal["Risk"] = field(default="Risk", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         for name, value in (("share", self.share), ("confidence", self.confidence)):
-            holds = _positive(value) and _between(0, value, 1) and value != 1
-            _require(f"{name} of the risk", value, holds, "a share between 0 and 1, both excluded")
+            _require(f"{name} of the risk", value, lambda v: 0 < v < 1, "a share between 0 and 1, both excluded")
         if self.method not in get_args(RiskMethod):
             raise CfvitError(f"method of the risk is {self.method!r}: give one of {', '.join(get_args(RiskMethod))}")
 
+    def promise(self, images: int) -> str:
+        """What holds for images yet unseen, if eta was chosen on this many."""
+        means = {
+            "upper_bound": "Clopper-Pearson upper bound",
+            "fixed_sequence": "fixed-sequence testing, exact binomial p-values",
+        }[self.method]
+        return (
+            f"with a probability of at least {100 * self.confidence:g}% over the choice of the {count_images(images)}, "
+            f"at most {100 * self.share:g}% of all answers are wrong where the fine stage is right ({means})"
+        )
 
-Target = GmacsBudget | Saving | LatencyBudget | Accuracy | Drop | Risk
+
+def count_images(count: int) -> str:
+    """A number of images in words."""
+    return "1 image" if count == 1 else f"{count} images"
+
+
+Target = Annotated[GmacsBudget | Saving | LatencyBudget | Accuracy | Drop | Risk, Discriminator("kind")]
+"""Any of the six; a file tells them apart by their ``kind``."""

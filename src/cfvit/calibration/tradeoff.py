@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, share_estimate
-from cfvit.modeling.exit import Measure, confidence_of
+from cfvit.modeling.exit import Measure, confidence_of, goes_on
 
 _MOST_DIGITS = 9
 
@@ -24,7 +25,7 @@ class TradeOff:
         reachable: the k that a threshold gives, rising: images of equal confidence stay together.
     """
 
-    ranked: np.ndarray
+    ranked: Tensor
     right: np.ndarray
     worse: np.ndarray
     reachable: np.ndarray
@@ -39,10 +40,9 @@ class TradeOff:
         """``[n + 1]``, right answers where the fine stage is wrong."""
         return self.right - self.right[-1] + self.worse
 
-    def gone_on(self, thresholds: np.ndarray) -> np.ndarray:
-        """How many images go on at each eta, as `cfvit.inference.predictor.goes_on` decides: ``[m] -> [m]``."""
-        below = np.searchsorted(self.ranked, thresholds.astype(np.float32), side="left")
-        return np.where(thresholds >= 1, self.images, np.where(thresholds <= 0, 0, below))
+    def gone_on(self, eta: float) -> int:
+        """How many images go on at an eta."""
+        return int(goes_on(self.ranked, eta).sum())
 
     def fine_share(self, eta: float, level: float) -> Estimate:
         """The share of images that go on at an eta, in [0, 1]: none at 0 and all at 1, whatever the images.
@@ -50,7 +50,7 @@ class TradeOff:
         Args:
             level: of the interval.
         """
-        go_on = int(self.gone_on(np.array([eta]))[0])
+        go_on = self.gone_on(eta)
         if 0 < eta < 1:
             return share_estimate(go_on, self.images, level)
         certain = go_on / self.images
@@ -65,7 +65,13 @@ class TradeOff:
             return 0.0
         if go_on == self.images:
             return 1.0
-        return _number_between(self.ranked[go_on - 1], self.ranked[go_on])
+        bottom, top = max(float(self.ranked[go_on - 1]), 0.0), float(self.ranked[go_on])
+        margin = (top - bottom) / 4
+        for digits in range(1, _MOST_DIGITS):
+            number = round((bottom + top) / 2, digits)
+            if bottom + margin <= number <= top - margin and bottom < np.float32(number) <= top:
+                return number  # a number which parts the two in float32 as well
+        return min(top, float(np.nextafter(1.0, 0.0)))  # at 1 all would go on
 
 
 def rank_images(
@@ -78,31 +84,17 @@ def rank_images(
         labels: class indices ``[n]``.
         measure, temperature: of the coarse stage's confidence.
     """
-    confidence = confidence_of(coarse, measure, temperature).cpu().numpy()
-    order = np.argsort(confidence, kind="stable")
-    ranked = confidence[order]
-    coarse_right = (coarse.argmax(-1) == labels).cpu().numpy()[order]
-    fine_right = (fine.argmax(-1) == labels).cpu().numpy()[order]
-    apart = np.concatenate([[True], ranked[1:] > ranked[:-1], [True]])
+    ranked, order = confidence_of(coarse, measure, temperature).cpu().sort(stable=True)
+    coarse_right = (coarse.argmax(-1) == labels).cpu()[order].numpy()
+    fine_right = (fine.argmax(-1) == labels).cpu()[order].numpy()
+    apart = torch.ones(len(ranked) + 1, dtype=torch.bool)
+    apart[1:-1] = ranked[1:] > ranked[:-1]
+    coarse_sums, fine_sums, lost_sums = (
+        np.append(0, hits.cumsum()) for hits in (coarse_right, fine_right, fine_right & ~coarse_right)
+    )
     return TradeOff(
         ranked=ranked,
-        right=np.append(0, fine_right.cumsum()) + _sums_from(coarse_right),
-        worse=_sums_from(fine_right & ~coarse_right),
-        reachable=np.flatnonzero(apart),
+        right=fine_sums + coarse_sums[-1] - coarse_sums,
+        worse=lost_sums[-1] - lost_sums,
+        reachable=apart.nonzero().flatten().numpy(),
     )
-
-
-def _sums_from(values: np.ndarray) -> np.ndarray:
-    """Sums of all values from each place to the end: ``[n] -> [n + 1]``."""
-    return np.append(values[::-1].cumsum()[::-1], 0)
-
-
-def _number_between(low: np.float32, high: np.float32) -> float:
-    """A number in (low, high] and below 1 with few decimals, which parts the two in float32 as well."""
-    bottom, top = max(float(low), 0.0), float(high)
-    margin = (top - bottom) / 4
-    for digits in range(1, _MOST_DIGITS):
-        number = round((bottom + top) / 2, digits)
-        if bottom + margin <= number <= top - margin and bottom < np.float32(number) <= top:
-            return number
-    return min(top, float(np.nextafter(1.0, 0.0)))  # at 1 all would go on

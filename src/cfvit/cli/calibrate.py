@@ -114,12 +114,14 @@ def calibrate(
 ) -> int:
     """Choose eta for a target, which predict, eval and the Predictor then use. Give exactly one target.
 
-    Writes calibration.json into the model's folder and touches nothing else there. Images that are also
-    among the training images are refused. A target out of reach is told with the nearest that is not.
+    Writes eta into the config.json of the model's folder, and a record of what was asked and found beside it, as
+    calibration.json. Training images among the images are refused. If a target is out of reach, the message
+    names the nearest value that is not.
     """
     wanted = target.chosen()
     path = _calibration_path(model, out)
-    from cfvit.checkpoints import write_calibration
+    from cfvit.calibration.records import write_calibration
+    from cfvit.checkpoints import save_exit
     from cfvit.evaluation.calibrate import Wish, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
@@ -136,6 +138,8 @@ def calibrate(
     calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process, training)
     try:
         write_calibration(calibration, path)
+        if out is None:
+            save_exit(calibration.exit, path.parent)
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     report_unreadable(unreadable)
@@ -153,7 +157,7 @@ def _as_usage(make: Callable[[], Made]) -> Made:
 
 def _calibration_path(model: str, out: Path | None) -> Path:
     """Where to write, which is a new file or a former calibration."""
-    from cfvit.checkpoints import CALIBRATION_FILE, read_calibration
+    from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
 
     if out is None:
         if Path(model).is_dir():
@@ -193,7 +197,7 @@ def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Se
 
 def _print_calibration(calibration: Calibration, as_json: bool) -> None:
     if as_json:
-        print_json(**calibration.to_dict())
+        print_json(**dataclasses.asdict(calibration))
         return
     from rich.table import Table
 

@@ -77,12 +77,20 @@ def evaluate(
             _print_evaluation(result, as_json=json)
             report_unreadable(result.unreadable)
             if report is not None:
-                _write_report(report / REPORT_FILE, network, source, result, model or DEFAULT_MODEL, data)
+                name = model or DEFAULT_MODEL
+                record = _record_of(network, calibration or Path(name))
+                _write_report(report / REPORT_FILE, network, source, result, name, data, record)
     return int(bool(result.unreadable))
 
 
 def _write_report(
-    path: Path, network: CoarseToFineViT, source: DataSource, result: Evaluation, model: str, data: str
+    path: Path,
+    network: CoarseToFineViT,
+    source: DataSource,
+    result: Evaluation,
+    model: str,
+    data: str,
+    record: Calibration | None,
 ) -> None:
     from cfvit.plots.report import write_report
 
@@ -96,14 +104,26 @@ def _write_report(
         threshold=network.threshold,
         model_name=model,
         data_name=data,
+        calibration=record,
     )
     say(f"the report is {path}")
+
+
+def _record_of(network: CoarseToFineViT, path: Path) -> Calibration | None:
+    """The record of the eta in use, which is in this file or folder; None if there is none or it is of another eta."""
+    from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
+
+    if not path.is_file() and not (path / CALIBRATION_FILE).is_file():
+        return None
+    record = read_calibration(path)
+    return record if record.exit == network.exit else None
 
 
 def _tell_drift(
     network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
 ) -> int:
-    from cfvit.checkpoints import read_calibration, warn_of_other_weights
+    from cfvit.calibration.records import read_calibration
+    from cfvit.checkpoints import warn_of_other_weights
     from cfvit.data import open_images
     from cfvit.evaluation.calibrate import check_drift_of
     from cfvit.processes import join_processes
@@ -115,7 +135,7 @@ def _tell_drift(
         if process.leads:
             _print_drift(drift, before, as_json)
             report_unreadable(unreadable)
-            if network.calibration != before:  # else it was said on loading
+            if not against.is_dir():  # a folder's record was checked on loading
                 with warnings_said():
                     warn_of_other_weights(network, before, against)
     return int(bool(unreadable))

@@ -10,9 +10,8 @@ from torch import Tensor
 from cfvit.calibration import Estimate, TradeOff
 from cfvit.calibration.binomial import share_estimate
 from cfvit.evaluation.metrics import Collected
-from cfvit.inference.predictor import goes_on
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import Exit, Measure, confidence_of
+from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
 LEVEL = 0.95
 """Probability with which each interval holds."""
@@ -69,9 +68,7 @@ def judge(collected: Collected, rule: Exit, threshold: float) -> Answers:
     )
 
 
-def _stage_answers(
-    logits: Tensor, labels: Tensor, confidence: Tensor, rule: Exit, temperature: float
-) -> StageAnswers:
+def _stage_answers(logits: Tensor, labels: Tensor, confidence: Tensor, rule: Exit, temperature: float) -> StageAnswers:
     answer = logits.argmax(-1)
     probability = confidence
     if rule.measure != "max_probability":
@@ -100,7 +97,7 @@ class Operation:
 
 def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
     """Accuracy and cost at one eta."""
-    go_on = int(trade.gone_on(np.array([threshold]))[0])
+    go_on = trade.gone_on(threshold)
     share = trade.fine_share(threshold, LEVEL)
     return Operation(
         accuracy=accuracy_estimate(trade, go_on),

@@ -13,9 +13,10 @@ from torch import Tensor
 
 import cfvit
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
-from cfvit.calibration.calibrated import ADD_CLASSES, check_logits, missing_classes
+from cfvit.calibration.calibrated import ADD_CLASSES, check_images, missing_classes
 from cfvit.calibration.choice import require_reachable
 from cfvit.calibration.overlap import refuse_training_images
+from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
 from cfvit.checkpoints import weights_digest
 from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
@@ -23,7 +24,7 @@ from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.timing import lacks_memory, time_stages
 from cfvit.inference.acceleration import accelerate
 from cfvit.modeling.cost import count_macs
-from cfvit.modeling.exit import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, Measure, fit_temperature
+from cfvit.modeling.exit import Measure
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
@@ -115,8 +116,7 @@ def _collect(
     network = accelerate(model)
     collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
     coarse, fine = collected.logits
-    check_logits(coarse, "coarse")
-    check_logits(fine, "fine")
+    check_images(coarse, fine, collected.labels)
     return (coarse, fine, collected.labels), unreadable
 
 

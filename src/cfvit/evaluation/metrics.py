@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -162,7 +161,8 @@ def sweep(
     """
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     points = []
-    for eta, hard in zip(thresholds, trade.gone_on(np.array(thresholds)).tolist(), strict=True):
+    for eta in thresholds:
+        hard = trade.gone_on(eta)
         share = hard / trade.images
         accuracy = 100 * int(trade.right[hard]) / trade.images
         points.append(SweepPoint(eta, accuracy, 1 - share, macs.expected(share) / 1e9))

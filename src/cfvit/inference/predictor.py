@@ -12,6 +12,7 @@ from torch import Tensor
 from cfvit.errors import CfvitError
 from cfvit.inference.acceleration import placed
 from cfvit.inference.stages import Stages
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 
 COARSE, FINE = 0, 1
@@ -64,19 +65,6 @@ class _Hard:
 
     def __getitem__(self, rows: slice) -> _Hard:
         return _Hard(self.images[rows], self.state[rows], self.index[rows])
-
-
-def goes_on(confidence: Tensor, threshold: float) -> Tensor:
-    """Which images need the fine stage: ``[B] -> [B]`` of bool.
-
-    Those below the threshold. At 1 every image goes on, even one whose softmax rounds to 1; at 0
-    none does. A confidence that is not a number goes on.
-    """
-    if threshold >= 1:
-        return torch.ones_like(confidence, dtype=torch.bool)
-    if threshold <= 0:
-        return torch.zeros_like(confidence, dtype=torch.bool)
-    return ~(confidence >= threshold)
 
 
 class Predictor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cfvit.data import EvalImages, eval_loader, progress_bar
-from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.paper import figures, patches
 from cfvit.paper.notes import (

@@ -10,7 +10,7 @@ from cfvit.calibration import Accuracy, rank_images
 from cfvit.calibration.choice import choose_eta
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import SweepPoint, sweep, top_k_accuracy
-from cfvit.inference.predictor import goes_on
+from cfvit.modeling.exit import goes_on
 from cfvit.paper.paper import PaperTable, Published
 from cfvit.paper.records import Finished, Scored
 from cfvit.paper.studies import Study

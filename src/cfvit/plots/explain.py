@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
-from cfvit.inference.predictor import FINE, goes_on
+from cfvit.inference.predictor import FINE
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells
 

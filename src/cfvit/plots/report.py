@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import cfvit
-from cfvit.calibration import Estimate, TradeOff, rank_images
+from cfvit.calibration import Calibration, Estimate, TradeOff, rank_images
 from cfvit.calibration.calibrated import missing_classes
 from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (
@@ -61,6 +61,7 @@ def write_report(
     threshold: float,
     model_name: str,
     data_name: str,
+    calibration: Calibration | None = None,
     day: date | None = None,
 ) -> None:
     """Writes a page with accuracy, cost, reliability, classes and example images, for screens and for paper.
@@ -74,6 +75,7 @@ def write_report(
         macs: cost of each stage.
         threshold: eta in [0, 1], for which exits, costs and classes are told.
         model_name, data_name: as the user knows them.
+        calibration: the record of how eta was chosen, if there is one.
         day: the date on the page, today's by default.
 
     Raises:
@@ -81,7 +83,7 @@ def write_report(
     """
     require_report(path)
     day = datetime.now(UTC).date() if day is None else day
-    page = _Page(model, collected, source, macs, threshold, model_name, data_name, day).write()
+    page = _Page(model, collected, source, macs, threshold, model_name, data_name, calibration, day).write()
     with atomic_write(path) as file:
         file.write_text(page, encoding="utf-8")
 
@@ -116,6 +118,7 @@ class _Page:
     threshold: float
     model_name: str
     data_name: str
+    calibration: Calibration | None
     day: date
 
     @cached_property
@@ -177,8 +180,7 @@ class _Page:
 
     @property
     def _calibrated(self) -> bool:
-        calibration = self.model.calibration
-        return calibration is not None and calibration.threshold == self.threshold == self.model.threshold
+        return self.calibration is not None and self.calibration.threshold == self.threshold
 
     def _tiles(self) -> str:
         chosen = operate(self.trade, self.threshold, self.macs)
@@ -205,8 +207,8 @@ class _Page:
             named = f"{', '.join(unreadable[:_NAMED_FILES])}{f' and {rest} more' if rest > 0 else ''}"
             verb = "is" if len(unreadable) == 1 else "are"
             notes.append(f"{_count(len(unreadable), 'image')} could not be read and {verb} not counted: {named}.")
-        if self._calibrated and self.model.calibration is not None:
-            notes.append(f"What was promised of this eta: {self.model.calibration.promise}.")
+        if self._calibrated and self.calibration is not None:
+            notes.append(f"What was promised of this eta: {self.calibration.promise}.")
         return notes
 
     def _trade_off(self) -> str:
