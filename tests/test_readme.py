@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from cfvit import StageMacs, calibrate
 from cfvit.calibration import Saving
-from cfvit.checkpoints import write_calibration
+from cfvit.calibration.records import write_calibration
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
