@@ -73,7 +73,7 @@ def bench(
     from cfvit.data.datasets import open_images
     from cfvit.files import require_writable
     from cfvit.modeling.model import create_model
-    from cfvit.plots.explain import require_matplotlib
+    from cfvit.plots.style import require_matplotlib
     from cfvit.processes import join_processes
 
     if out is not None:  # now, so that nobody waits for what cannot be drawn or written

@@ -22,7 +22,8 @@ from cfvit.files import atomic_write
 from cfvit.inference.files import FileAnswer, classify_files
 from cfvit.inference.predictor import Predictor
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.plots.explain import PictureFolder, require_matplotlib
+from cfvit.plots.explain import PictureFolder
+from cfvit.plots.style import require_matplotlib
 from cfvit.processes import Process
 from cfvit.training.loop import train
 from cfvit.training.recipe import DIGITS

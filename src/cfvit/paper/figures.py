@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfvit.files import atomic_write
-from cfvit.plots.charts import COARSE, FINE, INK, LINE, QUIET, STYLE
-from cfvit.plots.explain import Explanation, require_matplotlib, veil
+from cfvit.plots.explain import Explanation, veil
+from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, STYLE, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,7 +18,7 @@ from cfvit.paper.rows import Row
 from cfvit.paper.runs import Missing, Runs, require_splits, restore
 from cfvit.paper.studies import ALL, COARSE_GRID, DEFAULT, PAPERS_METHOD, PLAIN, Study, find_studies, runs_needed
 from cfvit.paper.writing import Account, describe_recipe, write_csv, write_markdown, write_runs
-from cfvit.plots.explain import require_matplotlib
+from cfvit.plots.style import require_matplotlib
 from cfvit.processes import best_device
 from cfvit.training.recipe import RECIPES, Recipe
 from cfvit.training.setup import dtype_of

@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,34 +13,14 @@ from cfvit.calibration import TradeOff
 from cfvit.calibration.binomial import share_estimate
 from cfvit.evaluation.breakdown import LEVEL, Operation, Reliability, accuracy_estimate, spread
 from cfvit.modeling.cost import StageMacs
-from cfvit.plots.explain import require_matplotlib
+from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-INK, QUIET, LINE, COARSE, FINE = "#1c2127", "#59636e", "#d3d9e0", "#1a62b3", "#b3500f"
 _VARIABLES = {INK: "ink", QUIET: "quiet", LINE: "line", COARSE: "coarse", FINE: "fine"}
-
-STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of their own
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": QUIET,
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": LINE,
-    "grid.linewidth": 0.6,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-}
-"""What all drawings of this package share."""
-
-_PAGE_STYLE = STYLE | {
+_PAGE_SETTINGS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "cfvit",
     "font.family": "DejaVu Sans",
@@ -63,7 +41,7 @@ def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: st
     Raises:
         CfvitError: matplotlib is not installed.
     """
-    with _figure(3.9) as figure:
+    with new_figure(_WIDTH, 3.9, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         curve, band = spread(trade, _CURVE_POINTS), spread(trade, _BAND_POINTS)
         intervals = [accuracy_estimate(trade, int(go_on)) for go_on in band]
@@ -93,7 +71,7 @@ def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
     Raises:
         CfvitError: matplotlib is not installed.
     """
-    with _figure(4.6) as figure:
+    with new_figure(_WIDTH, 4.6, _PAGE_SETTINGS) as figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1.2))
         for column, (stage, reliability, colour) in enumerate(
             zip(("coarse stage", "fine stage"), stages, (COARSE, FINE), strict=True)
@@ -134,7 +112,7 @@ def draw_exit_shares(shares: list[float], name: str) -> str:
     Raises:
         CfvitError: matplotlib is not installed.
     """
-    with _figure(2.4) as figure:
+    with new_figure(_WIDTH, 2.4, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         axis.hist([100 * share for share in shares], bins=20, range=(0, 100), color=COARSE, rwidth=0.92)
         axis.set_xlim(0, 100)
@@ -142,16 +120,6 @@ def draw_exit_shares(shares: list[float], name: str) -> str:
         axis.set_ylabel("classes")
         median = 100 * float(np.median(shares))
         return _svg(figure, name, f"Exit shares of {len(shares)} classes; the median is {median:.0f}%")
-
-
-@contextmanager
-def _figure(height: float) -> Iterator[Figure]:
-    """A figure in the style of the page, to be drawn and written inside the ``with``."""
-    make = require_matplotlib()
-    from matplotlib import style
-
-    with style.context(["default", _PAGE_STYLE]):  # whatever the user's own style is
-        yield make(figsize=(_WIDTH, height), layout="constrained")
 
 
 def _svg(figure: Figure, name: str, description: str) -> str:

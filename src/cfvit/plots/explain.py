@@ -10,16 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.errors import CfvitError
-from cfvit.files import atomic_write
 from cfvit.inference.predictor import FINE
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells
+from cfvit.plots.style import png, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,28 +83,12 @@ class PictureFolder:
     def __call__(self, paths: list[Path], images: Tensor) -> None:
         """Explains a batch of normalised images ``[B, 3, S, S]`` that were read from ``paths``."""
         for path, explanation in zip(paths, explain(self.model, images, self.threshold), strict=True):
-            draw_explanation(explanation, self.folder / f"{self._free_name(path.stem)}.png")
-
-    def _free_name(self, stem: str) -> str:
-        name, number = stem, 1
-        while name in self.taken:
-            number += 1
-            name = f"{stem}-{number}"
-        self.taken.add(name)
-        return name
-
-
-def require_matplotlib() -> type[Figure]:
-    """Matplotlib's figure, which draws without a display.
-
-    Raises:
-        CfvitError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise CfvitError("pictures need matplotlib: install cfvit[plots]") from error
-    return Figure
+            name, number = path.stem, 1
+            while name in self.taken:
+                number += 1
+                name = f"{path.stem}-{number}"
+            self.taken.add(name)
+            draw_explanation(explanation, self.folder / f"{name}.png")
 
 
 def draw_explanation(explanation: Explanation, path: Path) -> None:
@@ -115,31 +97,39 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     Raises:
         CfvitError: matplotlib is not installed, or the file cannot be written.
     """
-    figure = require_matplotlib()(figsize=(9.6, 3.7), dpi=110, layout="constrained")
-    coarse, attention, fine = figure.subplots(1, 3)
-    rows, columns = explanation.split.shape
-    height, width = explanation.image.shape[:2]
-    extent = (0, width, height, 0)
-
-    coarse.imshow(_shrink(explanation.image), extent=extent, interpolation="nearest")
-    _grid(coarse, height, width, rows, columns)
-    attention.imshow(explanation.image, extent=extent)
-    heat = attention.imshow(explanation.attention, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest")
-    bar = figure.colorbar(heat, ax=attention, shrink=0.8)
-    bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
-    fine.imshow(veil(explanation.image, explanation.split), extent=extent)
-    _split_grid(fine, height, width, explanation.split)
-
+    image, split = explanation.image, explanation.split
+    (height, width), (rows, columns) = image.shape[:2], split.shape
+    tall, wide = height / rows, width / columns
+    extent, white = (0, width, height, 0), {"color": "white", "linewidth": 0.6}
     answered = explanation.stage == FINE
-    _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)
-    attention.set_title("global class attention\n", fontsize=10)
-    count = int(explanation.split.sum())
-    _title(fine, f"fine stage, {count} of {rows * columns} cells split", explanation.answers[1], answered)
-    for axis in (coarse, attention, fine):
-        axis.set_xticks([])
-        axis.set_yticks([])
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    with png(path, 9.6, 3.7, dpi=110) as figure:
+        coarse, attention, fine = figure.subplots(1, 3)
+        for axis in (coarse, attention, fine):
+            axis.set_xticks([])
+            axis.set_yticks([])
+
+        half = image.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))  # all that the coarse stage sees
+        coarse.imshow(half, extent=extent, interpolation="nearest")
+        _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)
+
+        attention.imshow(image, extent=extent)
+        heat = attention.imshow(
+            explanation.attention, extent=extent, cmap="inferno", alpha=0.65, interpolation="nearest"
+        )
+        bar = figure.colorbar(heat, ax=attention, shrink=0.8)
+        bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
+        attention.set_title("global class attention\n", fontsize=10)
+
+        fine.imshow(veil(image, split), extent=extent)
+        for row, column in np.argwhere(split):  # a cross in each cell that is split
+            x, y = column * wide, row * tall
+            fine.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
+            fine.plot([x, x + wide], [y + tall / 2] * 2, color="white", linewidth=0.4)
+        title = f"fine stage, {int(split.sum())} of {rows * columns} cells split"
+        _title(fine, title, explanation.answers[1], answered)
+        for axis in (coarse, fine):
+            axis.hlines(np.arange(1, rows) * tall, 0, width, **white)
+            axis.vlines(np.arange(1, columns) * wide, 0, height, **white)
 
 
 def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) -> None:
@@ -151,14 +141,7 @@ def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) ->
         fontsize=10,
         fontweight="bold" if answered else "normal",
         color="black" if answered else "dimgray",
-        parse_math=False,
     )
-
-
-def _shrink(image: np.ndarray) -> np.ndarray:
-    """The image at half its sides, which is all that the coarse stage sees."""
-    height, width = image.shape[0] // 2, image.shape[1] // 2
-    return image.reshape(height, 2, width, 2, 3).mean(axis=(1, 3))
 
 
 def veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
@@ -167,18 +150,3 @@ def veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
     mask = split.repeat(height, axis=0).repeat(width, axis=1)[..., None]
     grey = 0.35 * image.mean(axis=-1, keepdims=True) + 0.55
     return np.where(mask, image, np.broadcast_to(grey, image.shape))
-
-
-def _grid(axis: Axes, height: int, width: int, rows: int, columns: int) -> None:
-    axis.hlines(np.arange(1, rows) * height / rows, 0, width, color="white", linewidth=0.6)
-    axis.vlines(np.arange(1, columns) * width / columns, 0, height, color="white", linewidth=0.6)
-
-
-def _split_grid(axis: Axes, height: int, width: int, split: np.ndarray) -> None:
-    """Lines between cells, and a cross in each one that is split."""
-    _grid(axis, height, width, *split.shape)
-    tall, wide = height / split.shape[0], width / split.shape[1]
-    for row, column in np.argwhere(split):
-        x, y = column * wide, row * tall
-        axis.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
-        axis.plot([x, x + wide], [y + tall / 2] * 2, color="white", linewidth=0.4)

@@ -38,7 +38,8 @@ from cfvit.files import atomic_write, require_writable
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.plots.charts import draw_exit_shares, draw_reliability, draw_trade_off
-from cfvit.plots.explain import Explanation, explain, require_matplotlib, veil
+from cfvit.plots.explain import Explanation, explain, veil
+from cfvit.plots.style import require_matplotlib
 
 TEMPLATE_FILE = "report.html"
 SWEEP = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfvit.calibration import Estimate
-from cfvit.files import atomic_write
-from cfvit.plots.charts import COARSE, FINE, INK
-from cfvit.plots.explain import require_matplotlib
+from cfvit.plots.style import COARSE, FINE, INK, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,18 +46,16 @@ def draw_speed(panels: Mapping[str, Sequence[Bar]], title: str, path: Path) -> N
     abreast = min(len(panels), 3)
     down = math.ceil(len(panels) / abreast)
     size = (4.6 * abreast + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * down + 0.7)
-    figure = require_matplotlib()(figsize=size, dpi=120, layout="constrained")
-    axes = figure.subplots(down, abreast, squeeze=False).flatten()
-    for axis, (name, bars) in zip(axes, panels.items(), strict=False):
-        _draw_panel(axis, name, bars)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    columns = min(4, 2 * abreast)  # more would not fit below a single panel
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    with png(path, *size) as figure:
+        axes = figure.subplots(down, abreast, squeeze=False).flatten()
+        for axis, (name, bars) in zip(axes, panels.items(), strict=False):
+            _draw_panel(axis, name, bars)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.suptitle(title, fontsize=10)
+        columns = min(4, 2 * abreast)  # more would not fit below a single panel
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _draw_panel(axis: Axes, title: str, bars: Sequence[Bar]) -> None:
@@ -83,4 +79,3 @@ def _draw_panel(axis: Axes, title: str, bars: Sequence[Bar]) -> None:
     axis.set_xlabel("times faster than the backbone in the same mode", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(f"{title}, {usual} unless marked", fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
