@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,53 +42,38 @@ def reproduce(
     json: Json = False,
     overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
 ) -> None:
-    """Make a table or figure of the paper on your own data, the paper's own figures beside it.
+    """Make a table or figure of the paper on your own data, beside the paper's own figures.
 
-    Needs --data. Trains what is not there yet, each run once whatever needs it; writes NAME.csv, NAME.png and
-    NAME.md with what was run. The same command goes on where it was stopped; what does not fit into the
-    budget is left out and told.
+    Needs --data. Trains the runs that are not there yet, each once; writes NAME.csv, NAME.png and NAME.md with what
+    was run. The same command goes on where it was stopped. Runs that do not fit into the budget are left out and named.
     """
-    from cfvit.paper.budget import parse_budget
     from cfvit.paper.studies import find_studies
 
     find_studies(name)
-    given = given_fields(overrides)
-    final = load_recipe(recipe, config, given)
-    chosen = _seeds((final.seed,) if seeds is None else seeds)
-    seconds = None if budget is None else parse_budget(budget)
-    from cfvit.paper.command import command_line
-    from cfvit.paper.reproduce import Request, reproduce
+    final = load_recipe(recipe, config, given_fields(overrides))
+    chosen = (final.seed,) if seeds is None else tuple(dict.fromkeys(seeds))
+    if not chosen or min(chosen) < 0:
+        problem = "--seeds has no number" if not chosen else f"seed {min(chosen)} is below 0"
+        raise UsageError(f"{problem}: give numbers from 0, as in --seeds 0 1 2")
+    from cfvit.paper.runs import parse_budget
+    from cfvit.paper.write import Request, as_json, print_table, reproduce
 
-    start = None if model is not None and recipe == "deit" else recipe  # a model that is given has none
-    flags = {"recipe": start, "config": config, "model": model, "out": out, "seeds": seeds, "budget": budget}
+    def show(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
+        if not json:
+            print_table(study, rows, notes)
+            return
+        for row in rows:
+            print_json(**as_json(study, row))
+
     request = Request(
         name=name,
         recipe=final,
         recipe_name=recipe,
         out=out,
         seeds=chosen,
-        budget=seconds,
+        budget=None if budget is None else parse_budget(budget),
         model=model,
         speed=speed,
-        command=command_line(name, {**flags, "speed": None if speed else False, **given}),
+        command=shlex.join(["cfvit", *sys.argv[1:]]),
     )
-
-    reproduce(request, partial(_print_study, json=json), say)
-
-
-def _print_study(study: Study, rows: Sequence[Row], notes: Sequence[str], json: bool) -> None:
-    from cfvit.paper.writing import as_json, print_table
-
-    if json:
-        for row in rows:
-            print_json(**as_json(study, row))
-    else:
-        print_table(study, rows, notes)
-
-
-def _seeds(given: tuple[int, ...]) -> tuple[int, ...]:
-    """Seeds as given, each once; those of a generator are whole numbers from 0."""
-    if not given or min(given) < 0:
-        said = "--seeds has no number" if not given else f"seed {min(given)} is below 0"
-        raise UsageError(f"{said}: give numbers from 0, as in --seeds 0 1 2")
-    return tuple(dict.fromkeys(given))
+    reproduce(request, show, say)

@@ -16,8 +16,8 @@ from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import Backbone
 from cfvit.modeling.tokens import gather_tokens, rank_cells
-from cfvit.paper.figures import AttentionPicture
 from cfvit.plots.explain import explain
+from cfvit.plots.paper import AttentionPicture
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
     Returns:
         ``[depth, B, N]`` in float32, over patches numbered row by row.
     """
-    tokens = _sequence(backbone, images, _all_patches(backbone, images))
+    count = cast(Any, backbone.patch_embed).num_patches
+    tokens = _sequence(backbone, images, torch.arange(count, device=images.device).expand(len(images), -1))
     rotation = anatomy.fine_rotation(backbone)
     rows = []
     for index in range(len(backbone.blocks)):
@@ -56,7 +57,7 @@ def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
-    """A plain ViT's logits ``[B, classes]`` where it sees some of its patches only, each at its own position.
+    """A plain ViT's logits ``[B, classes]`` if it sees only some of its patches, each at its own position.
 
     Args:
         images: normalised, ``[B, 3, H, W]``.
@@ -65,14 +66,6 @@ def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Ten
     rotation = anatomy.gather_rotation(anatomy.fine_rotation(backbone), kept)
     tokens = anatomy.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
     return backbone.forward_head(backbone.norm(tokens))
-
-
-def _all_patches(backbone: Backbone, images: Tensor) -> Tensor:
-    return torch.arange(_patch_count(backbone), device=images.device).expand(len(images), -1)
-
-
-def _patch_count(backbone: Backbone) -> int:
-    return cast(Any, backbone.patch_embed).num_patches
 
 
 def _sequence(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
@@ -98,38 +91,33 @@ def score_highest_lowest(
     Costs two passes for each block, and two more.
 
     Args:
-        loader: batches of `cfvit.data.EvalImages`; images that cannot be read are left out.
+        loader: batches of `cfvit.data.datasets.EvalImages`; images that cannot be read are left out.
         kept: how many patches are left, of each kind.
         on_batch: called with the number of images done, for a progress bar.
 
     Raises:
         CfvitError: ``kept`` out of range, or not one image can be read.
     """
-    patches = _patch_count(backbone)
+    patches = cast(Any, backbone.patch_embed).num_patches
     if not 1 <= kept <= patches:
         raise CfvitError(f"{kept} of {patches} patches to keep: give 1 to {patches}")
     backbone = backbone.eval().to(device)
-    right, total = torch.zeros(2 * len(backbone.blocks) + 1, dtype=torch.long), 0
+    right, total = torch.zeros(1 + 2 * len(backbone.blocks), dtype=torch.long), 0
     for images, labels, _ in loader:
         readable = labels >= 0
         if readable.any():
-            answers = _answers(backbone, images[readable].to(device), kept)
-            right += (answers == labels[readable]).sum(dim=1)
+            shown = images[readable].to(device)
+            answers = [backbone(shown)]
+            for row in class_attention_of_blocks(backbone, shown):
+                for scores in (row, -row):
+                    answers.append(answer_from_patches(backbone, shown, rank_cells(scores, kept)[0]))
+            right += (torch.stack(answers).argmax(dim=-1).cpu() == labels[readable]).sum(dim=1)
         total += int(readable.sum())
         on_batch(len(images))
     if total == 0:
         raise CfvitError("none of the images can be read: check the data")
     whole, *parts = (100 * right.double() / total).tolist()
     return HighestLowest(parts[0::2], parts[1::2], whole)
-
-
-def _answers(backbone: Backbone, images: Tensor, kept: int) -> Tensor:
-    """Classes from the whole image, then from the highest and the lowest patches of each block: ``[1 + 2K, B]``."""
-    answers = [backbone(images)]
-    for row in class_attention_of_blocks(backbone, images):
-        for scores in (row, -row):
-            answers.append(answer_from_patches(backbone, images, rank_cells(scores, kept)[0]))
-    return torch.stack(answers).argmax(dim=-1).cpu()
 
 
 @torch.inference_mode()

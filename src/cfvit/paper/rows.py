@@ -1,26 +1,61 @@
-"""From finished runs to the rows of a table: what was measured here beside what the paper prints."""
+"""From results to the rows and the picture of each study: what was measured here beside what the paper prints."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from cfvit.calibration import Accuracy, rank_images
+from cfvit.calibration.binomial import share_estimate
+from cfvit.calibration.calibrated import missing_classes
 from cfvit.calibration.choice import choose_eta
+from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import SweepPoint, sweep, top_k_accuracy
+from cfvit.evaluation.timing import threshold_for_share, time_in_turn
+from cfvit.inference.acceleration import accelerate
+from cfvit.inference.predictor import Predictor
+from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import goes_on
-from cfvit.paper.paper import PaperTable, Published
-from cfvit.paper.records import Finished, Scored
-from cfvit.paper.studies import Study
+from cfvit.paper.patches import attention_pictures, score_highest_lowest
+from cfvit.paper.runs import Result, Scored
+from cfvit.paper.studies import DEFAULT, FAMILIES, LARGER_GRID, PLAIN, STUDIES, Published, Study, Variant
+from cfvit.plots.explain import explain
+from cfvit.plots.paper import (
+    Bar,
+    Curve,
+    draw_attention,
+    draw_counts,
+    draw_curves,
+    draw_examples,
+    draw_highest_lowest,
+    draw_table,
+)
+from cfvit.processes import best_device
+from cfvit.training.recipe import Recipe
+from cfvit.training.setup import autocast
 
-Results = Mapping[str, Sequence[Finished]]
-"""By name of the run, its seeds; a run that is not there has none."""
+Draw = Callable[[Path, str], object]
+"""Writes the picture into a file, with a caption."""
 
 CURVE_THRESHOLDS = tuple(i / 50 for i in range(51))
 COUNT_THRESHOLDS = tuple(i / 20 for i in range(21))
 PARITY = "parity"
+EXAMPLES = 6
+ATTENTION_PICTURES = 4
+FALLBACK_ETA = 0.5
+SPEED_ROUNDS = 10
+
+
+# Cells and rows
 
 
 @dataclass(frozen=True)
@@ -30,12 +65,6 @@ class Cell:
     ours: float | None
     spread: float = 0.0
     paper: float | None = None
-
-    @property
-    def measured(self) -> float:
-        """Ours, of a cell that is known to have it."""
-        assert self.ours is not None
-        return self.ours
 
 
 @dataclass(frozen=True)
@@ -48,7 +77,7 @@ class Row:
         seeds: how many runs the means are of.
         place: where the paper prints it, or empty.
         missing: why there are no figures of ours, or of fewer seeds, or None.
-        shown: whether it is in the table that people read, or in the CSV file and in JSON alone.
+        shown: whether it is in the table that people read; if not, it is in the CSV file and in JSON alone.
     """
 
     name: str
@@ -59,52 +88,38 @@ class Row:
     shown: bool = True
 
 
-@dataclass(frozen=True)
-class Heading:
-    """How a measure is headed and printed."""
-
-    text: str
-    digits: int
-
-
-HEADINGS: Mapping[str, Heading] = {
-    "eta": Heading("eta", 3),
-    "accuracy": Heading("top-1 %", 2),
-    "coarse": Heading("coarse top-1 %", 2),
-    "fine": Heading("fine top-1 %", 2),
-    "exit_share": Heading("exit share %", 1),
-    "gmacs": Heading("GMACs", 4),
-    "gmacs_as_paper": Heading("GMACs as the paper counts", 4),
-    "images_per_second": Heading("images/s", 1),
-    "speedup": Heading("speed-up", 2),
-    "highest": Heading("highest, top-1 %", 2),
-    "lowest": Heading("lowest, top-1 %", 2),
-    "right_coarse": Heading("right at the coarse stage", 0),
-    "right_fine": Heading("right at the fine stage", 0),
+HEADINGS: Mapping[str, tuple[str, int]] = {
+    "eta": ("eta", 3),
+    "accuracy": ("top-1 %", 2),
+    "coarse": ("coarse top-1 %", 2),
+    "fine": ("fine top-1 %", 2),
+    "exit_share": ("exit share %", 1),
+    "gmacs": ("GMACs", 4),
+    "gmacs_as_paper": ("GMACs as the paper counts", 4),
+    "images_per_second": ("images/s", 1),
+    "speedup": ("speed-up", 2),
+    "highest": ("highest, top-1 %", 2),
+    "lowest": ("lowest, top-1 %", 2),
+    "right_coarse": ("right at the coarse stage", 0),
+    "right_fine": ("right at the fine stage", 0),
 }
+"""The text above the column of a measure, and its decimals."""
 
 
-def top1(scored: Scored, stage: int) -> float:
-    """Top-1 of a stage in percent; -1 is the last that was trained."""
-    return top_k_accuracy(scored.logits[stage], scored.labels, 1)
+def top1(scored: Scored, point: str | None = None) -> float:
+    """Top-1 in percent at an operating point; by default at the last one."""
+    logits = scored.logits[point or list(scored.logits)[-1]]
+    return top_k_accuracy(logits, scored.labels, 1)
 
 
-def _gmacs(run: Finished) -> float:
-    """The cost of what was trained: of the only stage, or of both."""
-    costs = {"backbone": run.macs.backbone, "coarse": run.macs.coarse, "both": run.macs.both}
-    return costs[run.recipe.stages] / 1e9
-
-
-MEASURES: Mapping[str, Callable[[Finished], float]] = {
-    "accuracy": lambda run: top1(run.validation, -1),
-    "coarse": lambda run: top1(run.validation, 0),
-    "fine": lambda run: top1(run.validation, 1),
-    "gmacs": _gmacs,
-    "gmacs_as_paper": lambda run: run.macs.both_in_paper / 1e9,
+MEASURES: Mapping[str, Callable[[Result], float]] = {
+    "accuracy": lambda result: top1(result.validation),
+    "coarse": lambda result: top1(result.validation, "coarse"),
+    "fine": lambda result: top1(result.validation, "fine"),
+    "gmacs": lambda result: result.macs[list(result.validation.logits)[-1]] / 1e9,
+    "gmacs_as_paper": lambda result: result.macs["fine_in_paper"] / 1e9,
 }
 """Columns of an ablation."""
-
-_PAPERS_NAMES = {"gmacs_as_paper": "gmacs"}
 
 
 def summarise(values: Sequence[float], paper: float | None = None) -> Cell:
@@ -114,60 +129,180 @@ def summarise(values: Sequence[float], paper: float | None = None) -> Cell:
     return Cell(statistics.fmean(values), max(values) - min(values), paper)
 
 
-def papers_value(published: Published | None, measure: str) -> float | None:
-    """What the paper prints for a measure, None where it prints nothing."""
-    return None if published is None else published.values.get(_PAPERS_NAMES.get(measure, measure))
+def _row(
+    name: str, values: Mapping[str, Sequence[float]], seeds: int, published: Published | None, missing: str | None
+) -> Row:
+    """A row of the seeds' values by measure, beside what the paper prints."""
+    printed = {} if published is None else {**published.values, "gmacs_as_paper": published.values.get("gmacs")}
+    cells = {name: summarise(each, printed.get(name)) for name, each in values.items()}
+    return Row(name, cells, seeds, "" if published is None else published.place, missing)
 
 
-def ablation_rows(study: Study, results: Results, missing: Mapping[str, str], paper: PaperTable) -> list[Row]:
-    """A row for each variant.
-
-    Args:
-        missing: by name of the run, why seeds of it are not there.
-    """
-    rows = []
-    for variant in study.variants:
-        runs, published = results.get(variant.run, ()), paper.row(variant.published)
-        cells = {
-            name: summarise([MEASURES[name](run) for run in runs], papers_value(published, name))
-            for name in study.measures
-        }
-        place = "" if published is None else published.place
-        rows.append(Row(variant.label, cells, len(runs), place, missing.get(variant.run)))
-    return rows
+# Accuracy and cost over eta
 
 
-def parity_threshold(run: Finished, plain: Finished) -> float | None:
+def _stages(result: Result) -> tuple[Tensor, Tensor, Tensor, StageMacs]:
+    """Logits of both stages, labels and cost, on the validation images."""
+    scored, coarse = result.validation, result.macs["coarse"]
+    macs = StageMacs(coarse=coarse, fine=result.macs["fine"] - coarse, backbone=0)
+    return scored.logits["coarse"], scored.logits["fine"], scored.labels, macs
+
+
+def parity_threshold(result: Result, plain: Result) -> float | None:
     """The cheapest eta whose accuracy on the hold-out is at least the plain ViT's there; None if none is."""
-    coarse, fine = run.holdout.logits
-    trade = rank_images(coarse, fine, run.holdout.labels)
+    assert result.holdout is not None
+    assert plain.holdout is not None
+    logits, macs = result.holdout.logits, _stages(result)[-1]
+    trade = rank_images(logits["coarse"], logits["fine"], result.holdout.labels)
     try:
-        return choose_eta(Accuracy(top1(plain.holdout, -1)), trade, run.macs)
+        return choose_eta(Accuracy(top1(plain.holdout)), trade, macs)
     except CfvitError:  # out of reach
         return None
 
 
-def at(run: Finished, eta: float) -> SweepPoint:
-    """A run's accuracy and cost on the validation images at an eta."""
-    return curve(run, (eta,))[0]
+def at(result: Result, eta: float) -> SweepPoint:
+    """Accuracy and cost on the validation images at an eta."""
+    return sweep(*_stages(result), (eta,), result.rule)[0]
 
 
-def curve(run: Finished, thresholds: Sequence[float] = CURVE_THRESHOLDS) -> list[SweepPoint]:
-    """A run's accuracy and cost on the validation images over eta."""
-    coarse, fine = run.validation.logits
-    return sweep(coarse, fine, run.validation.labels, run.macs, thresholds, run.rule)
+def count_right(result: Result, eta: float) -> tuple[int, int]:
+    """How many validation images are answered right at the coarse and at the fine stage at an eta (Fig. 8)."""
+    coarse, fine, labels, _ = _stages(result)
+    hard = goes_on(result.rule.coarse(coarse), eta)
+    right_coarse, right_fine = (logits.argmax(-1) == labels for logits in (coarse, fine))
+    return int((right_coarse & ~hard).sum()), int((right_fine & hard).sum())
 
 
-def mean_curve(runs: Sequence[Finished], thresholds: Sequence[float] = CURVE_THRESHOLDS) -> list[dict[str, Cell]]:
-    """At each eta: eta, accuracy, exit share and GMACs, over seeds."""
-    curves = [curve(run, thresholds) for run in runs]
-    columns = [_columns(points) for points in zip(*curves, strict=True)]
-    return [{name: summarise(values) for name, values in column.items()} for column in columns]
+def _columns(points: Sequence[SweepPoint]) -> dict[str, list[float]]:
+    """Values of several seeds by measure."""
+    return {
+        "eta": [point.threshold for point in points],
+        "accuracy": [point.accuracy for point in points],
+        "exit_share": [100 * point.exit_share for point in points],
+        "gmacs": [point.gmacs for point in points],
+    }
+
+
+def _mean_curve(results: Sequence[Result], thresholds: Sequence[float]) -> list[dict[str, list[float]]]:
+    """At each eta, the seeds' values by measure."""
+    curves = [sweep(*_stages(result), thresholds, result.rule) for result in results]
+    return [_columns(points) for points in zip(*curves, strict=True)]
+
+
+# Studies
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a study is made of.
+
+    Attributes:
+        results: by name of the run, its seeds; a run that is not there has none.
+        missing: by name of the run, why seeds of it are not there.
+        recipe: of all runs: backbone, batch size and precision of the scoring.
+        class_names: of the validation data.
+        speed: whether images per second are measured.
+        plain: what stands for the plain ViT of Figure 1, to begin a title.
+    """
+
+    results: Mapping[str, Sequence[Result]]
+    missing: Mapping[str, str]
+    recipe: Recipe
+    class_names: Sequence[str]
+    speed: bool = False
+    plain: str = "A plain ViT"
+
+    def of(self, run: str) -> Sequence[Result]:
+        """The seeds of a run."""
+        return self.results.get(run, ())
+
+    def first(self, run: str) -> Result | None:
+        """The first seed of a run, if there is one."""
+        return next(iter(self.of(run)), None)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A study as it was made.
+
+    Attributes:
+        rows: of its table.
+        draw: writes its picture; None if there is nothing to draw.
+        notes: what a reader has to know besides.
+        speeds: images per second by name of the run, of its first seed.
+    """
+
+    rows: list[Row]
+    draw: Draw | None
+    notes: tuple[str, ...] = ()
+    speeds: Mapping[str, float] = field(default_factory=dict)
+
+
+def make(study: Study, sources: Sources) -> Made:
+    """Rows and picture of a study from what is there."""
+    of_images = study.kind in ("patches", "attention", "counts", "examples")
+    if of_images and not all(map(sources.of, study.runs)):  # then there is nothing to draw
+        runs = [(variant, len(sources.of(variant.run))) for variant in study.variants]
+        made = Made([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
+    else:
+        made = _KINDS[study.kind](study, sources)
+    family = family_of(sources.recipe.backbone)
+    others = [other for other in FAMILIES if other != family]
+    notes = [note for note in study.notes if family in note or not any(other in note for other in others)]
+    notes += made.notes
+    scored = next((result.validation for run in study.runs for result in sources.of(run)), None)
+    if scored is not None:  # the validation images are the same for all runs of a study
+        if not of_images:
+            notes.append(uncertainty(scored))
+        if missing := missing_classes(scored.labels.tolist(), sources.class_names, len(scored.labels)):
+            notes.append(f"Of the validation data, {missing}: nothing is known of them.")
+    return replace(made, notes=tuple(notes))
+
+
+def family_of(backbone: str) -> str:
+    """Whose rows of Tables 2 and 3 stand beside a backbone of ours."""
+    return "LV-ViT-S" if backbone.startswith("lvvit") else "DeiT-S"
+
+
+def uncertainty(scored: Scored) -> str:
+    """By how much an accuracy of one run may differ by the choice of the validation images."""
+    count, accuracy = len(scored.labels), top1(scored)
+    interval = share_estimate(round(accuracy / 100 * count), count, 0.95)
+    half = 50 * (interval.high - interval.low)
+    return (
+        f"An accuracy of {accuracy:.1f}% on {count:,} images is sure to {half:.2g} points either way (half of Clopper "
+        "and Pearson's 95% interval): of one run each, smaller differences between rows may be chance."
+    )
+
+
+def seed_of_picture(*runs: Sequence[Result]) -> Iterator[str]:
+    """A note where only the first of several seeds is drawn of some run."""
+    drawn = dict.fromkeys(str(seeds[0].seed) for seeds in runs)
+    if len(drawn) > 1 or any(len(seeds) > 1 for seeds in runs):
+        yield f"The picture is of seed {' and '.join(drawn)}."
+
+
+# Tables
+
+
+def _ablation(study: Study, sources: Sources) -> Made:
+    rows = []
+    for variant in study.variants:
+        results = sources.of(variant.run)
+        values = {name: [MEASURES[name](result) for result in results] for name in study.measures}
+        rows.append(_row(variant.label, values, len(results), variant.published, sources.missing.get(variant.run)))
+    columns = {
+        HEADINGS[name][0]: [
+            Bar(row.name, row.cells[name].paper, row.cells[name].ours, row.cells[name].spread) for row in rows
+        ]
+        for name in study.measures
+    }
+    return Made(rows, partial(draw_table, title=study.title, columns=columns))
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A way of running a model that a row of table 2 or 3 is about.
+    """A way of running a model, which a row of Table 2 or 3 is about.
 
     Attributes:
         name: the row's.
@@ -181,18 +316,15 @@ class OperatingPoint:
     eta: float | str | None
     published: Published | None = None
 
-    def threshold(self, run: Finished, plain: Finished | None) -> float | None:
-        """The eta of a run at this point; None where the plain ViT's accuracy is out of reach or not known."""
+    def threshold(self, result: Result, plain: Result | None) -> float | None:
+        """The eta of a result at this point; None where the plain ViT's accuracy is out of reach or not known."""
         if self.eta == PARITY:
-            return None if plain is None else parity_threshold(run, plain)
+            return None if plain is None else parity_threshold(result, plain)
         return None if self.eta is None else float(self.eta)
 
 
-OPERATING_MEASURES = ("eta", "accuracy", "exit_share", "gmacs")
-
-
 def operating_row(
-    point: OperatingPoint, runs: Sequence[Finished], plains: Mapping[int, Finished], missing: str | None
+    point: OperatingPoint, results: Sequence[Result], plains: Mapping[int | None, Result], missing: str | None
 ) -> Row:
     """The row of an operating point.
 
@@ -200,45 +332,249 @@ def operating_row(
         plains: the plain ViT by seed.
     """
     if point.eta is None:
-        values = {name: [MEASURES[name](run) for run in runs] for name in ("accuracy", "gmacs")}
-        return _filled(point, values, len(runs), missing)
-    pairs = [(run, point.threshold(run, plains.get(run.recipe.seed))) for run in runs]
-    reached = [at(run, eta) for run, eta in pairs if eta is not None]
-    unknown = sum(run.recipe.seed not in plains for run, eta in pairs if eta is None)
-    short = len(runs) - len(reached) - unknown
-    reasons = [
-        missing or "",
-        _of_seeds("no eta reaches the plain ViT's accuracy on the hold-out", short, len(runs)),
-        _of_seeds("the plain ViT is not there", unknown, len(runs)),
+        values = {name: [MEASURES[name](result) for result in results] for name in ("accuracy", "gmacs")}
+        return _row(point.name, {"eta": (), "exit_share": (), **values}, len(results), point.published, missing)
+    etas = [(result, point.threshold(result, plains.get(result.seed))) for result in results]
+    reached = [at(result, eta) for result, eta in etas if eta is not None]
+    unknown = sum(result.seed not in plains for result, eta in etas if eta is None)
+    reasons = [missing] if missing else []
+    for reason, count in (
+        ("no eta reaches the plain ViT's accuracy on the hold-out", len(results) - len(reached) - unknown),
+        ("the plain ViT is not there", unknown),
+    ):
+        if count:
+            reasons.append(reason if count == len(results) else f"{reason} for {count} of {len(results)} seeds")
+    return _row(point.name, _columns(reached), len(reached), point.published, "; ".join(reasons) or None)
+
+
+def _operating_points(study: Study, sources: Sources) -> Made:
+    family, points = family_of(sources.recipe.backbone), []
+    for variant in study.variants:
+        if variant.run == PLAIN:
+            points.append(OperatingPoint(variant.label, PLAIN, None, study.row(family, "plain")))
+            continue
+        for eta in study.etas:
+            text = eta if isinstance(eta, str) else f"{eta:g}"
+            published = None if variant.run == LARGER_GRID else study.row(family, text)
+            label = f"{variant.label}, eta {'at parity' if eta == PARITY else text}"
+            points.append(OperatingPoint(label, variant.run, eta, published))
+    plains = {result.seed: result for result in sources.of(PLAIN)}
+    rows = [operating_row(point, sources.of(point.run), plains, sources.missing.get(point.run)) for point in points]
+    notes = [
+        "eta at parity is the cheapest one whose accuracy on the hold-out is at least the plain ViT's there; the "
+        "validation images are only scored."
     ]
-    return _filled(point, _columns(reached), len(reached), "; ".join(filter(None, reasons)) or None)
+    plain, speeds = sources.first(PLAIN), {}
+    if plain is not None and study.name == "table2" and sources.speed:
+        models = {}
+        for point in points:
+            result = sources.first(point.run)
+            eta = None if result is None else point.threshold(result, plains.get(result.seed))
+            if result is not None and eta is not None:
+                models[point.name] = (result.open()[0], 1 - at(result, eta).exit_share)
+        speeds = images_per_second((points[0].name, plain.open()[0]), models, sources.recipe, SPEED_ROUNDS)
+        notes.append(
+            "Images per second are of the first seed, on random images, all rows prepared alike and timed in turn."
+        )
+    if study.name == "table2":
+        for place, point in enumerate(points):
+            speed, printed = speeds.get(point.name), {} if point.published is None else point.published.values
+            cells = {
+                "images_per_second": Cell(speed, 0.0, printed.get("images_per_second")),
+                "speedup": Cell(None if speed is None else speed / speeds[points[0].name], 0.0, printed.get("speedup")),
+            }
+            rows[place] = replace(rows[place], cells={**rows[place].cells, **cells})
+    beside = [point.published for point in points]
+    rows += [_published_row(row) for row in study.published if row.family == family and row not in beside]
+    curves = [curve for variant in study.variants for curve in _our_curves(variant, sources)]
+    draw = partial(draw_curves, title=study.title, ours=curves, published=_published_curves(study, family))
+    kept = {point.run: speeds[point.name] for point in points if point.name in speeds and point.eta in (None, PARITY)}
+    return Made(rows, draw, tuple(notes), kept)
 
 
-def _of_seeds(reason: str, count: int, seeds: int) -> str:
-    """Why a figure is missing and for how many seeds; empty if for none."""
-    if count == 0:
-        return ""
-    return reason if count == seeds else f"{reason} for {count} of {seeds} seeds"
+def _published_row(published: Published) -> Row:
+    """A row of the paper's alone, with its accuracy and cost."""
+    name = published.family if published.name == "plain" else published.name
+    if "eta" in published.values:
+        name = f"CF-ViT ({published.family}), eta {published.values['eta']:g}"
+    cells = {measure: Cell(None, 0.0, published.values.get(measure)) for measure in ("eta", "accuracy", "gmacs")}
+    return Row(f"{name}, published", cells, 0, published.place)
 
 
-def _columns(points: Sequence[SweepPoint]) -> dict[str, list[float]]:
-    return {
-        "eta": [point.threshold for point in points],
-        "accuracy": [point.accuracy for point in points],
-        "exit_share": [100 * point.exit_share for point in points],
-        "gmacs": [point.gmacs for point in points],
-    }
+def images_per_second(
+    plain: tuple[str, Any], models: Mapping[str, tuple[Any, float]], recipe: Recipe, rounds: int
+) -> dict[str, float]:
+    """Times random images through the plain ViT and through each model in turn, in batches that suit the device.
+
+    Args:
+        plain: a name and timm's network.
+        models: by name, a coarse-to-fine model and the share of images that go on to its fine stage.
+        recipe: says in which precision.
+    """
+    device = best_device()
+    batch = 256 if device.type == "cuda" else 32
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), autocast(recipe, device):
+        # as `cfvit.Predictor` runs a network, which is not for autocast on a CPU
+        prepare: Callable[[Any], Any] = (lambda network: network) if torch.is_autocast_enabled("cpu") else accelerate
+        name, network = plain
+        images = torch.randn(batch, 3, *network.patch_embed.img_size, generator=generator).to(device)
+        calls: dict[str, Callable[[], object]] = {name: partial(prepare(network.eval().to(device)), images)}
+        for name, (model, share) in models.items():
+            fast = prepare(model.eval().to(device))
+            images = torch.randn(batch, 3, *model.image_size, generator=generator).to(device)
+            eta = threshold_for_share(model.exit.coarse(fast.coarse(images).logits), share)
+            calls[name] = partial(Predictor(fast, eta, compile=False), images)
+        timings = time_in_turn(calls, rounds, device)
+    return {name: batch / timing.median for name, timing in timings.items()}
 
 
-def _filled(point: OperatingPoint, values: Mapping[str, Sequence[float]], seeds: int, missing: str | None) -> Row:
-    published = point.published
-    cells = {name: summarise(values.get(name, ()), papers_value(published, name)) for name in OPERATING_MEASURES}
-    return Row(point.name, cells, seeds, "" if published is None else published.place, missing)
+# Curves and counts
 
 
-def count_right(run: Finished, eta: float) -> tuple[int, int]:
-    """How many validation images are answered right at the coarse and at the fine stage at an eta (Fig. 8)."""
-    coarse, fine = run.validation.logits
-    hard = goes_on(run.rule.coarse(coarse), eta)
-    right_coarse, right_fine = (logits.argmax(-1) == run.validation.labels for logits in (coarse, fine))
-    return int((right_coarse & ~hard).sum()), int((right_fine & hard).sum())
+def _our_curves(variant: Variant, sources: Sources) -> list[Curve]:
+    """A run's curve over eta, or the point of a plain ViT; nothing where the run is not there."""
+    results = sources.of(variant.run)
+    if not results:
+        return []
+    if variant.run == PLAIN:
+        cost, accuracy = (statistics.fmean(map(MEASURES[name], results)) for name in ("gmacs", "accuracy"))
+        return [Curve(variant.label, [cost], [accuracy], joined=False)]
+    points = _mean_curve(results, CURVE_THRESHOLDS)
+    costs, accuracies = ([statistics.fmean(point[name]) for point in points] for name in ("gmacs", "accuracy"))
+    return [Curve(variant.label, costs, accuracies)]
+
+
+def _published_curves(study: Study, family: str) -> list[Curve]:
+    """CF-ViT's rows joined, each other method a point."""
+    rows = [row for row in study.published if row.family == family]
+    ours = [row.values for row in rows if "eta" in row.values]
+    curves = [Curve(f"CF-ViT ({family})", [v["gmacs"] for v in ours], [v["accuracy"] for v in ours])]
+    for row in rows:
+        if "eta" not in row.values:
+            name = family if row.name == "plain" else row.name
+            curves.append(Curve(name, [row.values["gmacs"]], [row.values["accuracy"]], joined=False))
+    return curves
+
+
+def _curves(study: Study, sources: Sources) -> Made:
+    table2, family = STUDIES["table2"], "LV-ViT-S" if study.name == "fig6" else "DeiT-S"
+    rows, curves = [], []
+    for variant in study.variants:
+        results, missing = sources.of(variant.run), sources.missing.get(variant.run)
+        curves += _our_curves(variant, sources)
+        if not results:
+            rows.append(Row(variant.label, {}, 0, "", missing))
+            continue
+        for eta, values in zip(COUNT_THRESHOLDS, _mean_curve(results, COUNT_THRESHOLDS), strict=True):
+            row = _row(f"{variant.label}, eta {eta:g}", values, len(results), None, missing)
+            rows.append(replace(row, shown=_is_round(eta)))
+    default = sources.of(DEFAULT)
+    if study.name == "fig7" and default:
+        (values,) = _mean_curve(default, (1.0,))
+        rows.append(_row("without early exit", values, len(default), None, None))
+        cost, accuracy = (statistics.fmean(values[name]) for name in ("gmacs", "accuracy"))
+        curves.append(Curve("without early exit", [cost], [accuracy], joined=False))
+    rows += [_published_row(row) for row in table2.published if row.family == family]
+    draw = partial(draw_curves, title=study.title, ours=curves, published=_published_curves(table2, family))
+    return Made(rows, draw, (f"Ours is built on {sources.recipe.backbone}, the published CF-ViT on {family}.",))
+
+
+def _is_round(eta: float) -> bool:
+    """Whether an eta has a single decimal: the others are left to the CSV file."""
+    return eta == round(eta, 1)
+
+
+def _counts(study: Study, sources: Sources) -> Made:
+    results, missing = sources.of(DEFAULT), sources.missing.get(DEFAULT)
+    counts = [[count_right(result, eta) for eta in COUNT_THRESHOLDS] for result in results]
+    rows = []
+    for eta, pairs in zip(COUNT_THRESHOLDS, zip(*counts, strict=True), strict=True):
+        coarse, fine = zip(*pairs, strict=True)
+        row = _row(f"eta {eta:g}", {"right_coarse": coarse, "right_fine": fine}, len(results), None, missing)
+        rows.append(replace(row, shown=_is_round(eta)))
+    coarse, fine = zip(*counts[0], strict=True)
+    draw = partial(draw_counts, thresholds=COUNT_THRESHOLDS, coarse=coarse, fine=fine)
+    return Made(rows, draw, tuple(seed_of_picture(results)))
+
+
+# Images
+
+
+def _patches(study: Study, sources: Sources) -> Made:
+    recipe, device = sources.recipe, best_device()
+    results, scores, count, kept = sources.of(PLAIN), [], 0, 0
+    for result in results:
+        network, images = result.open()
+        count = network.patch_embed.num_patches
+        kept = max(1, round(100 / 196 * count))
+        loader = eval_loader(images, recipe.eval_batch_size, recipe.workers, device)
+        with progress_bar(len(images)) as advance:
+            scores.append(score_highest_lowest(network, loader, device, kept, advance))
+    rows = []
+    for block in range(len(scores[0].highest)):
+        values = {name: [getattr(score, name)[block] for score in scores] for name in ("highest", "lowest")}
+        rows.append(_row(f"block {block + 1}", values, len(results), None, sources.missing.get(PLAIN)))
+    whole = [score.whole for score in scores]
+    rows.append(_row("all patches", {"highest": whole, "lowest": whole}, len(results), None, None))
+    highest, lowest = ([row.cells[name].ours or 0.0 for row in rows] for name in ("highest", "lowest"))
+    draw = partial(
+        draw_highest_lowest,
+        title=f"{sources.plain} on {kept} of its {count} patches, by class attention",
+        highest=highest[:-1],
+        lowest=lowest[:-1],
+        whole=highest[-1],
+        kept=kept,
+        patches=count,
+    )
+    return Made(rows, draw, (f"{kept} of {count} patches are kept, as 100 of 196 in the paper.",))
+
+
+def _attention(study: Study, sources: Sources) -> Made:
+    coarse, fine = (sources.of(variant.run)[0] for variant in study.variants)
+    (reader, images), (plain, _) = coarse.open(), fine.open()
+    readable = fine.validation.indices
+    places = np.linspace(0, len(readable) - 1, min(ATTENTION_PICTURES, len(readable))).round().astype(int)
+    chosen = readable[np.unique(places)].tolist()
+    pictures = attention_pictures(reader, plain, _batch(images, chosen))
+    rows = [Row(images.source.name(index), {}, 1) for index in chosen]
+    notes = seed_of_picture(*(sources.of(run) for run in study.runs))
+    return Made(rows, partial(draw_attention, pictures=pictures), tuple(notes))
+
+
+def _batch(images: EvalImages, indices: Sequence[int]) -> Tensor:
+    """Images by their numbers in the data set."""
+    place = {index: item for item, index in enumerate(images.indices)}
+    return torch.stack([images[place[index]][0] for index in indices]).to(best_device())
+
+
+def _examples(study: Study, sources: Sources) -> Made:
+    result = sources.of(DEFAULT)[0]
+    model, images = result.open()
+    scored, eta = result.validation, FALLBACK_ETA if model.threshold is None else model.threshold
+    hard = goes_on(result.rule.coarse(scored.logits["coarse"]), eta)
+    rows, sheets = [], {}
+    for stage, answered in (("coarse", ~hard), ("fine", hard)):
+        right = (scored.logits[stage].argmax(-1) == scored.labels) & answered
+        first, repeated = {}, []  # the first image of each class comes before others
+        for label, index in zip(scored.labels[right].tolist(), scored.indices[right].tolist(), strict=True):
+            if label in first:
+                repeated.append(index)
+            first.setdefault(label, index)
+        chosen = [*first.values(), *repeated][:EXAMPLES]
+        sheets[stage] = explain(model, _batch(images, chosen), eta) if chosen else []
+        rows += [Row(f"right at the {stage} stage: {images.source.name(index)}", {}, 1) for index in chosen]
+    note = f"eta is {eta:g}; shown are the first images of each class that were answered right."
+    draw = partial(draw_examples, **sheets) if rows else None
+    return Made(rows, draw, (note, *seed_of_picture(sources.of(DEFAULT))))
+
+
+_KINDS: Mapping[str, Callable[[Study, Sources], Made]] = {
+    "ablation": _ablation,
+    "operating_points": _operating_points,
+    "curves": _curves,
+    "counts": _counts,
+    "patches": _patches,
+    "attention": _attention,
+    "examples": _examples,
+}

@@ -1,18 +1,20 @@
-"""The runs of a reproduction: each trained once, resumed or forked where that will do, scored, and kept."""
+"""The runs of a reproduction: each trained once, resumed or forked where possible, scored, and kept."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import re
+import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfvit.benchmark.conditions import Conditions
@@ -20,18 +22,10 @@ from cfvit.checkpoints import WEIGHTS_FILE, load
 from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import collect
-from cfvit.modeling.cost import StageMacs, count_macs
+from cfvit.files import atomic_write
+from cfvit.modeling.cost import count_macs
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.paper.budget import Budget, Clock, duration, time_left
-from cfvit.paper.records import (
-    Finished,
-    RunRecord,
-    Scored,
-    read_finished,
-    read_record,
-    write_record,
-    write_scores,
-)
 from cfvit.paper.studies import DEFAULT, RunSpec
 from cfvit.processes import Process, best_device
 from cfvit.training.log import LOG_FILE
@@ -47,27 +41,218 @@ from cfvit.training.loop import (
 from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.setup import Data, autocast, prepare, steps_per_epoch
 
-AS_IT_IS: Mapping[str, Any] = {"initial_weights": None, "hold_decoded": False}
-"""What a recipe need not prepare where nothing is trained."""
+RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
+TRIAL_STEPS = 4
+"""Steps by which the time of a training is estimated if no other run tells it."""
+
+NOTHING_TO_PREPARE: Mapping[str, Any] = {"initial_weights": None, "hold_decoded": False}
+"""Fields of a recipe that only cost time where nothing is trained."""
+
+
+# Results
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A network's answers to some images.
+
+    Attributes:
+        logits: by operating point, cheapest first: ``[n, classes]``.
+        labels: class indices ``[n]``.
+        indices: of the images in their data set, ``[n]``.
+    """
+
+    logits: Mapping[str, Tensor]
+    labels: Tensor
+    indices: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A trained network that a study can report: its cost and its answers.
+
+    Attributes:
+        method: how it was trained.
+        macs: cost of an image at each operating point; ``fine_in_paper`` is the fine stage by the paper's accounting.
+        validation: answers to the images that it is scored on.
+        holdout: answers to the images that eta is chosen on, None if there are none.
+        open: gives the network and the validation images.
+        seed: of its training; None of a model that was given.
+        rule: how its confidence is measured.
+    """
+
+    method: str
+    macs: Mapping[str, int]
+    validation: Scored
+    holdout: Scored | None
+    open: Callable[[], tuple[Any, EvalImages]]
+    seed: int | None = None
+    rule: Exit = field(default_factory=Exit)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What ``run.json`` says of a run.
+
+    Attributes:
+        epochs: that are trained in this folder; of a forked run, those after the fork.
+        conditions: see `Conditions`.
+        forked_from: folder of the run whose first epochs it shares, or None.
+        done: epochs, with a fraction, that took ``seconds``; 0 if another command trained the run.
+        seconds: time of the training and the scoring.
+        epoch_seconds: time of an epoch by the steps of the last call, without its start; None if not known.
+        finished: whether the run is trained and scored.
+        images: how many there are to train on, in the hold-out and in the validation data; empty while unfinished.
+        macs: see `Result`; empty while unfinished.
+        images_per_second: at the eta of parity, or of the plain ViT; None until it is measured.
+    """
+
+    name: str
+    method: str
+    grid: str
+    seed: int
+    epochs: int
+    conditions: dict[str, str]
+    forked_from: str | None = None
+    done: float = 0.0
+    seconds: float = 0.0
+    epoch_seconds: float | None = None
+    finished: bool = False
+    images: dict[str, int] = field(default_factory=dict)
+    macs: dict[str, int] = field(default_factory=dict)
+    images_per_second: float | None = None
+
+    def write(self, folder: Path) -> None:
+        """Writes ``run.json``."""
+        with atomic_write(folder / RECORD_FILE) as file:
+            file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_record(folder: Path) -> Record | None:
+    """What ``run.json`` says, None if there is none.
+
+    Raises:
+        CfvitError: it is damaged.
+    """
+    try:
+        return Record(**json.loads((folder / RECORD_FILE).read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise CfvitError(
+            f"{folder / RECORD_FILE} is damaged ({first_line(error)}): remove {folder} to train it again"
+        ) from error
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run(Result):
+    """A result that was trained here: its recipe, its folder and its record."""
+
+    recipe: Recipe
+    folder: Path
+    record: Record
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that is not there: why, and the seconds that it would have taken, if that can be told."""
+    """A run that is not there: why, and the seconds that it would take, if they are known."""
 
     name: str
     reason: str
     seconds: float | None = None
 
 
+# Time
+
+
+def parse_budget(text: str) -> float:
+    """``2h``, ``90m`` or ``300s`` in seconds.
+
+    Raises:
+        UsageError: anything else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip().lower())
+    if found is None or float(found[1]) == 0:
+        raise UsageError(f"budget is {text!r}: give a time such as 2h, 90m or 300s")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Budget:
+    """The time until the last training has to end: seconds from now, or None for no end."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.deadline = None if seconds is None else time.monotonic() + seconds
+
+    def fits(self, seconds: float) -> bool:
+        """Whether so much is left."""
+        return self.deadline is None or time.monotonic() + seconds < self.deadline
+
+    def is_over(self) -> bool:
+        """Whether nothing is left."""
+        return not self.fits(0.0)
+
+
+class Clock:
+    """Times the steps of a training, which asks it after each of them whether to stop."""
+
+    def __init__(self, stops: Callable[[], bool]) -> None:
+        self._stops, self._started, self._ends = stops, time.monotonic(), list[float]()
+
+    def __call__(self) -> bool:
+        self._ends.append(time.monotonic())
+        return self._stops()
+
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+        return len(self._ends)
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._started
+
+    @property
+    def pace(self) -> float | None:
+        """Seconds of a step without the first one, which waits for data and compilers; None after a single step."""
+        return (self._ends[-1] - self._ends[0]) / (self.steps - 1) if self.steps > 1 else None
+
+
+def time_left(record: Record, others: Iterable[Record]) -> float | None:
+    """Seconds until a run is trained; None if neither the run nor another one tells.
+
+    By its own pace if it was begun. Else by the time of an epoch of runs of the same method and grid, or else of
+    all runs; of several the longest counts.
+    """
+    pace = record.epoch_seconds
+    if pace is None:
+        alike, known = [0.0], [0.0]
+        for other in others:
+            epoch = other.seconds / other.done if other.finished and other.done else other.epoch_seconds or 0.0
+            known.append(epoch)
+            alike += [epoch] if (other.method, other.grid) == (record.method, record.grid) else []
+        pace = max(alike) or max(known) or None
+    return None if pace is None else pace * (record.epochs - record.done)
+
+
+# Runs
+
+
 class Runs:
-    """The runs in ``folder``, one sub-folder for each, named after what is run and its seed.
+    """The runs in a folder, a sub-folder for each, named after the run and its seed.
 
     Args:
         base: the recipe that all of them change.
         budget: the time for all trainings.
         train_images: how many images there are to train on.
-        say: told a line for each run that is trained.
+        say: receives a line for each run that is trained.
     """
 
     def __init__(
@@ -79,11 +264,11 @@ class Runs:
         conditions: Conditions,
         say: Callable[[str], object],
     ) -> None:
-        self.base, self.folder, self.budget, self.train_images = base, folder, budget, train_images
-        self.conditions, self.say = conditions, say
+        self.base, self.folder, self.budget, self.conditions, self.say = base, folder, budget, conditions, say
+        self.steps = steps_per_epoch(base, train_images, 1)
 
-    def make(self, spec: RunSpec, seed: int) -> Finished | Missing:
-        """The run, trained and scored first if it is not, unless the time left is too short.
+    def make(self, spec: RunSpec, seed: int) -> Run | Missing:
+        """The run, first trained and scored if it is not there, unless the time left is too short.
 
         Raises:
             CfvitError: the folder holds a run of another recipe; a training that fails.
@@ -94,125 +279,179 @@ class Runs:
             recipe = spec.recipe(self.base, seed)
         except UsageError as error:
             return Missing(folder.name, f"cannot be trained so: {error}")
-        _require_recipe(recipe, folder)
+        if (folder / RECIPE_FILE).exists():
+            was = load_recipe("deit", folder / RECIPE_FILE)
+            if changed := _changed_fields(recipe, was):
+                name = changed[0]
+                raise CfvitError(
+                    f"{folder} holds a run with {name} {getattr(was, name)!r}, not {getattr(recipe, name)!r}: "
+                    "give the same recipe as before, or choose another --out"
+                )
         record = read_record(folder)
-        if record is not None and record.finished:
-            return read_finished(recipe, folder, record)
-        if not _is_trained(recipe, folder):
-            missing = self._train(recipe, folder)
-            if missing is not None:
-                return missing
-        return self._score(recipe, folder)
+        if record is None or not record.finished:
+            # the log tells of an evaluation after the last epoch, also of a run by `cfvit train` on many GPUs
+            ends = {line["epoch"] + 1 for line in _read_log(folder) if line.get("event") == "eval"}
+            if recipe.epochs not in ends or not (folder / WEIGHTS_FILE).exists():
+                missing = self._train(recipe, folder)
+                if missing is not None:
+                    return missing
+            self._score(recipe, folder)
+        return read_run(recipe, folder)
 
-    def finished(self) -> list[Finished]:
-        """All finished runs in the folder, also those of earlier calls; one without its recipe is left out and told."""
+    def finished(self) -> list[Run]:
+        """All finished runs in the folder, also of earlier calls. One without its recipe is left out and named."""
         found = []
         for folder in sorted(self.folder.glob("*-seed*")):
             record = read_record(folder)
             if record is None or not record.finished:
                 continue
-            if not (folder / RECIPE_FILE).is_file():
+            if (folder / RECIPE_FILE).is_file():
+                found.append(read_run(load_recipe("deit", folder / RECIPE_FILE), folder))
+            else:
                 self.say(f"{folder} has no {RECIPE_FILE} and is left out: remove it, or put its recipe back")
-                continue
-            found.append(read_finished(load_recipe("deit", folder / RECIPE_FILE), folder, record))
         return found
 
     def _train(self, recipe: Recipe, folder: Path) -> Missing | None:
-        resume = (folder / CHECKPOINT_FILE).exists()
-        fork = None if resume else self._fork_of(recipe, folder)
+        """Trains a run as far as the budget allows; None if it is trained."""
+        resume, fork = (folder / CHECKPOINT_FILE).exists(), None
+        default = self.folder / f"{DEFAULT}-seed{recipe.seed}"
+        if not resume and default != folder and (default / ALL_CELLS_FILE).exists():
+            changed = _changed_fields(recipe, load_recipe("deit", default / RECIPE_FILE))
+            fork = default if set(changed) <= FREE_TO_FORK else None
         record = read_record(folder) or self._new_record(recipe, folder, fork)
-        seconds = time_left(record, self._records())
-        if not self.budget.fits(seconds):
+        others = [each for each in map(read_record, self.folder.glob("*-seed*")) if each is not None]
+        seconds = time_left(record, others)
+        if seconds is None and self.budget.deadline is not None and not self.budget.is_over():
+            seconds = self._estimate(recipe, record)
+        if not self.budget.fits(seconds or 0.0):
             return Missing(folder.name, "does not fit into the budget", seconds)
         begun = f"{'resumed' if resume else 'trained'}{'' if fork is None else f', begun as {fork.name}'}"
-        self.say(f"{folder.name}: {record.epochs} epochs, {begun}{_about(seconds)}")
-        clock = Clock(self.budget.is_over)
+        about = "" if seconds is None else f", about {duration(seconds)}"
+        self.say(f"{folder.name}: {record.epochs} epochs, {begun}{about}")
+        clock, stopped = Clock(self.budget.is_over), False
         try:
             train(recipe, folder, resume=resume, fork=fork, stop=clock)
         except Stopped:
-            record = self._timed(record, clock)
-            write_record(record, folder)
-            if not self.budget.is_over():  # by a signal: whoever sent it wants the whole command to end
-                raise Stopped(f"stopped in {folder.name}: the same command again goes on from there") from None
-            left = time_left(record, self._records())
-            return Missing(folder.name, "was stopped by the budget and can be resumed", left)
-        write_record(dataclasses.replace(self._timed(record, clock), done=float(record.epochs)), folder)
-        return None
+            stopped = True
+        record = replace(
+            record,
+            seconds=record.seconds + clock.seconds,
+            done=min(float(record.epochs), record.done + clock.steps / self.steps) if stopped else float(record.epochs),
+            epoch_seconds=record.epoch_seconds if clock.pace is None else clock.pace * self.steps,
+        )
+        record.write(folder)
+        if stopped and not self.budget.is_over():  # by a signal: whoever sent it wants the whole command to end
+            raise Stopped(f"stopped in {folder.name}: the same command again goes on from there")
+        reason = "was stopped by the budget and can be resumed"
+        return Missing(folder.name, reason, time_left(record, others)) if stopped else None
 
-    def _records(self) -> list[RunRecord]:
-        found = map(read_record, self.folder.glob("*-seed*"))
-        return [record for record in found if record is not None]
+    def _estimate(self, recipe: Recipe, record: Record) -> float | None:
+        """Seconds of a training by its first steps, in a folder that is removed; None if they are too few."""
+        clock = Clock(lambda: clock.steps >= TRIAL_STEPS)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                train(recipe.replace(NOTHING_TO_PREPARE), Path(folder), stop=clock)
+            except Stopped:
+                if clock.steps < TRIAL_STEPS:  # by a signal
+                    raise
+        return None if clock.pace is None else clock.pace * self.steps * record.epochs
 
-    def _fork_of(self, recipe: Recipe, folder: Path) -> Path | None:
-        """The default run of the same seed, where all that differs comes after its epochs of all cells."""
-        default = self.folder / f"{DEFAULT}-seed{recipe.seed}"
-        if default == folder or not (default / ALL_CELLS_FILE).exists():
-            return None
-        changed = _changed_fields(recipe, load_recipe("deit", default / RECIPE_FILE))
-        return default if set(changed) <= FREE_TO_FORK else None
-
-    def _new_record(self, recipe: Recipe, folder: Path, fork: Path | None) -> RunRecord:
+    def _new_record(self, recipe: Recipe, folder: Path, fork: Path | None = None) -> Record:
         shared = 0 if fork is None else round(recipe.all_cells_share * recipe.epochs)
-        return RunRecord(
+        return Record(
             name=folder.name,
-            stages=recipe.stages,
+            method=recipe.stages,
             grid=str(recipe.coarse_grid),
             seed=recipe.seed,
             epochs=recipe.epochs - shared,
-            seconds=0.0,
-            finished=False,
-            forked_from=None if fork is None else fork.name,
-            images={},
-            macs={},
             conditions=asdict(self.conditions),
+            forked_from=None if fork is None else fork.name,
         )
 
-    def _untimed_record(self, recipe: Recipe, folder: Path) -> RunRecord:
-        """Of a run that was trained by another command, so that its seconds are those of the scoring alone."""
-        return dataclasses.replace(self._new_record(recipe, folder, None), epochs=0)
-
-    def _timed(self, record: RunRecord, clock: Clock) -> RunRecord:
-        steps = steps_per_epoch(self.base, self.train_images, 1)
-        return dataclasses.replace(
-            record,
-            seconds=record.seconds + clock.seconds,
-            done=min(float(record.epochs), (record.done or 0.0) + clock.steps / steps),
-            epoch_seconds=record.epoch_seconds if clock.pace is None else clock.pace * steps,
-        )
-
-    def _score(self, recipe: Recipe, folder: Path) -> Finished:
-        """Runs the model over hold-out and validation images and keeps what it answers."""
+    def _score(self, recipe: Recipe, folder: Path) -> None:
+        """Runs the model over hold-out and validation images, and keeps its answers and its record."""
         started = time.monotonic()
-        images, model = restore(recipe, folder)
-        scored = {}
+        images, network = restore(recipe, folder)
+        tensors, counts = {}, {"train": len(images.train)}
         for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
-            assert dataset is not None  # `require_splits` has seen to it
-            scored[name] = score(_answers_of(recipe, model), recipe, dataset)
-        counts = {"train": len(images.train), **{name: len(part.labels) for name, part in scored.items()}}
-        record = read_record(folder) or self._untimed_record(recipe, folder)
-        write_scores(folder, scored)
-        record = dataclasses.replace(
-            record,
-            seconds=record.seconds + time.monotonic() - started,
-            finished=True,
-            images=counts,
-            macs=asdict(count_macs(model)),
-        )
-        write_record(record, folder)
-        return Finished(recipe, folder, record, scored["holdout"], scored["validation"], StageMacs(**record.macs))
+            assert dataset is not None  # `require_splits` has refused data without
+            scored = score(lambda batch: answers(recipe.stages, network, batch), recipe, dataset)
+            counts[name] = len(scored.labels)
+            tensors |= {f"{name}.logits.{i}.{at}": x.contiguous() for i, (at, x) in enumerate(scored.logits.items())}
+            tensors |= {f"{name}.labels": scored.labels, f"{name}.indices": scored.indices}
+        with atomic_write(folder / SCORES_FILE) as file:
+            save_file(tensors, file)
+        record = read_record(folder) or self._new_record(recipe, folder)
+        seconds = record.seconds + time.monotonic() - started
+        macs = macs_of(recipe.stages, network)
+        replace(record, seconds=seconds, finished=True, images=counts, macs=macs).write(folder)
 
 
-def _about(seconds: float | None) -> str:
-    return "" if seconds is None else f", about {duration(seconds)}"
+def _changed_fields(recipe: Recipe, other: Recipe) -> list[str]:
+    """Fields that change what is computed and differ."""
+    ours, theirs = ({**asdict(each), "coarse_grid": each.grid} for each in (recipe, other))
+    return [name for name in ours if name not in FREE_TO_CHANGE | {"eval_interval"} and ours[name] != theirs[name]]
+
+
+def _read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a training's log; empty if there is none, or if it is damaged."""
+    try:
+        return [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def logged_pace(folder: Path) -> dict[str, float]:
+    """The median ``images_per_second`` and ``matrix_share`` of a training by its log; empty if it has none."""
+    lines = _read_log(folder)
+    values = {name: [line[name] for line in lines if name in line] for name in ("images_per_second", "matrix_share")}
+    return {name: statistics.median(numbers) for name, numbers in values.items() if numbers}
+
+
+def read_run(recipe: Recipe, folder: Path) -> Run:
+    """A finished run.
+
+    Raises:
+        CfvitError: its scores cannot be read.
+    """
+    record = read_record(folder)
+    assert record is not None
+    try:
+        tensors = load_file(folder / SCORES_FILE)
+        parts = []
+        for name in ("holdout", "validation"):
+            keys = sorted(key for key in tensors if key.startswith(f"{name}.logits."))
+            logits = {key.rpartition(".")[2]: tensors[key] for key in keys}
+            parts.append(Scored(logits, tensors[f"{name}.labels"], tensors[f"{name}.indices"]))
+    except (OSError, SafetensorError, KeyError) as error:
+        raise CfvitError(f"{folder / SCORES_FILE} is damaged: remove {folder / RECORD_FILE} to score again") from error
+
+    def reopen() -> tuple[Any, EvalImages]:
+        images, network = restore(recipe, folder)
+        if images.validation is None:
+            raise CfvitError(f"{recipe.data} has no validation images any more: name some with --val-data")
+        return network.backbone if recipe.stages == "backbone" else network, images.validation
+
+    return Run(
+        record.method,
+        record.macs,
+        validation=parts[1],
+        holdout=parts[0],
+        open=reopen,
+        seed=record.seed,
+        recipe=recipe,
+        folder=folder,
+        record=record,
+    )
 
 
 def require_splits(recipe: Recipe) -> Data:
-    """The images of a recipe; refuses data without hold-out or validation images before anything is trained.
+    """The images of a recipe. Data without hold-out or validation images are refused before anything is trained.
 
     Raises:
         CfvitError: says which are missing.
     """
-    images, _ = prepare(recipe.replace(AS_IT_IS), Process(0, 1, torch.device("cpu")))
+    images, _ = prepare(recipe.replace(NOTHING_TO_PREPARE), Process(0, 1, torch.device("cpu")))
     if images.holdout is None:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
     if images.validation is None:
@@ -220,14 +459,14 @@ def require_splits(recipe: Recipe) -> Data:
     return images
 
 
-def restore(recipe: Recipe, folder: Path) -> tuple[Data, CoarseToFineViT]:
-    """The images of a trained run and its model; of a plain ViT, the rest of the model is untrained.
+def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
+    """The images and the network of a trained run.
 
     Raises:
         CfvitError: the folder or the data are no longer what they were.
     """
     process = Process(0, 1, best_device())
-    images, model = prepare(recipe.replace(AS_IT_IS), process)
+    images, model = prepare(recipe.replace(NOTHING_TO_PREPARE), process)
     if recipe.stages != "backbone":
         return images, load(folder).to(process.device)
     try:
@@ -237,17 +476,27 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, CoarseToFineViT]:
     return images, model.eval()
 
 
-def _answers_of(recipe: Recipe, model: CoarseToFineViT) -> Callable[[Tensor], Sequence[Tensor]]:
-    """What was trained, as images to logits of each of its stages."""
-    if recipe.stages == "backbone":
-        return lambda images: (model.backbone(images),)
-    if recipe.stages == "coarse":
-        return lambda images: (model.coarse(images).logits,)
-    return model
+def answers(stages: str, model: CoarseToFineViT, images: Tensor) -> dict[str, Tensor]:
+    """Logits at each operating point of what was trained."""
+    if stages == "backbone":
+        return {"plain": model.backbone(images)}
+    if stages == "coarse":
+        return {"coarse": model.coarse(images).logits}
+    return model(images)._asdict()
 
 
-def score(forward: Callable[[Tensor], Sequence[Tensor]], recipe: Recipe, images: EvalImages) -> Scored:
-    """Runs a model over images in the recipe's precision, with a progress bar; by its seed where cells are random.
+def macs_of(stages: str, model: CoarseToFineViT) -> dict[str, int]:
+    """Cost of an image at each operating point."""
+    macs = count_macs(model)
+    if stages == "backbone":
+        return {"plain": macs.backbone}
+    if stages == "coarse":
+        return {"coarse": macs.coarse}
+    return {"coarse": macs.coarse, "fine": macs.both, "fine_in_paper": macs.both_in_paper}
+
+
+def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Scored:
+    """Runs a network over images in the recipe's precision, with a progress bar; random cells follow the recipe's seed.
 
     Raises:
         CfvitError: not one image can be read.
@@ -255,39 +504,15 @@ def score(forward: Callable[[Tensor], Sequence[Tensor]], recipe: Recipe, images:
     device = best_device()
     loader = eval_loader(images, recipe.eval_batch_size, recipe.workers, device)
     torch.manual_seed(recipe.seed)
+    points: list[str] = []
+
+    def logits(batch: Tensor) -> list[Tensor]:
+        given = forward(batch)
+        points[:] = given
+        return list(given.values())
+
     with progress_bar(len(images)) as advance, autocast(recipe, device):
-        collected = collect(forward, loader, device, advance)
+        collected = collect(logits, loader, device, advance)
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(images)} images can be read: check the data")
-    return Scored(collected.logits, collected.labels, collected.indices)
-
-
-def _require_recipe(recipe: Recipe, folder: Path) -> None:
-    """Refuses a folder that holds a run of another recipe."""
-    path = folder / RECIPE_FILE
-    if not path.exists():
-        return
-    was = load_recipe("deit", path)
-    changed = _changed_fields(recipe, was)
-    if changed:
-        name = changed[0]
-        raise CfvitError(
-            f"{folder} holds a run with {name} {getattr(was, name)!r}, not {getattr(recipe, name)!r}: "
-            "give the same recipe as before, or choose another --out"
-        )
-
-
-def _changed_fields(recipe: Recipe, other: Recipe) -> list[str]:
-    """Fields that change what is computed and differ."""
-    ours, theirs = ({**asdict(each), "coarse_grid": each.grid} for each in (recipe, other))
-    return [name for name in ours if name not in FREE_TO_CHANGE | {"eval_interval"} and ours[name] != theirs[name]]
-
-
-def _is_trained(recipe: Recipe, folder: Path) -> bool:
-    """Whether the log tells of an evaluation after the last epoch, also of a run by `cfvit train` on many GPUs."""
-    try:
-        lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
-    except (OSError, ValueError):
-        return False
-    ends = {line["epoch"] + 1 for line in lines if line.get("event") == "eval"}
-    return recipe.epochs in ends and (folder / WEIGHTS_FILE).exists()
+    return Scored(dict(zip(points, collected.logits, strict=True)), collected.labels, collected.indices)

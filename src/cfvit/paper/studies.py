@@ -1,14 +1,23 @@
-"""What `cfvit reproduce` can make: each table and figure, the runs that it compares, and how a run differs."""
+"""The paper's tables and figures as data: what each compares, what the paper prints, and how each run differs.
+
+``studies.yaml`` beside this file lists the studies and the paper's own figures.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any, Literal
+
+import yaml
 
 from cfvit.errors import UsageError
 from cfvit.training.recipe import Recipe
+
+FAMILIES = ("DeiT-S", "LV-ViT-S")
+"""The backbones of the paper's Tables 2 and 3."""
 
 PAPERS_METHOD: Mapping[str, Any] = {
     "informative_ratio": 0.5,
@@ -23,12 +32,12 @@ PAPERS_METHOD: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run by what it changes in the recipe.
+    """A run, by what it changes in the recipe.
 
     Attributes:
-        name: of its folder.
+        name: its folder's name, before the seed.
         changes: fields of the recipe.
-        grid_scale: by how much each side of the coarse grid is multiplied, and rounded.
+        grid_scale: each side of the coarse grid is multiplied by it and rounded.
     """
 
     name: str
@@ -39,12 +48,12 @@ class RunSpec:
         """The recipe of this run, scored once at the end of its training.
 
         Raises:
-            UsageError: the changes do not go together with the recipe.
+            UsageError: the changes contradict the recipe.
         """
         grid = base.grid if isinstance(base.grid, tuple) else (base.grid,)
-        scaled = [max(1, round(self.grid_scale * side)) for side in grid]
-        sides = scaled[0] if len(scaled) == 1 else "x".join(map(str, scaled))
-        given = {"coarse_grid": sides, "seed": seed, "eval_interval": base.epochs}
+        sides = [max(1, round(self.grid_scale * side)) for side in grid]
+        coarse_grid = sides[0] if len(sides) == 1 else "x".join(map(str, sides))
+        given = {"coarse_grid": coarse_grid, "seed": seed, "eval_interval": base.epochs}
         return base.replace({**PAPERS_METHOD, **given, **self.changes})
 
 
@@ -68,22 +77,34 @@ RUNS: Mapping[str, RunSpec] = {
         RunSpec(LARGER_GRID, grid_scale=9 / 7),
     )
 }
-"""By name, in the order in which they are wanted: shared ones first, dear ones last."""
+"""By name. Runs that several studies share come before others, cheap ones before expensive ones."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row that the paper prints.
+
+    Attributes:
+        name: of the row; in Tables 2 and 3 the method, or CF-ViT's eta.
+        place: where it stands in the paper.
+        values: by measure: ``accuracy``, ``coarse`` and ``fine`` (top-1 in percent), ``gmacs``, ``eta``,
+            ``images_per_second`` and ``speedup``; only what is printed.
+        family: one of `FAMILIES` in Tables 2 and 3, else empty.
+    """
+
+    name: str
+    place: str
+    values: Mapping[str, float]
+    family: str = ""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A line of a study.
-
-    Attributes:
-        label: what a reader sees.
-        run: name of the run, see `RUNS`.
-        published: name of the paper's row, None if the paper prints none.
-    """
+    """One of the things that a study compares: its label for the reader, its run, and the paper's row, if any."""
 
     label: str
     run: str
-    published: str | None = None
+    published: Published | None = None
 
 
 Kind = Literal["ablation", "operating_points", "curves", "patches", "attention", "counts", "examples"]
@@ -98,7 +119,10 @@ class Study:
         title: what it shows.
         kind: how its rows are made from the runs.
         variants: what is compared.
-        measures: columns of an ablation, names of `cfvit.paper.rows.MEASURES`.
+        measures: columns of an ablation, see `cfvit.paper.rows.MEASURES`.
+        etas: of the rows of an ``operating_points`` study: numbers, or ``"parity"``.
+        published: the paper's rows of Tables 2 and 3.
+        notes: what a reader of the paper's figures has to know.
     """
 
     name: str
@@ -106,115 +130,46 @@ class Study:
     kind: Kind
     variants: tuple[Variant, ...]
     measures: tuple[str, ...] = ()
+    etas: tuple[float | str, ...] = ()
+    published: tuple[Published, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def runs(self) -> tuple[str, ...]:
         """Names of the runs that it needs, each once."""
         return tuple(dict.fromkeys(variant.run for variant in self.variants))
 
+    def row(self, family: str, name: str) -> Published | None:
+        """The paper's row of a family, None if the paper prints none."""
+        return next((row for row in self.published if (row.family, row.name) == (family, name)), None)
 
-_STAGES = ("coarse", "fine")
-_OURS, _BOTH = Variant("CF-ViT", DEFAULT), (Variant("plain ViT", PLAIN), Variant("CF-ViT", DEFAULT))
+
+def _published(entry: Mapping[str, Any]) -> Published:
+    words = ("family", "row", "label", "run", "place")
+    values = {name: float(value) for name, value in entry.items() if name not in words}
+    return Published(entry.get("row") or entry["label"], entry["place"], values, entry.get("family", ""))
+
+
+_CONTENT: Mapping[str, Any] = yaml.safe_load(
+    resources.files("cfvit.paper").joinpath("studies.yaml").read_text(encoding="utf-8")
+)
+PAPER, SETTING = str(_CONTENT["title"]), str(_CONTENT["setting"])
 
 STUDIES: Mapping[str, Study] = {
-    study.name: study
-    for study in (
-        Study(
-            "table1",
-            "Table 1: the plain ViT on the full and on the coarse grid",
-            "ablation",
-            (
-                Variant("plain ViT, full grid", PLAIN, "full grid"),
-                Variant("plain ViT, coarse grid", COARSE_GRID, "coarse grid"),
-            ),
-            ("accuracy", "gmacs"),
+    name: Study(
+        name=name,
+        title=entry["title"],
+        kind=entry["kind"],
+        variants=tuple(
+            Variant(each["label"], each["run"], _published(each) if "place" in each else None)
+            for each in entry["variants"]
         ),
-        Study(
-            "table2",
-            "Table 2: CF-ViT against its backbone",
-            "operating_points",
-            (*_BOTH, Variant("CF-ViT, larger grid", LARGER_GRID)),
-        ),
-        Study("table3", "Table 3: CF-ViT beside compressed ViTs as published", "operating_points", _BOTH),
-        Study(
-            "table4",
-            "Table 4: which regions are split",
-            "ablation",
-            (
-                Variant("lowest global class attention", "select-negative", "negative"),
-                Variant("random", "select-random", "random"),
-                Variant("last block's class attention", "beta-0", "last block"),
-                Variant("global class attention", DEFAULT, "global"),
-            ),
-            _STAGES,
-        ),
-        Study(
-            "table5",
-            "Table 5: what the fine stage reuses of the coarse features",
-            "ablation",
-            (
-                Variant("nothing", "reuse-none", "none"),
-                Variant("with the class token", "reuse-class-token", "class token"),
-                Variant("with uninformative tokens", "reuse-uninformative", "uninformative"),
-                Variant("linear instead of MLP", "reuse-linear", "linear"),
-                Variant("MLP", DEFAULT, "mlp"),
-            ),
-            _STAGES,
-        ),
-        Study(
-            "table6",
-            "Table 6: alpha, the share of cells that are split",
-            "ablation",
-            tuple(
-                Variant(f"alpha {alpha}", DEFAULT if alpha == "0.5" else f"alpha-{alpha}", alpha)
-                for alpha in ("0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
-            ),
-            ("fine", "gmacs", "gmacs_as_paper"),
-        ),
-        Study(
-            "table7",
-            "Table 7: beta of the global class attention",
-            "ablation",
-            tuple(
-                Variant(f"beta {beta}", DEFAULT if beta == "0.99" else f"beta-{beta}", beta)
-                for beta in ("0", "0.5", "0.9", "0.99", "0.999")
-            ),
-            ("fine",),
-        ),
-        Study(
-            "table8",
-            "Table 8: what the coarse stage learns from",
-            "ablation",
-            (Variant("CE + CE", "loss-ce", "ce"), Variant("CE + KL", DEFAULT, "kl")),
-            _STAGES,
-        ),
-        Study(
-            "fig1a",
-            "Fig. 1(a): the patches of highest and of lowest class attention",
-            "patches",
-            (Variant("plain ViT", PLAIN),),
-        ),
-        Study(
-            "fig1b",
-            "Fig. 1(b): class attention on the coarse and on the full grid",
-            "attention",
-            (Variant("plain ViT, coarse grid", COARSE_GRID), Variant("plain ViT, full grid", PLAIN)),
-        ),
-        Study("fig5", "Fig. 5: accuracy against cost over eta", "curves", (_OURS,)),
-        Study("fig6", "Fig. 6: accuracy against cost beside popular ViTs", "curves", (_OURS,)),
-        Study(
-            "fig7",
-            "Fig. 7: each design removed",
-            "curves",
-            (
-                _OURS,
-                Variant("without informative regions", "alpha-1"),
-                Variant("without feature reuse", "reuse-none"),
-            ),
-        ),
-        Study("fig8", "Fig. 8: images right at the coarse and at the fine stage over eta", "counts", (_OURS,)),
-        Study("fig9", "Fig. 9: examples right at the coarse and at the fine stage", "examples", (_OURS,)),
+        measures=tuple(entry.get("measures", ())),
+        etas=tuple(entry.get("etas", ())),
+        published=tuple(map(_published, entry.get("published", ()))),
+        notes=tuple(entry.get("notes", ())),
     )
+    for name, entry in _CONTENT["studies"].items()
 }
 ALL = "all"
 

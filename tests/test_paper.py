@@ -5,11 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,13 +22,11 @@ from cfvit import CoarseToFineViT, load
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
-from cfvit.paper import making, speed
+from cfvit.paper import rows
 from cfvit.paper import runs as running
-from cfvit.paper.budget import Budget
-from cfvit.paper.records import Finished, logged_pace, read_record, write_record
-from cfvit.paper.reproduce import Request, reproduce
-from cfvit.paper.runs import Missing, Runs
+from cfvit.paper.runs import Budget, Missing, Run, Runs, logged_pace, read_record
 from cfvit.paper.studies import DEFAULT, RUNS
+from cfvit.paper.write import Request, reproduce
 from cfvit.processes import Process
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe
@@ -126,8 +122,8 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
 
 
-def _runs(recipe: Recipe, out: Path, deadline: float | None = None, say: Callable[[str], object] = _quiet) -> Runs:
-    return Runs(recipe, out, Budget(deadline), 72, conditions_of(torch.float32, ""), say)
+def _runs(recipe: Recipe, out: Path, budget: float | None = None, say: Callable[[str], object] = _quiet) -> Runs:
+    return Runs(recipe, out, Budget(budget), 72, conditions_of(torch.float32, ""), say)
 
 
 def _table(path: Path) -> dict[str, dict[str, str]]:
@@ -256,7 +252,7 @@ def test_seeds_are_averaged(out: Path, config: Path, cfvit_main: Main) -> None:
 def test_table_2_compares_with_the_plain_vit(
     out: Path, config: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(making, "images_per_second", partial(speed.images_per_second, rounds=1))
+    monkeypatch.setattr(rows, "SPEED_ROUNDS", 1)
     outcome = cfvit_main("reproduce", "table2", "--config", config, "--out", out)
     assert outcome.status == 0, outcome.err
     table = _table(out / "table2.csv")
@@ -277,8 +273,8 @@ def test_table_2_compares_with_the_plain_vit(
         (3, 3),
     )
     with (out / "runs.csv").open(newline="") as file:
-        rows = {row["run"]: row for row in csv.DictReader(file)}
-    assert float(rows["plain-seed0"]["images_per_second"]) > 0
+        lines = {row["run"]: row for row in csv.DictReader(file)}
+    assert float(lines["plain-seed0"]["images_per_second"]) > 0
     text = (out / "table2.md").read_text()
     assert all(said in text for said in ("1.32", MEASURED, "- An accuracy of "))
     assert "LV-ViT" not in text
@@ -305,14 +301,14 @@ def test_a_run_that_the_budget_stops_is_resumed_as_if_it_never_stopped(
     assert (record.done, record.epochs) == (pytest.approx(2 / 3), 2)
     assert record.epoch_seconds is not None
     assert stopped.seconds == pytest.approx(4 / 3 * record.epoch_seconds)
-    other = _runs(recipe, tmp_path, time.monotonic() - 1).make(RUNS["plain"], 0)
+    other = _runs(recipe, tmp_path, -1.0).make(RUNS["plain"], 0)
     assert isinstance(other, Missing)
     assert other.seconds == pytest.approx(2 * record.epoch_seconds)
     finished = _runs(recipe, tmp_path).make(RUNS[DEFAULT], 0)
     before = _runs(recipe, trained / "runs").make(RUNS[DEFAULT], 0)
-    assert isinstance(finished, Finished)
-    assert isinstance(before, Finished)
-    for ours, theirs in zip(finished.validation.logits, before.validation.logits, strict=True):
+    assert isinstance(finished, Run)
+    assert isinstance(before, Run)
+    for ours, theirs in zip(finished.validation.logits.values(), before.validation.logits.values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert finished.record.seconds > record.seconds
     assert finished.record.done == 2
@@ -334,7 +330,7 @@ def test_what_does_not_fit_into_the_budget_is_left_out_and_told(out: Path, confi
     folder = out / "runs" / "default-seed0"
     record = read_record(folder)
     assert record is not None
-    write_record(replace(record, seconds=4000.0), folder)
+    replace(record, seconds=4000.0).write(folder)
     outcome = cfvit_main("reproduce", "table8", "--config", config, "--out", out, "--budget", "10m", "--json")
     assert outcome.status == 0
     without, default = (json.loads(line) for line in outcome.out)
@@ -347,9 +343,22 @@ def test_what_does_not_fit_into_the_budget_is_left_out_and_told(out: Path, confi
     _require_picture(out / "table8.png")
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_spent_budget_starts_nothing(recipe: Recipe, tmp_path: Path) -> None:
-    made = _runs(recipe, tmp_path, time.monotonic() - 1).make(RUNS[DEFAULT], 0)
+    made = _runs(recipe, tmp_path, -1.0).make(RUNS[DEFAULT], 0)
     assert made == Missing("default-seed0", "does not fit into the budget", None)
+
+
+def test_a_budget_that_is_too_short_for_the_first_run_starts_none(
+    config: Path, tmp_path: Path, cfvit_main: Main
+) -> None:
+    arguments = ("--config", config, "--epochs", "2000", "--out", tmp_path / "out")
+    outcome = cfvit_main("reproduce", "table8", *arguments, "--budget", "20s", "--json")
+    assert outcome.status == 0, outcome.err
+    missing = [json.loads(line)["missing"] for line in outcome.out]
+    assert missing == [f"{run}-seed0 does not fit into the budget" for run in ("loss-ce", DEFAULT)]
+    assert not (tmp_path / "out" / "runs").exists()
+    assert any("not run: default-seed0 does not fit into the budget, about" in line for line in outcome.err)
 
 
 def test_a_run_of_cfvit_train_is_found(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,10 +366,10 @@ def test_a_run_of_cfvit_train_is_found(recipe: Recipe, tmp_path: Path, monkeypat
     figures = train(final, tmp_path / "plain-coarse-grid-seed5")
     monkeypatch.setattr(running, "train", lambda *_, **__: pytest.fail("trained"))
     made = _runs(recipe, tmp_path).make(RUNS["plain-coarse-grid"], 5)
-    assert isinstance(made, Finished)
-    assert made.record.epochs == 0, "its training was not timed"
-    assert len(made.validation.logits) == 1
-    right = (made.validation.logits[0].argmax(-1) == made.validation.labels).double().mean()
+    assert isinstance(made, Run)
+    assert made.record.done == 0, "its training was not timed"
+    assert list(made.validation.logits) == ["coarse"]
+    right = (made.validation.logits["coarse"].argmax(-1) == made.validation.labels).double().mean()
     assert 100 * float(right) == pytest.approx(figures["validation_coarse_top1"], abs=1e-3)
 
 
@@ -421,7 +430,7 @@ def test_it_is_told_where_and_by_what_code_runs_were_trained(out: Path, recipe: 
     record = read_record(out / "runs" / "beta-0-seed0")
     assert record is not None
     changed = {**record.conditions, "commit": "abc", "versions": "torch 1"}
-    write_record(replace(record, conditions=changed), out / "runs" / "beta-0-seed0")
+    replace(record, conditions=changed).write(out / "runs" / "beta-0-seed0")
     reproduce(_request(recipe, out, "table4"), _quiet, _quiet)
     text = (out / "table4.md").read_text()
     assert f"- trained on: {changed['hardware']}, float32, torch 1, commit abc\n" in text
@@ -478,14 +487,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
 def test_figures_of_a_given_model(
     colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    networks: list[str] = []
-    draw = making.figures.draw_highest_lowest
+    titles: list[str] = []
+    draw = rows.draw_highest_lowest
 
-    def drawn(*arguments: Any) -> None:
-        networks.append(arguments[-1])
-        draw(*arguments)
+    def drawn(*arguments: Any, **options: Any) -> None:
+        titles.append(options["title"])
+        draw(*arguments, **options)
 
-    monkeypatch.setattr(making.figures, "draw_highest_lowest", drawn)
+    monkeypatch.setattr(rows, "draw_highest_lowest", drawn)
     given = ["--data", colours, "--model", colour_model, "--workers", "0"]
     outcome = cfvit_main("reproduce", "all", *given, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
@@ -497,7 +506,7 @@ def test_figures_of_a_given_model(
     ends = [counts["eta 0"]["right_coarse"], counts["eta 1"]["right_fine"]]
     assert [float(end) for end in ends] == pytest.approx([33 * point.accuracy / 100 for point in _ends(result.sweep)])
     assert f"none, the model {colour_model} as it was given" in (tmp_path / "out" / "fig8.md").read_text()
-    assert networks == ["The backbone of a CF-ViT, run alone,"]
+    assert titles == ["The backbone of a CF-ViT, run alone, on 33 of its 64 patches, by class attention"]
     for name in ("fig1a", "fig1b"):
         assert "stands the backbone of the given CF-ViT" in (tmp_path / "out" / f"{name}.md").read_text()
     text = (tmp_path / "out" / "fig6.md").read_text()
@@ -550,12 +559,14 @@ def test_speed_is_of_the_share_that_is_asked_for(
     def run_once(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Any]:
         assert list(calls) == ["plain", "a quarter", "none"]
         answers = {name: call() for name, call in calls.items()}
+        assert rounds == 3
         assert answers["plain"].shape == (32, 7)
         stages.extend(float(answers[name].stage.float().mean()) for name in ("a quarter", "none"))
         return {name: SimpleNamespace(median=2.0) for name in calls}
 
-    monkeypatch.setattr(speed, "time_in_turn", run_once)
-    measured = speed.images_per_second(model, {"a quarter": (model, 0.25), "none": (model, 0.0)}, recipe)
+    monkeypatch.setattr(rows, "time_in_turn", run_once)
+    models = {"a quarter": (model, 0.25), "none": (model, 0.0)}
+    measured = rows.images_per_second(("plain", model.backbone), models, recipe, 3)
     assert stages == [0.25, 0.0]
     assert measured == {"plain": 16.0, "a quarter": 16.0, "none": 16.0}
 

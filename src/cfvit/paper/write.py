@@ -1,0 +1,344 @@
+"""Makes tables and figures of the paper and writes them: CSV, Markdown, PNG, JSON lines, and ``runs.csv``."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from cfvit.benchmark.conditions import Conditions, conditions_of
+from cfvit.errors import UsageError
+from cfvit.files import atomic_write, require_writable
+from cfvit.paper.given import is_plain_vit, results_of_model, suitable_studies
+from cfvit.paper.rows import HEADINGS, MEASURES, Cell, Made, Row, Sources, at, make, parity_threshold
+from cfvit.paper.runs import Budget, Missing, Run, Runs, duration, logged_pace, require_splits
+from cfvit.paper.studies import ALL, COARSE_GRID, PAPER, PAPERS_METHOD, PLAIN, SETTING, Study, find_studies, runs_needed
+from cfvit.plots.style import require_matplotlib
+from cfvit.processes import best_device
+from cfvit.training.recipe import RECIPES, Recipe
+from cfvit.training.setup import dtype_of
+
+RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
+
+Show = Callable[[Study, Sequence[Row], Sequence[str]], object]
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be reproduced.
+
+    Attributes:
+        name: of a study, or ``all``.
+        recipe: of all runs, with its data.
+        recipe_name: of the recipe that it was made from.
+        out: receives ``NAME.csv``, ``NAME.png``, ``NAME.md``, ``runs.csv`` and the runs.
+        seeds: every run is repeated with each.
+        budget: seconds in which to train; None for no limit.
+        model: a trained model to use instead of runs, or None.
+        speed: whether table 2 measures images per second.
+        command: as it was given, for the record.
+    """
+
+    name: str
+    recipe: Recipe
+    recipe_name: str
+    out: Path
+    seeds: tuple[int, ...]
+    budget: float | None = None
+    model: str | None = None
+    speed: bool = True
+    command: str = ""
+
+
+def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
+    """Makes what is asked for. Runs that do not fit into the budget are left out and named.
+
+    Args:
+        show: receives each study as it is made, its rows and its notes.
+        say: receives a line at each step.
+
+    Returns:
+        The runs that are not there.
+
+    Raises:
+        UsageError: no such study, a model that does not suit it.
+        CfvitError: data, models or folders that cannot be used, or matplotlib is not installed.
+    """
+    require_matplotlib()
+    recipe, out = request.recipe, request.out
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "cfvit reproduce is one process: train single runs by torchrun -m cfvit train into "
+            f"{out / RUNS_FOLDER}/NAME-seedK, where they are found"
+        )
+    if not recipe.data:
+        raise UsageError("no data: name what to train and to score on with --data")
+    studies = find_studies(request.name)
+    for name, value in PAPERS_METHOD.items():
+        if getattr(recipe, name) != value:
+            given = getattr(recipe, name)
+            raise UsageError(
+                f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
+            )
+    require_writable(out / RUNS_FILE)
+    conditions = conditions_of(dtype_of(recipe, best_device()), request.command)
+    if request.model is not None:
+        _reproduce_with_model(request, request.model, studies, conditions, show)
+        return []
+    images = require_splits(recipe)
+    runs = Runs(recipe, out / RUNS_FOLDER, Budget(request.budget), len(images.train), conditions, say)
+    results: dict[str, list[Run]] = {}
+    missing: dict[str, list[Missing]] = {}
+
+    def publish(study: Study) -> None:
+        reasons = {name: "; ".join(f"{run.name} {run.reason}" for run in those) for name, those in missing.items()}
+        made = make(study, Sources(results, reasons, recipe, images.train.source.class_names, request.speed))
+        for name, speed in made.speeds.items():  # kept for `runs.csv`
+            first = results[name][0]
+            replace(first.record, images_per_second=speed).write(first.folder)
+        used = [run for name in study.runs for run in results.get(name, ())]
+        write_study(study, made, out, _account_of_runs(request, used, conditions))
+        show(study, made.rows, made.notes)
+
+    waiting = list(studies)
+    for seed in request.seeds:
+        for spec in runs_needed(studies):
+            made = runs.make(spec, seed)
+            if isinstance(made, Missing):
+                missing.setdefault(spec.name, []).append(made)
+            else:
+                results.setdefault(spec.name, []).append(made)
+            for study in [s for s in waiting if all(len(results.get(r, ())) == len(request.seeds) for r in s.runs)]:
+                publish(study)
+                waiting.remove(study)
+    for study in waiting:
+        publish(study)
+    write_runs(out / RUNS_FILE, runs.finished())
+    say(f"written to {out}: {', '.join(study.name for study in studies)}")
+    left_out = [run for those in missing.values() for run in those]
+    for run in left_out:
+        more = "" if run.seconds is None else f", about {duration(run.seconds)} more"
+        say(f"not run: {run.name} {run.reason}{more}")
+    if left_out:
+        known = [run.seconds for run in left_out if run.seconds is not None]
+        left = f"; about {duration(sum(known))} are left" if known else ""
+        say(f"the same command goes on from here{left}")
+    return left_out
+
+
+def _reproduce_with_model(
+    request: Request, model: str, studies: Sequence[Study], conditions: Conditions, show: Show
+) -> None:
+    """Studies that need no more than one trained model."""
+    plain, recipe = is_plain_vit(model), request.recipe
+    suited = suitable_studies(studies, model, skip_others=request.name == ALL)
+    results = results_of_model(model, recipe)
+    shown = results[COARSE_GRID][0]
+    images = shown.open()[1]
+    account = _account(
+        conditions,
+        data=recipe.val_data or recipe.data,
+        images=f"{len(shown.validation.labels):,} scored",
+        recipe=f"none, the model {model} as it was given",
+        epochs="0",
+        seeds="none",
+    )
+    # a given model has a backbone of its own, whatever the recipe's is
+    sources = Sources(
+        results,
+        {},
+        replace(recipe, backbone=shown.open()[0].config.backbone),
+        images.source.class_names,
+        plain="A plain ViT" if plain else "The backbone of a CF-ViT, run alone,",
+    )
+    for study in suited:
+        made = make(study, sources)
+        if PLAIN in study.runs and not plain:
+            note = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
+            made = replace(made, notes=(*made.notes, note))
+        write_study(study, made, request.out, account)
+        show(study, made.rows, made.notes)
+
+
+def _account(conditions: Conditions, *, trained_on: str = "", **run: str) -> dict[str, str]:
+    """What was run, by name, in the order of reading."""
+    where = asdict(conditions)
+    return {
+        "command": f"`{where['command']}`",
+        **run,
+        "hardware": where["hardware"],
+        "dtype": where["dtype"],
+        "trained on": trained_on,
+        **{name: where[name] for name in ("versions", "commit", "date")},
+    }
+
+
+def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditions) -> dict[str, str]:
+    """What was run for a study; where and by what code, if that differs from here and now."""
+    recipe, named = request.recipe, asdict(RECIPES[request.recipe_name])
+    skipped = {"data", "val_data", "seed", "eval_interval", "workers", "log_interval", "checkpoint_interval"}
+    changes = [f"{k} {value}" for k, value in asdict(recipe).items() if k not in skipped and value != named[k]]
+    images = "none, no run is there"
+    if runs:
+        counts = runs[0].record.images
+        images = (
+            f"{counts['train']:,} to train on, {counts['holdout']:,} held out, "
+            f"{counts['validation']:,} to validate on (one is {100 / counts['validation']:.2g} points)"
+        )
+    place = "{hardware}, {dtype}, {versions}, commit {commit}"
+    elsewhere = {place.format(**run.record.conditions) for run in runs} - {place.format(**asdict(conditions))}
+    return _account(
+        conditions,
+        data=recipe.data if recipe.val_data is None else f"{recipe.data}, validated on {recipe.val_data}",
+        images=images,
+        recipe=f"{request.recipe_name}, with {', '.join(changes)}" if changes else request.recipe_name,
+        epochs=str(recipe.epochs),
+        seeds=", ".join(map(str, request.seeds)),
+        trained_on="; ".join(sorted(elsewhere)),
+    )
+
+
+# Files
+
+
+def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str]) -> None:
+    """``NAME.csv``, ``NAME.png`` and ``NAME.md``; a former picture is removed where there is nothing to draw.
+
+    Args:
+        account: what was run, by name.
+    """
+    write_csv(out / f"{study.name}.csv", made.rows)
+    picture = out / f"{study.name}.png"
+    if made.draw is None:
+        picture.unlink(missing_ok=True)
+    else:
+        caption = (
+            "Ours: {data}, {images}; recipe {recipe}; epochs {epochs}; seed {seeds}; {hardware}, {dtype}. "
+        ).format(**account)
+        made.draw(picture, f"{caption}Paper: {SETTING}.")
+    headings, lines = table_of(made.rows)
+    text = [f"# {study.title}", ""]
+    text += [f"![{study.title}]({study.name}.png)", ""] if made.draw is not None else []
+    for words in (headings, ["---"] * len(headings), *lines):
+        text.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
+    text += ["", f"Columns headed *paper* and places are of {PAPER} ({SETTING}).", ""]
+    text += [*(f"- {note}" for note in made.notes), *([""] if made.notes else []), "## What was run", ""]
+    text += [*(f"- {name}: {value}" for name, value in account.items() if value), ""]
+    with atomic_write(out / f"{study.name}.md") as file:
+        file.write_text("\n".join(text), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """One line for each row; of each measure ours, the spread over seeds, and the paper's."""
+    measures = _columns_of(rows)
+    figures = [f"{measure}{kind}" for measure in measures for kind in ("", "_spread", "_paper")]
+    lines = []
+    for row in rows:
+        values: list[float | None] = []
+        for cell in (row.cells.get(measure, Cell(None)) for measure in measures):
+            values += [cell.ours, None if cell.ours is None else cell.spread, cell.paper]
+        lines.append([row.name, *map(_plain, values), row.seeds, row.place, row.missing or ""])
+    _write_lines(path, ["row", *figures, "seeds", "place", "missing"], lines)
+
+
+def _columns_of(rows: Sequence[Row]) -> list[str]:
+    """Measures that some row has a figure of, in the order of `HEADINGS`."""
+    return [name for name in HEADINGS if any(_has_figure(row.cells.get(name)) for row in rows)]
+
+
+def _has_figure(cell: Cell | None) -> bool:
+    return cell is not None and (cell.ours is not None or cell.paper is not None)
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def _write_lines(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+
+
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and words of a table: ours with the spread over several seeds, beside the paper's; no empty columns."""
+    rows = [row for row in rows if row.shown]
+    columns: list[list[str]] = [["", *(row.name for row in rows)]]
+    for measure in _columns_of(rows):
+        text, digits = HEADINGS[measure]
+        cells = [row.cells.get(measure, Cell(None)) for row in rows]
+        columns.append([text])
+        for row, cell in zip(rows, cells, strict=True):
+            spread = f" (spread {cell.spread:.{digits}f})" if row.seeds > 1 else ""
+            columns[-1].append("-" if cell.ours is None else f"{cell.ours:.{digits}f}{spread}")
+        if any(cell.paper is not None for cell in cells):
+            columns.append(["paper", *("-" if cell.paper is None else f"{cell.paper:g}" for cell in cells)])
+    columns.append(["place in the paper", *(row.place for row in rows)])
+    columns.append(["missing", *(row.missing or "" for row in rows)])
+    headings, *lines = zip(*[column for column in columns if any(column[1:])], strict=True)
+    return list(headings), [list(line) for line in lines]
+
+
+def print_table(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
+    """The table on standard output at its full width, however narrow the terminal, and its notes."""
+    headings, lines = table_of(rows)
+    table = Table(*headings, box=None)
+    for line in lines:
+        table.add_row(*map(escape, line))
+    console = Console(width=1000, highlight=False)
+    console.print(study.title, style="bold", markup=False)
+    console.print(table)
+    for note in notes:
+        console.print(f"- {note}", markup=False)
+    console.print()
+
+
+def as_json(study: Study, row: Row) -> dict[str, Any]:
+    """A row as one JSON object."""
+    return {
+        "study": study.name,
+        "row": row.name,
+        "seeds": row.seeds,
+        "measures": {name: asdict(cell) for name, cell in row.cells.items() if _has_figure(cell)},
+        "place": row.place or None,
+        "missing": row.missing,
+    }
+
+
+def write_runs(path: Path, runs: Sequence[Run]) -> None:
+    """One line for each finished run.
+
+    Accuracy, exit share in percent, GMACs, eta and images/s are at parity with the plain ViT, or of that itself. What
+    begins with ``training`` is the median of the training's log.
+    """
+    plains = {run.seed: run for run in runs if "plain" in run.validation.logits}
+    columns = ("run", "model", "grid", "seed", "epochs", "coarse", "fine", "accuracy", "exit_share", "gmacs", "eta")
+    columns += ("images_per_second", "seconds", "training_images_per_second", "training_matrix_share")
+    columns += ("hardware", "dtype", "versions", "commit", "command")
+    lines = []
+    for run in runs:
+        record = run.record
+        figures: dict[str, float | None] = {"images_per_second": record.images_per_second}
+        figures |= {f"training_{name}": value for name, value in logged_pace(run.folder).items()}
+        if "fine" not in run.macs:
+            figures |= {name: MEASURES[name](run) for name in ("accuracy", "gmacs")}
+        else:
+            figures |= {name: MEASURES[name](run) for name in ("coarse", "fine")}
+            eta = parity_threshold(run, plains[run.seed]) if run.seed in plains else None
+            if eta is not None:
+                point = at(run, eta)
+                figures |= {"accuracy": point.accuracy, "gmacs": point.gmacs}
+                figures |= {"exit_share": 100 * point.exit_share, "eta": eta}
+        values: dict[str, Any] = {name: _plain(value) for name, value in figures.items()}
+        values |= {"run": record.name, "model": f"{run.recipe.backbone}, stages {record.method}", "grid": record.grid}
+        values |= {"seed": record.seed, "epochs": run.recipe.epochs, "seconds": f"{record.seconds:.0f}"}
+        values |= record.conditions
+        lines.append([values.get(column, "") for column in columns])
+    _write_lines(path, columns, lines)

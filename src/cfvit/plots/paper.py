@@ -1,0 +1,324 @@
+"""Pictures of the paper's tables and figures with ours beside them, as PNGs. Needs matplotlib.
+
+Every function writes one file whole and raises `CfvitError` if matplotlib is not installed or the file cannot be
+written. ``caption`` says what was run; it stands below the picture, in four lines at most.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cfvit.plots.explain import Explanation, veil
+from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, png
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a table in one of its columns.
+
+    Attributes:
+        name: of the row.
+        paper: the printed value, None if the paper has none.
+        ours: the mean over seeds, None if it was not run.
+        spread: highest less lowest of our seeds.
+    """
+
+    name: str
+    paper: float | None
+    ours: float | None
+    spread: float = 0.0
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy against cost.
+
+    Attributes:
+        name: in the legend.
+        gmacs: cost of an image, in 1e9 multiply-accumulates.
+        accuracy: top-1 in percent, one for each cost.
+        joined: whether a line goes through the points.
+    """
+
+    name: str
+    gmacs: Sequence[float]
+    accuracy: Sequence[float]
+    joined: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionPicture:
+    """The class attention of one image at both patch sizes.
+
+    Attributes:
+        image: ``[S, S, 3]`` in [0, 1].
+        coarse: ``[g, g]``.
+        fine: ``[2g, 2g]``.
+    """
+
+    image: np.ndarray
+    coarse: np.ndarray
+    fine: np.ndarray
+
+
+_SETTINGS = {
+    "figure.constrained_layout.h_pad": 0.07,
+    "figure.constrained_layout.w_pad": 0.07,
+    "axes.titlesize": 9.5,
+    "axes.titlecolor": INK,
+}
+_COLOURS = (COARSE, FINE, "#2b7a4b", "#7a4fa3", "#a8790a", "#0f7f86", "#b0306a", "#5b6b1f", "#7b4b3a", "#3a3f9e")
+_MARKERS = "os^Dv<>PX*hp"
+
+
+def _lines(text: str, inches: float, size: float, most: int) -> list[str]:
+    """Text wrapped to a width at a font size in points, cut after ``most`` lines."""
+    characters = max(4, int(72 * inches / (0.56 * size)))  # of DejaVu Sans in ordinary text, with some room
+    return textwrap.wrap(text, characters, max_lines=most, placeholder=" …") or [""]
+
+
+@contextmanager
+def _sheet(path: Path, width: float, height: float, title: str, caption: str) -> Iterator[Figure]:
+    """A figure to draw into inside the ``with``, which then writes it.
+
+    Args:
+        width, height: inches, without title and caption.
+    """
+    heading, small = _lines(title, width, 13, 2), _lines(caption, width, 7.5, 4)
+    height += 0.25 + 0.2 * len(heading) + 0.14 * len(small)
+    with png(path, width, height, dpi=130, settings=_SETTINGS) as figure:
+        left: dict[str, Any] = {"x": 0.08 / width, "ha": "left"}
+        figure.suptitle("\n".join(heading), fontsize=12, fontweight="bold", **left)
+        figure.supxlabel("\n".join(small), fontsize=7.5, color=QUIET, linespacing=1.3, **left)
+        yield figure
+
+
+# Tables and curves
+
+
+def draw_table(path: Path, caption: str, *, title: str, columns: Mapping[str, Sequence[Bar]]) -> None:
+    """For each column of a table two panels of dots with their values, the paper's and ours.
+
+    Each panel has its own scale: what is compared is the order of the rows, and their distances.
+
+    Args:
+        columns: rows by what is measured; those of one name share a line.
+    """
+    names = list(dict.fromkeys(bar.name for bars in columns.values() for bar in bars))
+    labels = [_lines(name, 2.5, 9, 3) for name in names]
+    heads = [_lines(column, 3.2, 9.5, 2) for column in columns]
+    height = 1.0 + 0.16 * max(map(len, heads)) + sum(0.14 + 0.16 * len(lines) for lines in labels)
+    with _sheet(path, max(6.5, 2.5 + 3.5 * len(columns)), height, title, caption) as figure:
+        axes = figure.subplots(1, 2 * len(columns), sharey=True, squeeze=False)[0]
+        for bars, head, paper, ours in zip(columns.values(), heads, axes[0::2], axes[1::2], strict=True):
+            rows = [names.index(bar.name) for bar in bars]
+            _draw_dots(paper, rows, [(bar.paper, 0.0) for bar in bars], QUIET, "not printed")
+            _draw_dots(ours, rows, [(bar.ours, bar.spread) for bar in bars], COARSE, "not run")
+            paper.set_title("\n".join([*head, "the paper"]), loc="left", color=QUIET)
+            spread = any(bar.spread for bar in bars)
+            ours.set_title("ours (max − min)" if spread else "ours", loc="left", color=COARSE)
+        axes[0].set_yticks(range(len(names)), labels=["\n".join(lines) for lines in labels])
+        axes[0].set_ylim(len(names) - 0.5, -0.5)
+
+
+def _draw_dots(
+    axis: Axes, rows: Sequence[int], dots: Sequence[tuple[float | None, float]], colour: str, absent: str
+) -> None:
+    """One dot in each row for a value and its spread, printed at its right, or why there is none."""
+    ends = [value + side * spread / 2 for value, spread in dots if value is not None for side in (-1, 1)]
+    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    span = high - low or 0.05 * abs(high) or 1.0
+    axis.set_xlim(low - 0.15 * span, low + 2.2 * span)  # room for the values
+    for row, (value, spread) in zip(rows, dots, strict=True):
+        if value is None:
+            axis.text(0.06, row, absent, transform=axis.get_yaxis_transform(), va="center", style="italic", color=QUIET)
+            continue
+        text = f"{value:.4g} ({spread:.2g})" if spread else f"{value:.4g}"
+        axis.hlines(row, axis.get_xlim()[0], value - spread / 2, color=LINE, lw=0.8, zorder=0.5)
+        axis.plot([value - spread / 2, value + spread / 2], [row, row], color=colour, lw=3, alpha=0.35)
+        axis.plot([value], [row], "o", color=colour, ms=6)
+        place = (value + spread / 2, row)
+        axis.annotate(text, place, (7, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axis.spines["left"].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.tick_params(axis="x", labelsize=7.5)
+    if ends:
+        axis.locator_params(axis="x", nbins=3)
+    else:
+        axis.set_xticks([])
+
+
+def draw_curves(path: Path, caption: str, *, title: str, ours: Sequence[Curve], published: Sequence[Curve]) -> None:
+    """Accuracy against cost, ours and the published figures side by side, or the one of the two that is there.
+
+    A name has the same colour and mark in both.
+    """
+    panels = [(name, curves) for name, curves in (("ours", ours), ("published", published)) if curves]
+    names = list(dict.fromkeys(curve.name for curve in (*ours, *published)))
+    most = max((len(curves) for _, curves in panels), default=0)
+    with _sheet(path, max(6.5, 4.8 * len(panels)), 3.7 + 0.19 * most, title, caption) as figure:
+        axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
+        for axis, (name, curves) in zip(axes, panels or [("ours", ours)], strict=True):
+            for curve in curves:
+                number = names.index(curve.name)
+                axis.plot(
+                    curve.gmacs,
+                    curve.accuracy,
+                    marker=_MARKERS[number % len(_MARKERS)],
+                    color=_COLOURS[number % len(_COLOURS)],
+                    linestyle="-" if curve.joined else "",
+                    lw=1.6,
+                    ms=4 if curve.joined and len(curve.gmacs) > 12 else 6,
+                    label=_lines(curve.name, 4.2, 8, 1)[0],
+                )
+            axis.set_title(name, loc="left", fontweight="bold")
+            axis.set_xlabel("mean cost of an image, GMACs")
+            axis.set_ylabel("top-1 accuracy, %")
+            axis.grid()
+            axis.margins(0.07)
+            if curves:
+                axis.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.14), borderaxespad=0, fontsize=8)
+
+
+def draw_counts(
+    path: Path, caption: str, *, thresholds: Sequence[float], coarse: Sequence[int], fine: Sequence[int]
+) -> None:
+    """How many images are answered right at the coarse and at the fine stage, stacked, over eta (Fig. 8)."""
+    with _sheet(path, 7.0, 3.8, "How many images each stage gets right", caption) as figure:
+        axis = figure.subplots()
+        both = np.add(coarse, fine)
+        axis.fill_between(thresholds, 0, coarse, color=COARSE, alpha=0.3, lw=0)
+        axis.fill_between(thresholds, coarse, both, color=FINE, alpha=0.3, lw=0)
+        axis.plot(thresholds, both, "s-", color=FINE, label="at the fine stage, on top", ms=4, lw=1.6)
+        axis.plot(thresholds, coarse, "o-", color=COARSE, label="at the coarse stage", ms=4, lw=1.6)
+        axis.set_xlabel("threshold eta")
+        axis.set_ylabel("images answered right")
+        axis.set_ylim(0, 1.06 * max(1, *both))
+        axis.locator_params(axis="y", integer=True)
+        axis.grid()
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+
+
+def draw_highest_lowest(
+    path: Path,
+    caption: str,
+    *,
+    title: str,
+    highest: Sequence[float],
+    lowest: Sequence[float],
+    whole: float,
+    kept: int,
+    patches: int,
+) -> None:
+    """Accuracy on the patches of highest and of lowest class attention in each block, from block 1 (Fig. 1a).
+
+    Args:
+        highest, lowest: top-1 in percent, by block.
+        whole: top-1 in percent on all patches.
+        kept: how many of the ``patches`` were left.
+    """
+    blocks = range(1, len(highest) + 1)
+    with _sheet(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
+        axis = figure.subplots()
+        axis.axhline(whole, color=QUIET, ls=(0, (4, 3)), lw=1.2, label=f"all {patches} patches: {whole:.1f}%")
+        for values, others, mark, colour, name in (
+            (highest, lowest, "o-", COARSE, "highest"),
+            (lowest, highest, "s-", FINE, "lowest"),
+        ):
+            axis.plot(blocks, values, mark, color=colour, lw=1.6, ms=5, label=f"the {kept} {name}")
+            for block, value, other in zip(blocks, values, others, strict=True):
+                above = value > other or (value == other and values is highest)
+                shift, side = (6, "bottom") if above else (-6, "top")  # away from the other line
+                axis.annotate(
+                    f"{value:.1f}",
+                    (block, value),
+                    (0, shift),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=7,
+                    ha="center",
+                    va=side,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
+                )
+        axis.set_xlabel("block whose class attention ranks the patches")
+        axis.set_ylabel("top-1 accuracy, %")
+        axis.set_xticks(blocks)
+        axis.set_xlim(0.5, len(blocks) + 0.5)
+        axis.margins(y=0.14)
+        axis.grid()
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.4)
+
+
+# Images
+
+
+def draw_attention(path: Path, caption: str, *, pictures: Sequence[AttentionPicture]) -> None:
+    """Lines of an image and its class attention on coarse and on fine patches (Fig. 1b)."""
+    with _sheet(path, 6.8, 2.0 * len(pictures) + 0.3, "Class attention in the last block", caption) as figure:
+        axes = figure.subplots(len(pictures), 3, squeeze=False)
+        heat: Any = None
+        for panels, picture in zip(axes, pictures, strict=True):
+            height, width = picture.image.shape[:2]
+            extent = (0, width, height, 0)
+            for axis in panels:
+                axis.imshow(picture.image, extent=extent)
+                _hide_ticks(axis)
+            for axis, attention in zip(panels[1:], (picture.coarse, picture.fine), strict=True):
+                shown = (attention - attention.min()) / (np.ptp(attention) or 1.0)  # each map on a scale of its own
+                colours: dict[str, Any] = {"cmap": "inferno", "alpha": 0.65, "vmin": 0, "vmax": 1}
+                heat = axis.imshow(shown, extent=extent, interpolation="nearest", **colours)
+        sides = pictures[0].coarse.shape[0], pictures[0].fine.shape[0]
+        titles = ("image", *(f"{name} patches, {n} × {n}" for name, n in zip(("coarse", "fine"), sides, strict=True)))
+        for axis, title in zip(axes[0], titles, strict=True):
+            axis.set_title(title)
+        bar = figure.colorbar(heat, ax=axes, shrink=min(1.0, 1.6 / len(pictures)), aspect=14, pad=0.01)
+        bar.set_ticks([0, 1], labels=["low", "high"])
+
+
+def _hide_ticks(axis: Axes) -> None:
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
+
+
+def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fine: Sequence[Explanation]) -> None:
+    """Images right at the coarse stage, and right at the fine one with what it did not split greyed (Fig. 9).
+
+    Below each stand the answer of that stage and its confidence.
+    """
+    across, side = min(6, max(4, len(coarse), len(fine))), 1.55
+    sections = (
+        ("Right at the coarse stage", COARSE, [(each.image, each.answers[0]) for each in coarse]),
+        (
+            "Right at the fine stage, cells that are not split in grey",
+            FINE,
+            [(veil(each.image, each.split), each.answers[1]) for each in fine],
+        ),
+    )
+    rows = [math.ceil(len(examples) / across) for _, _, examples in sections]
+    heights = [0.4 + count * (side + 0.6) for count in rows]
+    width = max(6.5, across * (side + 0.15))
+    with _sheet(path, width, sum(heights), "Images that each stage gets right", caption) as figure:
+        parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+        for part, (title, colour, examples), count in zip(parts, sections, rows, strict=True):
+            heading = title if examples else f"{title}: none"
+            part.suptitle(heading, x=0.08 / width, ha="left", fontsize=10, color=colour)
+            for place, (image, (label, confidence)) in enumerate(examples, start=1):
+                axis = part.add_subplot(count, across, place)
+                axis.imshow(image)
+                axis.set_anchor("N")
+                _hide_ticks(axis)
+                lines = [*_lines(label, side, 8, 2), f"{confidence:.0%}"]
+                axis.set_xlabel("\n".join(lines), fontsize=8)
