@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfvit import CoarseToFineViT, create_model
 from cfvit.benchmark.peers import EViT, ToMe
-from cfvit.inference.acceleration import placed
+from cfvit.inference.stream import placed
 from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss
 from cfvit.training.recipe import Recipe

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from cfvit.checkpoints import bundled_models, load, save
     from cfvit.data import eval_transform, open_image
     from cfvit.errors import CfvitError
-    from cfvit.inference.predictor import Prediction, Predictor
+    from cfvit.inference.predictor import Predictor
+    from cfvit.inference.stream import Prediction
     from cfvit.modeling.cost import StageMacs, count_macs
     from cfvit.modeling.model import CoarseState, CoarseToFineOutput, CoarseToFineViT, create_model
 

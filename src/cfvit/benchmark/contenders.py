@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.evaluation.timing import Call
-from cfvit.inference.acceleration import accelerate, compiled
+from cfvit.inference.engines.compiling import compiled
+from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import FINE_BATCH, Predictor
 from cfvit.modeling import backbones
 from cfvit.modeling.cost import count_macs, macs_of

@@ -21,9 +21,9 @@ from cfvit.data.datasets import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
-from cfvit.inference.acceleration import copied_ahead, placed
 from cfvit.inference.files import READERS, classify_files
-from cfvit.inference.predictor import FINE, Predictor
+from cfvit.inference.predictor import Predictor
+from cfvit.inference.stream import FINE, copied_ahead, placed
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.variants import Mode

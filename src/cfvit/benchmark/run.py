@@ -17,7 +17,8 @@ from cfvit.benchmark.report import Bench
 from cfvit.data.datasets import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
-from cfvit.inference.acceleration import COMPILATIONS, accelerate
+from cfvit.inference.engines.compiling import COMPILATIONS
+from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.model import CoarseToFineViT
 
 

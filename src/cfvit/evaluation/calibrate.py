@@ -22,7 +22,7 @@ from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.timing import lacks_memory, time_stages
-from cfvit.inference.acceleration import accelerate
+from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.exit import Measure
 from cfvit.modeling.model import CoarseToFineViT

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from cfvit.calibration import rank_images
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
 from cfvit.errors import CfvitError
-from cfvit.inference.acceleration import accelerate
+from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ from torch import Tensor
 
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.errors import first_line
-from cfvit.inference.acceleration import copied_ahead
-from cfvit.inference.predictor import FINE, Predictor, StreamedPrediction
+from cfvit.inference.predictor import Predictor
+from cfvit.inference.stream import FINE, copied_ahead
 from cfvit.modeling.cost import StageMacs, count_macs
-from cfvit.modeling.model import CoarseToFineViT
 
 READERS = 4
 
@@ -46,7 +44,7 @@ class FileAnswer:
 
 @dataclass(frozen=True)
 class FileFailure:
-    """A file that could not be read, and why, in one line."""
+    """A file without an answer, and why, in one line."""
 
     path: Path
     error: str
@@ -64,7 +62,7 @@ def classify_files(
 
     Args:
         watch: called with the paths and the normalised images of each batch, those that could be read.
-        macs: the model's cost, counted if it is not at hand.
+        macs: the model's cost, counted if it is not given.
         scaled_decode: decode JPEGs for the coarse stage at a half, a quarter or an eighth of their size, where that is
             enough for it, and in full only those that go on. Quicker for large photos; the coarse stage sees slightly
             other pixels. ``watch`` then gets images of ``model.coarse_size``.
@@ -72,93 +70,83 @@ def classify_files(
     model = predictor.model
     macs = macs or count_macs(model)
     with ThreadPoolExecutor(READERS) as pool:
-        whole = partial(_read, transform=eval_transform(model.data_config))
-        first = _scaled_reader(model) if scaled_decode else whole
-        files = _Files(paths, pool, first, whole, watch)
+        files = _Files(paths, pool, watch, model, scaled_decode)
         answers = predictor.stream(
-            copied_ahead(files.batches(batch_size), next(model.parameters())),
+            copied_ahead(files.batches(batch_size), predictor.engine.weight),
             fine_batch=batch_size,
             ordered=True,
-            whole=partial(files.in_full, size=model.image_size) if scaled_decode else None,
+            whole=files.in_full if scaled_decode else None,
+            on_error=files.failed,
         )
-        for prediction in answers:
-            yield from files.answered(prediction, model, macs)
-        yield from files.failures()
+        done = 0
+        for answer in answers:
+            columns = (answer.index, answer.logits.argmax(dim=-1), answer.confidence, answer.stage)
+            for place, label, confidence, stage in zip(*(column.tolist() for column in columns), strict=True):
+                number = files.numbers[place]
+                yield from map(files.failure, range(done, number))
+                done = number + 1
+                if number in files.errors:
+                    yield files.failure(number)
+                else:
+                    cost = macs.both if stage == FINE else macs.coarse
+                    yield FileAnswer(paths[number], model.label_of(label), confidence, stage, cost / 1e9)
+        yield from map(files.failure, range(done, len(paths)))
 
 
 class _Files:
-    """Files on their way through a stream: read in batches, kept in their order until they are answered."""
+    """Files on their way through a stream: which image of the stream each one is, and what failed.
+
+    Attributes:
+        numbers: for each image of the stream, which of the paths it is.
+        errors: by the number of a path, why it has no answer.
+    """
 
     def __init__(
         self,
         paths: Sequence[Path],
         pool: ThreadPoolExecutor,
-        first: Callable[[Path], Tensor | str],
-        whole: Callable[[Path], Tensor | str],
         watch: Callable[[list[Path], Tensor], None],
+        model: Any,
+        scaled_decode: bool,
     ) -> None:
-        self.paths, self.pool, self.first, self.whole, self.watch = paths, pool, first, whole, watch
-        self.waiting: deque[Path | FileFailure] = deque()
-        self.places: dict[int, Path] = {}
-        self.late_failures: dict[int, str] = {}
-        self.count = 0
+        self.paths, self.pool, self.watch = paths, pool, watch
+        self.numbers: list[int] = []
+        self.errors: dict[int, str] = {}
+        self.image_size = model.image_size
+        self.read_whole = self.read_first = partial(_read, transform=eval_transform(model.data_config))
+        if scaled_decode:
+            config = {**model.data_config, "input_size": (3, *model.coarse_size)}
+            least = math.ceil(max(model.coarse_size) / config["crop_pct"])
+            self.read_first = partial(_read, transform=eval_transform(config), least=least)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The images that can be read, and a note of the others."""
-        parts = [self.paths[start : start + size] for start in range(0, len(self.paths), size)]
-        readings = chain((self.pool.map(self.first, part) for part in parts), [()])
-        for part, (reading, _) in zip(parts, pairwise(readings), strict=True):  # the next part is being read meanwhile
-            good: list[Path] = []
-            images: list[Tensor] = []
-            for path, image in zip(part, reading, strict=True):
-                self.waiting.append(FileFailure(path, image) if isinstance(image, str) else path)
-                if isinstance(image, Tensor):
-                    good.append(path)
-                    images.append(image)
-            self.places |= dict(enumerate(good, start=self.count))
-            self.count += len(good)
+        """The images that can be read."""
+        parts = [range(len(self.paths))[start : start + size] for start in range(0, len(self.paths), size)]
+        readings = (self.pool.map(self.read_first, [self.paths[number] for number in part]) for part in parts)
+        for part, (reading, _) in zip(parts, pairwise(chain(readings, [()])), strict=True):  # reads the next meanwhile
+            read = dict(zip(part, reading, strict=True))
+            self.errors |= {number: image for number, image in read.items() if isinstance(image, str)}
+            good = {number: image for number, image in read.items() if isinstance(image, Tensor)}
+            self.numbers += good
             if good:
-                stacked = torch.stack(images)
-                self.watch(good, stacked)
+                stacked = torch.stack(list(good.values()))
+                self.watch([self.paths[number] for number in good], stacked)
                 yield stacked
 
-    def in_full(self, places: list[int], size: tuple[int, int]) -> Tensor:
-        """Whole images of those that go on; one that cannot be read so is grey, and a failure in the end."""
-        read = list(self.pool.map(self.whole, [self.places[place] for place in places]))
-        self.late_failures |= {
-            place: image for place, image in zip(places, read, strict=True) if isinstance(image, str)
-        }
-        return torch.stack([image if isinstance(image, Tensor) else torch.zeros(3, *size) for image in read])
+    def in_full(self, places: list[int]) -> Tensor:
+        """Whole images of those that go on; one that can no longer be read is black, and a failure in the end."""
+        numbers = [self.numbers[place] for place in places]
+        read = list(self.pool.map(self.read_whole, [self.paths[number] for number in numbers]))
+        self.errors |= {number: image for number, image in zip(numbers, read, strict=True) if isinstance(image, str)}
+        return torch.stack([image if isinstance(image, Tensor) else torch.zeros(3, *self.image_size) for image in read])
 
-    def answered(
-        self, prediction: StreamedPrediction, model: CoarseToFineViT, macs: StageMacs
-    ) -> Iterator[FileAnswer | FileFailure]:
-        """The answers of a prediction, each behind the failures that come before it in order."""
-        classes = prediction.logits.argmax(dim=-1).tolist()
-        for place, index, confidence, stage in zip(
-            prediction.index.tolist(), classes, prediction.confidence.tolist(), prediction.stage.tolist(), strict=True
-        ):
-            yield from self.failures()
-            path = self.places.pop(place)
-            self.waiting.popleft()
-            cost = macs.both if stage == FINE else macs.coarse
-            if place in self.late_failures:
-                yield FileFailure(path, self.late_failures.pop(place))
-            else:
-                yield FileAnswer(path, model.label_of(index), confidence, stage, cost / 1e9)
+    def failed(self, places: list[int], error: Exception) -> None:
+        """Takes down why a batch of the stream has no answers."""
+        self.errors |= {self.numbers[place]: f"cannot be answered ({first_line(error)})" for place in places}
 
-    def failures(self) -> Iterator[FileFailure]:
-        """Those that are next in order."""
-        while self.waiting and isinstance(failure := self.waiting[0], FileFailure):
-            self.waiting.popleft()
-            yield failure
-
-
-def _scaled_reader(model: CoarseToFineViT) -> Callable[[Path], Tensor | str]:
-    """What reads an image for the coarse stage alone, at ``model.coarse_size``, from no more pixels than it needs."""
-    config = {**model.data_config, "input_size": (3, *model.coarse_size)}
-    least = math.ceil(max(model.coarse_size) / config["crop_pct"])
-    return partial(_read, transform=eval_transform(config), least=least)
+    def failure(self, number: int) -> FileFailure:
+        """What is given in the place of an answer."""
+        return FileFailure(self.paths[number], self.errors.pop(number))
 
 
 def _read(path: Path, transform: Any, least: int | None = None) -> Tensor | str:

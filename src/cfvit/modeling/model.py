@@ -10,7 +10,7 @@ The two stages meet in a `CoarseState`; nothing is kept on the module between ca
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -23,6 +23,7 @@ from torch.nn.init import trunc_normal_
 from cfvit.errors import CfvitError
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.batches import Rows, check_images
 from cfvit.modeling.exit import Exit, confidence_of
 from cfvit.modeling.tokens import (
     accumulate_attention,
@@ -104,7 +105,7 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(eq=False)
-class CoarseState:
+class CoarseState(Rows):
     """What the coarse stage knows of a batch, and all that the fine stage needs of it.
 
     Index it like a tensor along the batch: ``state[hard]`` with a mask, indices or a slice.
@@ -131,9 +132,6 @@ class CoarseState:
         A model may have been calibrated for another measure: see ``model.exit.coarse(state.logits)``.
         """
         return confidence_of(self.logits)
-
-    def __getitem__(self, index: Any) -> CoarseState:
-        return CoarseState(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 class CoarseToFineOutput(NamedTuple):
@@ -267,7 +265,7 @@ class CoarseToFineViT(nn.Module):
         self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
     ) -> CoarseState:
         """The coarse stage, with ``head`` for what makes its logits of the sequence after the final norm."""
-        self.check_images(images, self.image_size, self.coarse_size)
+        check_images(images, self.image_size, self.coarse_size)
         backbone, positions = self.backbone, self.coarse_pos_embed
         small = images if images.shape[-2:] == self.coarse_size else coarse_image(images)
         embedding = anatomy.embed_coarse(backbone, small)
@@ -305,7 +303,7 @@ class CoarseToFineViT(nn.Module):
         Raises:
             CfvitError: images of another shape or number than the state's, a ratio out of range.
         """
-        self.check_images(images, self.image_size)
+        check_images(images, self.image_size)
         if len(images) != len(state.logits):
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
@@ -392,21 +390,6 @@ class CoarseToFineViT(nn.Module):
         fine = self._fine_tokens(images, state, informative, others, sources)
         answers = state.logits, backbone.class_logits(fine), backbone.token_logits(fine)
         return TokenOutput(*answers, informative, others)
-
-    def check_images(self, images: Tensor, *sizes: tuple[int, int]) -> None:
-        """Images are ``[B, 3, H, W]`` with one of these heights and widths.
-
-        Raises:
-            CfvitError: they are not.
-        """
-        allowed = " or ".join(f"[B, 3, {height}, {width}]" for height, width in sizes)
-        if not isinstance(images, Tensor):
-            raise CfvitError(f"images are a {type(images).__name__}: give a tensor, normalised {allowed}")
-        if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) not in sizes:
-            raise CfvitError(f"images of shape {list(images.shape)}: give normalised {allowed}")
-        if not images.is_floating_point():
-            kind = str(images.dtype).removeprefix("torch.")
-            raise CfvitError(f"images of {kind}: give floats {allowed}, normalised by model.data_config")
 
 
 def create_model(

@@ -15,4 +15,4 @@ Stages = Literal["both", "coarse", "backbone"]
 """What a run trains: both stages; the coarse one alone, a plain ViT of the coarse grid; or the plain ViT itself."""
 
 Mode = Literal["eager", "accelerated", "compiled"]
-"""How a network is timed: as torch runs it, through `acceleration.accelerate`, through ``torch.compile``."""
+"""How a network is timed: as torch runs it, with linear layers packed for the processor, through ``torch.compile``."""

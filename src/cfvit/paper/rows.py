@@ -21,7 +21,7 @@ from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import SweepPoint, sweep, top_k_accuracy
 from cfvit.evaluation.timing import threshold_for_share, time_in_turn
-from cfvit.inference.acceleration import accelerate
+from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import Predictor
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import goes_on

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.inference.predictor import FINE
+from cfvit.inference.stream import FINE
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells

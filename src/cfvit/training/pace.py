@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cfvit.evaluation.timing import MATRIX_SIDES, time_in_turn
-from cfvit.inference.acceleration import accelerate_training
+from cfvit.inference.engines.packing import accelerate_training
 from cfvit.modeling.cost import macs_of
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process

@@ -21,7 +21,7 @@ from cfvit import data as datasets
 from cfvit.checkpoints import initialise
 from cfvit.data.cache import hold
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.inference.acceleration import accelerate_training
+from cfvit.inference.engines.packing import accelerate_training
 from cfvit.modeling.model import CoarseToFineViT, TokenOutput, create_model
 from cfvit.processes import Process
 from cfvit.training.optimizers import create_optimizer, resume_optimizer

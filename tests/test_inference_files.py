@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfvit import CfvitError, Predictor, count_macs, eval_transform, load, open_image
 from cfvit.inference.files import FileAnswer, FileFailure, classify_files
-from cfvit.inference.predictor import FINE
+from cfvit.inference.stream import FINE
 
 
 @pytest.fixture(scope="module")
