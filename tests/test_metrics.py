@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,12 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfvit import StageMacs
+from cfvit import CoarseToFineViT, StageMacs
 from cfvit.calibration import choose_threshold
-from cfvit.evaluation.metrics import collect, sweep, top_k_accuracy
+from cfvit.data import open_data
+from cfvit.evaluation.metrics import collect, evaluate_model, sweep, top_k_accuracy
 from cfvit.modeling.exit import goes_on
+from cfvit.processes import Process
 
 CLASSES = 3
+CPU = Process(0, 1, torch.device("cpu"))
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)
 
 cases = st.integers(1, 12).flatmap(
@@ -118,6 +123,22 @@ def test_chosen_threshold_of_extremes() -> None:
     assert choose_threshold(right, wrong, labels, 0) == 0
     assert choose_threshold(wrong, right, labels, 0) == 1
     assert choose_threshold(wrong, right, labels, 100) == 0
+
+
+def test_what_is_not_a_finite_number_is_counted_apart_and_never_right(
+    make_model: Callable[..., CoarseToFineViT], colours: Path
+) -> None:
+    """A network whose fine stage answers nothing, scored on images of which it would get the first class right."""
+    model = make_model(num_classes=3)
+    with torch.no_grad():
+        model.backbone.head.bias[0] = 100.0
+        assert model.feature_reuse is not None
+        model.feature_reuse.norm.bias[0] = torch.nan
+    result = evaluate_model(model, open_data(str(colours), "validation"), [0.0, 1.0], 16, 0, CPU)
+    coarse, fine = result.stages
+    assert (coarse.not_finite, fine.not_finite, result.images) == (0, 33, 33)
+    assert (coarse.top1, fine.top1, fine.top5) == (pytest.approx(100 / 3), 0, 0)
+    assert [point.accuracy for point in result.sweep] == [coarse.top1, 0]
 
 
 @pytest.mark.parametrize(("k", "expected"), [(1, 25), (2, 50), (3, 75), (5, 100), (9, 100)])

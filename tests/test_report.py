@@ -292,6 +292,17 @@ def test_what_is_missing_is_said_and_not_ranked(write: Write) -> None:
     assert "1 image could not be read and is not counted: image 40." in page.words
 
 
+def test_an_answer_that_is_no_number_is_said_and_never_a_class(write: Write) -> None:
+    collected = make_collected(6, 7)
+    collected.logits[1][2] = torch.nan
+    page = parse(write(collected))
+    assert "The model's answer to 1 image is not a finite number, which counts as wrong." in page.words
+    right = int((collected.logits[1].argmax(-1) == collected.labels)[torch.arange(6) != 2].sum())
+    assert page.tile("right answers, fine stage for all") == f"{100 * right / 6:.1f}%"
+    (alt,) = {str(image["alt"]) for image in page.all("img") if "(image 2)" in str(image["alt"])}
+    assert "fine stage no number, 0.0%" in alt
+
+
 def test_a_thousand_classes_make_no_wall(write: Write, make_model: Callable[..., CoarseToFineViT]) -> None:
     collected = make_collected(3000, 1000)
     path = write(collected, model=make_model(num_classes=1000), threshold=0.01)
@@ -331,12 +342,11 @@ def test_the_same_input_gives_the_same_page(write: Write) -> None:
     assert b"2026-01-02" in first
 
 
-def test_a_calibrated_eta_comes_with_its_promise(write: Write, model: CoarseToFineViT) -> None:
+def test_a_calibrated_eta_comes_with_its_promise(write: Write) -> None:
     collected = make_collected(400, 7)
     coarse, fine = collected.logits
     calibration = calibrate(coarse, fine, collected.labels, MACS, Risk(0.1))
-    model.use_calibration(calibration)
-    page = parse(write(collected, threshold=calibration.threshold))
+    page = parse(write(collected, threshold=calibration.threshold, calibration=calibration))
     assert f"What was promised of this eta: {calibration.promise}." in page.words
 
 

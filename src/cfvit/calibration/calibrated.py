@@ -1,4 +1,4 @@
-"""A threshold with what it promises: `calibrate` makes a `Calibration` from logits, labels and a wish."""
+"""A threshold with what it promises: `calibrate` makes a `Calibration` from logits, labels and a target."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def calibrate(
     allow_missing_classes: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Calibration:
-    """Chooses eta for a wish, on images on which the model was not trained and will not be scored.
+    """Chooses eta for a target, on images on which the model was not trained and will not be scored.
 
     Args:
         coarse, fine: logits ``[n, classes]``.
@@ -176,7 +176,7 @@ def calibrate(
         class_names: to name such a class by, in place of its number.
 
     Raises:
-        CfvitError: input that cannot be used, or a wish out of reach, with the nearest value that is not.
+        CfvitError: input that cannot be used, or a target out of reach, with the nearest value that is not.
     """
     check_images(coarse, fine, labels)
     count = len(labels)
@@ -301,7 +301,7 @@ def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, miss
             "nothing is saved at this eta"
         )
     if eta >= 1 and trade.images > 1 and not found:
-        found.append("no image exits early: more images, or a wish that asks for less, would let some exit")
+        found.append("no image exits early: more images, or a target that asks for less, would let some exit")
     if missing:
         found.append(f"{missing}, so nothing is known of them")
     return found

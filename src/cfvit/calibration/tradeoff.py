@@ -11,7 +11,15 @@ from torch import Tensor
 from cfvit.calibration.binomial import Estimate, share_estimate
 from cfvit.modeling.exit import Measure, confidence_of, goes_on
 
+NO_ANSWER = -1
+"""In the place of a class: the logits are not finite, which is never right."""
+
 _MOST_DIGITS = 9
+
+
+def answers_of(logits: Tensor) -> Tensor:
+    """The class that logits ``[n, classes]`` answer, ``[n]``; `NO_ANSWER` where one of them is not finite."""
+    return logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), NO_ANSWER)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +93,8 @@ def rank_images(
         measure, temperature: of the coarse stage's confidence.
     """
     ranked, order = confidence_of(coarse, measure, temperature).cpu().sort(stable=True)
-    coarse_right = (coarse.argmax(-1) == labels).cpu()[order].numpy()
-    fine_right = (fine.argmax(-1) == labels).cpu()[order].numpy()
+    coarse_right = (answers_of(coarse) == labels).cpu()[order].numpy()
+    fine_right = (answers_of(fine) == labels).cpu()[order].numpy()
     apart = torch.ones(len(ranked) + 1, dtype=torch.bool)
     apart[1:-1] = ranked[1:] > ranked[:-1]
     coarse_sums, fine_sums, lost_sums = (

@@ -32,27 +32,31 @@ Percent = Parameter(converter=_percent)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetFlags:
-    """What `calibrate` can be asked for: one target, and the details of a risk."""
+    """What `calibrate` can be asked for: one target, and the details of `--risk`."""
 
-    gmacs: Annotated[float | None, Parameter(help="target: the most accurate eta at this mean cost")] = None
+    gmacs: Annotated[float | None, Parameter(help="target: a mean cost of at most this many GMACs an image")] = None
     saving: Annotated[
-        float | None, Percent, Parameter(help="target: the same at this saving of the plain backbone's, as in 60%")
+        float | None,
+        Percent,
+        Parameter(help="target: save at least this share of the plain ViT's MACs, for example 60%"),
     ] = None
     latency_ms: Annotated[
-        float | None, Parameter(help="target: the same at this mean time of an image, measured here and now")
+        float | None, Parameter(help="target: a mean time of at most this an image, measured on this machine")
     ] = None
-    accuracy: Annotated[float | None, Percent, Parameter(help="target: the cheapest eta of this accuracy")] = None
+    accuracy: Annotated[
+        float | None, Percent, Parameter(help="target: at least this top-1 accuracy at the lowest cost")
+    ] = None
     max_drop: Annotated[
-        float | None, Percent, Parameter(help="target: the lowest eta that loses at most these points")
+        float | None, Percent, Parameter(help="target: lose at most these points of accuracy against the fine stage")
     ] = None
     risk: Annotated[
-        float | None, Parameter(help="target: the lowest eta that promises at most this share of worse answers")
+        float | None, Parameter(help="target: promise that at most this share of answers gets worse, for example 0.01")
     ] = None
     confidence: Annotated[
-        float | None, Parameter(help="of a risk: how surely the promise is kept; by default 0.95")
+        float | None, Parameter(help="for --risk: probability that the promise is kept; by default 0.95")
     ] = None
     method: Annotated[
-        str | None, Parameter(help="of a risk: upper_bound or fixed_sequence; by default upper_bound")
+        str | None, Parameter(help="for --risk: upper_bound or fixed_sequence; by default upper_bound")
     ] = None
 
     def chosen(self) -> Target:
@@ -63,11 +67,7 @@ class TargetFlags:
         """
         from cfvit import calibration
 
-        details: dict[str, Any] = {
-            name: value
-            for name, value in (("confidence", self.confidence), ("method", self.method))
-            if value is not None
-        }
+        details = {name: getattr(self, name) for name in ("confidence", "method") if getattr(self, name) is not None}
         kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
             "--gmacs": (self.gmacs, calibration.GmacsBudget),
             "--saving": (self.saving, calibration.Saving),
@@ -106,7 +106,7 @@ def calibrate(
         bool, Parameter(negative="", help="go on if some class has no image, with a warning")
     ] = False,
     train_data: Annotated[
-        str | None, Parameter(help="what the model was trained on; by default as its recipe.yaml says")
+        str | None, Parameter(help="data that the model was trained on; by default from its recipe.yaml")
     ] = None,
     json: Json = False,
     batch_size: BatchSize = 64,
@@ -122,7 +122,7 @@ def calibrate(
     path = _calibration_path(model, out)
     from cfvit.calibration.records import write_calibration
     from cfvit.checkpoints import save_exit
-    from cfvit.evaluation.calibrate import Wish, calibrate_model
+    from cfvit.evaluation.calibrate import Request, calibrate_model
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
@@ -133,9 +133,9 @@ def calibrate(
     network = load_model(model, None)
     source = labelled_images(network, data)
     training = _training_images(model, train_data)
-    wish = Wish(wanted, checked, temperature_scaling, allow_missing_classes)
+    request = Request(wanted, checked, temperature_scaling, allow_missing_classes)
     process = Process(0, 1, best_device())
-    calibration, unreadable = calibrate_model(network, source, data, wish, batch_size, workers, process, training)
+    calibration, unreadable = calibrate_model(network, source, data, request, batch_size, workers, process, training)
     try:
         write_calibration(calibration, path)
         if out is None:
@@ -148,7 +148,7 @@ def calibrate(
 
 
 def _as_usage(make: Callable[[], Made]) -> Made:
-    """What is refused here was given on the command line."""
+    """The value, with a `CfvitError` turned into a `UsageError`: it was given on the command line."""
     try:
         return make()
     except CfvitError as error:

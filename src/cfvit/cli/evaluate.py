@@ -15,8 +15,7 @@ from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
-    from cfvit.calibration import Calibration, Drift
-    from cfvit.data import DataSource
+    from cfvit.calibration import Calibration
     from cfvit.evaluation.metrics import Evaluation
     from cfvit.modeling.model import CoarseToFineViT
 
@@ -54,19 +53,21 @@ def evaluate(
     chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
     processes, each counted once.
     """
-    from cfvit.evaluation.metrics import evaluate_model, labelled_images
-    from cfvit.plots.report import require_report
-    from cfvit.processes import join_processes
-
     if against is not None and (report is not None or calibration is not None):
         raise UsageError(
             "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
         )
     if against is not None:
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
-        return _tell_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
-    network = load_model(model or DEFAULT_MODEL, calibration)
-    if report is not None and network.threshold is None:
+        return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
+    from cfvit.evaluation.metrics import evaluate_model, labelled_images
+    from cfvit.plots.report import require_report, write_report
+    from cfvit.processes import join_processes
+
+    name = model or DEFAULT_MODEL
+    network = load_model(name, calibration)
+    eta = network.threshold
+    if report is not None and eta is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
     source = labelled_images(network, data)
     with join_processes() as process:
@@ -76,41 +77,29 @@ def evaluate(
         if process.leads:
             _print_evaluation(result, as_json=json)
             report_unreadable(result.unreadable)
-            if report is not None:
-                name = model or DEFAULT_MODEL
-                record = _record_of(network, calibration or Path(name))
-                _write_report(report / REPORT_FILE, network, source, result, name, data, record)
-    return int(bool(result.unreadable))
+            for stage in (stage for stage in result.stages if stage.not_finite):
+                say(
+                    f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
+                    "numbers and count as wrong: check the weights"
+                )
+            if report is not None and eta is not None:
+                write_report(
+                    report / REPORT_FILE,
+                    model=network,
+                    collected=result.collected,
+                    source=source,
+                    macs=result.macs,
+                    threshold=eta,
+                    model_name=name,
+                    data_name=data,
+                    calibration=_record_in_use(network, calibration or Path(name)),
+                )
+                say(f"the report is {report / REPORT_FILE}")
+    return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
 
 
-def _write_report(
-    path: Path,
-    network: CoarseToFineViT,
-    source: DataSource,
-    result: Evaluation,
-    model: str,
-    data: str,
-    record: Calibration | None,
-) -> None:
-    from cfvit.plots.report import write_report
-
-    assert network.threshold is not None
-    write_report(
-        path,
-        model=network,
-        collected=result.collected,
-        source=source,
-        macs=result.macs,
-        threshold=network.threshold,
-        model_name=model,
-        data_name=data,
-        calibration=record,
-    )
-    say(f"the report is {path}")
-
-
-def _record_of(network: CoarseToFineViT, path: Path) -> Calibration | None:
-    """The record of the eta in use, which is in this file or folder; None if there is none or it is of another eta."""
+def _record_in_use(network: CoarseToFineViT, path: Path) -> Calibration | None:
+    """The record of the model's eta in a file or folder; None if there is none, or it is of another eta."""
     from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
 
     if not path.is_file() and not (path / CALIBRATION_FILE).is_file():
@@ -119,9 +108,11 @@ def _record_of(network: CoarseToFineViT, path: Path) -> Calibration | None:
     return record if record.exit == network.exit else None
 
 
-def _tell_drift(
+def _check_drift(
     network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
 ) -> int:
+    from rich.table import Table
+
     from cfvit.calibration.records import read_calibration
     from cfvit.checkpoints import warn_of_other_weights
     from cfvit.data import open_images
@@ -132,35 +123,31 @@ def _tell_drift(
     source = open_images(data)
     with join_processes() as process:
         drift, unreadable = check_drift_of(network, source, before, batch_size, workers, process)
-        if process.leads:
-            _print_drift(drift, before, as_json)
-            report_unreadable(unreadable)
-            if not against.is_dir():  # a folder's record was checked on loading
-                with warnings_said():
-                    warn_of_other_weights(network, before, against)
-    return int(bool(unreadable))
-
-
-def _print_drift(drift: Drift, before: Calibration, as_json: bool) -> None:
+        if not process.leads:
+            return int(bool(unreadable))
     if as_json:
         print_json(**dataclasses.asdict(drift))
-        return
-    from rich.table import Table
-
-    table = Table(f"eta {eta_text(before.threshold)}", "calibration", "now", "p", box=None)
-    table.add_row("images", str(before.images), str(drift.images), "")
-    exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
-    table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
-    medians = (f"{value:.3f}" for value in (drift.expected_confidence, drift.confidence))
-    table.add_row("median confidence", *medians, f"{drift.distance_p:.2g}")
-    show(table)
-    print_line(drift.sentence)
+    else:
+        table = Table(f"eta {eta_text(before.threshold)}", "calibration", "now", "p", box=None)
+        table.add_row("images", str(before.images), str(drift.images), "")
+        exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
+        table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
+        medians = (f"{value:.3f}" for value in (drift.expected_confidence, drift.confidence))
+        table.add_row("median confidence", *medians, f"{drift.distance_p:.2g}")
+        show(table)
+        print_line(drift.sentence)
+    report_unreadable(unreadable)
+    if not against.is_dir():  # a folder's record was checked when the model was loaded
+        with warnings_said():
+            warn_of_other_weights(network, before, against)
+    return int(bool(unreadable))
 
 
 def _print_evaluation(result: Evaluation, as_json: bool) -> None:
     if as_json:
         for stage in result.stages:
-            print_json(**dataclasses.asdict(stage))
+            values = dataclasses.asdict(stage)
+            print_json(**{name: value for name, value in values.items() if name != "not_finite" or value})
         for point in result.sweep:
             print_json(**dataclasses.asdict(point))
         return

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cfvit.calibration import Estimate, TradeOff
 from cfvit.calibration.binomial import share_estimate
+from cfvit.calibration.tradeoff import answers_of
 from cfvit.evaluation.metrics import Collected
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
@@ -24,7 +25,7 @@ class StageAnswers:
     """What one stage makes of n images.
 
     Attributes:
-        answer: class indices ``[n]``.
+        answer: class indices ``[n]``, `NO_ANSWER` where the logits are not finite.
         right: which of them are the label, ``[n]``.
         confidence: by the model's `Exit`, ``[n]``.
         probability: the highest softmax probability at the rule's temperature, ``[n]`` in [0, 1].
@@ -57,24 +58,24 @@ class Answers:
         return np.where(self.gone_on, self.fine.right, self.coarse.right)
 
 
-def judge(collected: Collected, rule: Exit, threshold: float) -> Answers:
+def judge(collected: Collected, exit: Exit, threshold: float) -> Answers:
     """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
     coarse, fine = collected.logits
     return Answers(
         labels=collected.labels.numpy(),
-        coarse=_stage_answers(coarse, collected.labels, rule.coarse(coarse), rule, rule.coarse_temperature),
-        fine=_stage_answers(fine, collected.labels, rule.fine(fine), rule, rule.fine_temperature),
-        gone_on=goes_on(rule.coarse(coarse), threshold).numpy(),
+        coarse=_stage_answers(coarse, collected.labels, exit.measure, exit.coarse_temperature),
+        fine=_stage_answers(fine, collected.labels, exit.measure, exit.fine_temperature),
+        gone_on=goes_on(exit.coarse(coarse), threshold).numpy(),
     )
 
 
-def _stage_answers(logits: Tensor, labels: Tensor, confidence: Tensor, rule: Exit, temperature: float) -> StageAnswers:
-    answer = logits.argmax(-1)
-    probability = confidence
-    if rule.measure != "max_probability":
-        probability = confidence_of(logits, temperature=temperature)
+def _stage_answers(logits: Tensor, labels: Tensor, measure: Measure, temperature: float) -> StageAnswers:
+    answer = answers_of(logits)
     return StageAnswers(
-        answer.numpy(), (answer == labels).numpy(), confidence.numpy(), probability.clamp(min=0).numpy()
+        answer=answer.numpy(),
+        right=(answer == labels).numpy(),
+        confidence=confidence_of(logits, measure, temperature).numpy(),
+        probability=confidence_of(logits, temperature=temperature).clamp(min=0).numpy(),
     )
 
 

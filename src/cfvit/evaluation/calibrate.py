@@ -38,7 +38,7 @@ NOT_COMPARED = "the training images are not known and were not compared with the
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What eta is chosen for, and by which confidence.
 
     Attributes:
@@ -60,7 +60,7 @@ def calibrate_model(
     model: CoarseToFineViT,
     source: DataSource,
     data: str,
-    wish: Wish,
+    request: Request,
     batch_size: int,
     workers: int,
     process: Process,
@@ -80,78 +80,61 @@ def calibrate_model(
         The calibration, and the names of images that could not be read and do not count.
 
     Raises:
-        CfvitError: a class without images, images of the training, logits that are not finite, a wish out of reach.
+        CfvitError: a class without images, images of the training, logits that are not finite, a target out of reach.
     """
-    _require_classes(range(len(_names(model))) if source.targets is None else source.targets, len(source), model, wish)
+    names = model.class_names or range(model.config.num_classes)
+    _require_classes(range(len(names)) if source.targets is None else source.targets, len(source), names, request)
     macs = count_macs(model)
     model = model.eval().to(process.device)
-    latency = measure_latency(model, batch_size) if isinstance(wish.target, LatencyBudget) else None
-    require_reachable(wish.target, macs, latency)
+    latency = measure_latency(model, batch_size) if isinstance(request.target, LatencyBudget) else None
+    require_reachable(request.target, macs, latency)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    images, unreadable = _collect(model, source, batch_size, workers, process)
-    _require_classes(images[2].tolist(), len(images[2]), model, wish)
-    fitted, chosen = _halves(images) if wish.scale_temperatures else (None, images)
-    temperatures = (1.0, 1.0) if fitted is None else [fit_temperature(logits, fitted[2]) for logits in fitted[:2]]
-    calibration = calibrate(
-        *chosen,
-        macs,
-        wish.target,
-        measure=wish.measure,
-        coarse_temperature=temperatures[0],
-        fine_temperature=temperatures[1],
-        latency=latency,
-        allow_missing_classes=True,  # those of all images were looked at
-        class_names=model.class_names,
-    )
-    fitted_on = [] if fitted is None else fitted[2].tolist()
-    doubts = _doubts(temperatures, fitted_on, _names(model)) + ([NOT_COMPARED] if training is None else [])
-    return _with_origin(calibration, model, data, len(fitted_on), doubts), unreadable
-
-
-def _collect(
-    model: CoarseToFineViT, source: DataSource, batch_size: int, workers: int, process: Process
-) -> tuple[Images, list[str]]:
-    """Logits of both stages, all finite, and labels; and the names of images that could not be read."""
     network = accelerate(model)
     collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
     coarse, fine = collected.logits
-    check_images(coarse, fine, collected.labels)
-    return (coarse, fine, collected.labels), unreadable
-
-
-def _with_origin(
-    calibration: Calibration, model: CoarseToFineViT, data: str, temperature_images: int, doubts: Sequence[str]
-) -> Calibration:
-    """A calibration that says where it comes from, the doubts among its warnings."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return dataclasses.replace(
-        calibration,
-        origin=Origin(data, now, cfvit.__version__, temperature_images, weights_digest(model)),
-        warnings=(*calibration.warnings, *doubts),
+    images = (coarse, fine, collected.labels)
+    check_images(*images)
+    _require_classes(collected.labels.tolist(), len(collected.labels), names, request)
+    temperatures, fitted_on, doubts = (1.0, 1.0), 0, list[str]()
+    if request.scale_temperatures:
+        (coarse, fine, labels), images = _halves(images)
+        temperatures, fitted_on = (fit_temperature(coarse, labels), fit_temperature(fine, labels)), len(labels)
+        doubts += _doubts(temperatures, labels.tolist(), names)
+    if training is None:
+        doubts.append(NOT_COMPARED)
+    calibration = calibrate(
+        *images,
+        macs,
+        request.target,
+        measure=request.measure,
+        coarse_temperature=temperatures[0],
+        fine_temperature=temperatures[1],
+        latency=latency,
+        allow_missing_classes=True,  # the classes of all images were checked above
+        class_names=model.class_names,
     )
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = Origin(data, now, cfvit.__version__, fitted_on, weights_digest(model))
+    return dataclasses.replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
+
+
+def _require_classes(present: Collection[int], count: int, names: Sequence[object], request: Request) -> None:
+    missing = missing_classes(present, names, count)
+    if missing and not request.allow_missing_classes:
+        raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
 
 def _doubts(temperatures: Sequence[float], labels: Sequence[int], names: Sequence[object]) -> list[str]:
-    """What speaks against temperatures that were fitted on images with these labels; nothing where no image was."""
-    if not labels:
-        return []
-    count = len(labels)
-    said = [f"{count} images are few to fit a temperature on: use more"] if count < FEW_IMAGES else []
+    """What speaks against temperatures that were fitted on images with these labels."""
+    count, doubts = len(labels), []
+    if count < FEW_IMAGES:
+        doubts.append(f"{count} images are few to fit a temperature on: use more")
     if missing := missing_classes(labels, names, count):
-        said.append(f"{missing} that temperatures were fitted on: give more of them")
-    at_bound = any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures)
-    return said + (["a temperature is at the bound of its range: do not rely on it"] if at_bound else [])
-
-
-def _names(model: CoarseToFineViT) -> Sequence[object]:
-    return model.class_names or range(model.config.num_classes)
-
-
-def _require_classes(present: Collection[int], count: int, model: CoarseToFineViT, wish: Wish) -> None:
-    missing = missing_classes(present, _names(model), count)
-    if missing and not wish.allow_missing_classes:
-        raise CfvitError(f"{missing}: {ADD_CLASSES}")
+        doubts.append(f"{missing} that temperatures were fitted on: give more of them")
+    if any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures):
+        doubts.append("a temperature is at the bound of its range: do not rely on it")
+    return doubts
 
 
 def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:

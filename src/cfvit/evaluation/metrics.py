@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvit.calibration import rank_images
+from cfvit.calibration.tradeoff import NO_ANSWER, answers_of, rank_images
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.packing import accelerate
@@ -20,7 +20,7 @@ from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
-PAPERS_RULE = Exit()
+PAPERS_EXIT = Exit()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +120,13 @@ def collect_with_progress(
 
 
 def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Percentage of images whose label is among the ``k`` highest logits (or all, if fewer classes)."""
+    """Percentage of images whose label is among the ``k`` highest logits (or all, if fewer classes).
+
+    An image with a logit that is not finite is not among them.
+    """
     k = min(k, logits.shape[-1])
     hits = (logits.topk(k, dim=-1).indices == labels[:, None]).any(dim=-1)
-    return 100 * hits.double().mean().item()
+    return 100 * (hits & logits.isfinite().all(dim=-1)).double().mean().item()
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def sweep(
     labels: Tensor,
     macs: StageMacs,
     thresholds: Sequence[float],
-    rule: Exit = PAPERS_RULE,
+    exit: Exit = PAPERS_EXIT,
 ) -> list[SweepPoint]:
     """Accuracy and expected cost at each threshold, without running the model again.
 
@@ -157,9 +160,9 @@ def sweep(
         coarse, fine: logits ``[n, classes]``.
         labels: class indices ``[n]``.
         thresholds: values of eta in [0, 1]; 1 sends every image on, 0 none.
-        rule: how the confidence is measured that eta is compared with.
+        exit: how confidence is measured.
     """
-    trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
+    trade = rank_images(coarse, fine, labels, exit.measure, exit.coarse_temperature)
     points = []
     for eta in thresholds:
         hard = trade.gone_on(eta)
@@ -171,12 +174,20 @@ def sweep(
 
 @dataclass(frozen=True)
 class StageScore:
-    """Top-1 and top-5 in percent, and the cost of an image that this stage answers."""
+    """How good a stage is, if it answers all images.
+
+    Attributes:
+        stage: its name.
+        top1, top5: in percent.
+        gmacs: cost of an image that this stage answers, in 1e9 multiply-accumulates.
+        not_finite: images to which its answer is not a finite number, which counts as wrong.
+    """
 
     stage: str
     top1: float
     top5: float
     gmacs: float
+    not_finite: int
 
 
 @dataclass(frozen=True)
@@ -230,6 +241,7 @@ def evaluate_model(
             top1=top_k_accuracy(logits, collected.labels, 1),
             top5=top_k_accuracy(logits, collected.labels, 5),
             gmacs=cost / 1e9,
+            not_finite=int((answers_of(logits) == NO_ANSWER).sum()),
         )
         for name, logits, cost in (("coarse", coarse, macs.coarse), ("fine", fine, macs.both))
     )
