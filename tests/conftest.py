@@ -23,6 +23,8 @@ from cfvit import CfvitError, CoarseToFineViT, create_model, save
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
 
+pytest_plugins = ("calibrations",)  # fixtures of the tests of calibration
+
 BACKBONE = "deit_tiny_patch16_224"
 TINY = {"embed_dim": 48, "num_heads": 3, "depth": 5, "patch_size": 4, "num_classes": 7}
 
