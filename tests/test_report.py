@@ -25,7 +25,7 @@ from cfvit import CoarseToFineViT, StageMacs
 from cfvit.calibration import Risk, calibrate, rank_images
 from cfvit.data import DataSource
 from cfvit.evaluation import metrics
-from cfvit.evaluation.breakdown import class_scores, judge, operate, reliability_of, surest
+from cfvit.evaluation.breakdown import LEVEL, class_scores, judge, reliability_of, surest
 from cfvit.evaluation.metrics import Collected
 from cfvit.modeling.exit import Exit, confidence_of, goes_on
 from cfvit.plots.report import write_report
@@ -354,10 +354,10 @@ def test_a_calibrated_eta_comes_with_its_promise(write: Write) -> None:
 def test_how_many_exit_is_certain_at_the_ends(eta: float, exits: int) -> None:
     collected = make_collected(30, 7)
     coarse, fine = collected.logits
-    operation = operate(rank_images(coarse, fine, collected.labels), eta, MACS)
+    operation = rank_images(coarse, fine, collected.labels).operate(eta, MACS, LEVEL)
     gmacs = 1.0 if eta == 0 else 4.0
     for estimate, value in (
-        (operation.exit_share, exits),
+        (operation.exit_percent, exits),
         (operation.gmacs, gmacs),
         (operation.saving, 100 - 20 * gmacs),
     ):

@@ -187,14 +187,9 @@ def calibrate(
     _check_level(level)
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
-    go_on = trade.gone_on(eta)
-    share = trade.fine_share(eta, level)
-    right, worse, better = (int(column[go_on]) for column in (trade.right, trade.worse, trade.better))
+    operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
+    worse, better = int(trade.worse[go_on]), int(trade.better[go_on])
     nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
-
-    def percent(hits: int) -> Estimate:
-        return share_estimate(hits, count, level).mapped(lambda value: 100 * value)
-
     return Calibration(
         target=target,
         threshold=eta,
@@ -206,16 +201,13 @@ def calibrate(
         images=count,
         classes=coarse.shape[1],
         level=float(level),
-        accuracy=percent(right),
         drop=nothing if eta >= 1 else paired_difference(worse, better, count, level).mapped(lambda v: 100 * v),
         worse=nothing if eta >= 1 else share_estimate(worse, count, level),
-        fine_share=share,
-        gmacs=share.mapped(lambda value: macs.expected(value) / 1e9),
-        saving=share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
-        latency=None if latency is None else share.mapped(latency.expected),
-        coarse_accuracy=percent(int(trade.right[0])),
-        fine_accuracy=percent(int(trade.right[-1])),
+        latency=None if latency is None else operation.fine_share.mapped(latency.expected),
+        coarse_accuracy=trade.accuracy(0, level),
+        fine_accuracy=trade.accuracy(count, level),
         profile=ConfidenceProfile.of(trade.ranked),
+        **vars(operation),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, share_estimate
+from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Measure, confidence_of, goes_on
 
 NO_ANSWER = -1
@@ -20,6 +21,28 @@ _MOST_DIGITS = 9
 def answers_of(logits: Tensor) -> Tensor:
     """The class that logits ``[n, classes]`` answer, ``[n]``; `NO_ANSWER` where one of them is not finite."""
     return logits.argmax(dim=-1).where(logits.isfinite().all(dim=-1), NO_ANSWER)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an eta does.
+
+    Attributes:
+        accuracy: top-1 in percent.
+        fine_share: share of images that go on, in [0, 1].
+        gmacs: mean cost of an image, in 1e9 multiply-accumulates.
+        saving: of the plain backbone's MACs, in percent.
+    """
+
+    accuracy: Estimate
+    fine_share: Estimate
+    gmacs: Estimate
+    saving: Estimate
+
+    @property
+    def exit_percent(self) -> Estimate:
+        """Images that exit at the coarse stage, in percent."""
+        return self.fine_share.mapped(lambda share: 100 * (1 - share))
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,17 +75,21 @@ class TradeOff:
         """How many images go on at an eta."""
         return int(goes_on(self.ranked, eta).sum())
 
-    def fine_share(self, eta: float, level: float) -> Estimate:
-        """The share of images that go on at an eta, in [0, 1]: none at 0 and all at 1, whatever the images.
+    def accuracy(self, go_on: int, level: float) -> Estimate:
+        """Top-1 in percent if this many images go on, with its interval."""
+        return share_estimate(int(self.right[go_on]), self.images, level).mapped(lambda share: 100 * share)
 
-        Args:
-            level: of the interval.
-        """
+    def operate(self, eta: float, macs: StageMacs, level: float) -> Operation:
+        """What an eta does, with intervals. At 0 and 1 it is certain how many images go on, whatever the images."""
         go_on = self.gone_on(eta)
-        if 0 < eta < 1:
-            return share_estimate(go_on, self.images, level)
-        certain = go_on / self.images
-        return Estimate(certain, certain, certain)
+        certain = Estimate(*(go_on / self.images,) * 3)
+        share = share_estimate(go_on, self.images, level) if 0 < eta < 1 else certain
+        return Operation(
+            accuracy=self.accuracy(go_on, level),
+            fine_share=share,
+            gmacs=share.mapped(lambda share: macs.expected(share) / 1e9),
+            saving=share.mapped(lambda share: 100 * (1 - macs.expected(share) / macs.backbone)),
+        )
 
     def threshold(self, go_on: int) -> float:
         """An eta at which this many images go on, which is one of `reachable`.

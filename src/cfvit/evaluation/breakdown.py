@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from cfvit.calibration import Estimate, TradeOff
-from cfvit.calibration.binomial import share_estimate
+from cfvit.calibration import TradeOff
 from cfvit.calibration.tradeoff import answers_of
 from cfvit.evaluation.metrics import Collected
-from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
 LEVEL = 0.95
@@ -77,40 +75,6 @@ def _stage_answers(logits: Tensor, labels: Tensor, measure: Measure, temperature
         confidence=confidence_of(logits, measure, temperature).numpy(),
         probability=confidence_of(logits, temperature=temperature).clamp(min=0).numpy(),
     )
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What an eta does, with intervals.
-
-    Attributes:
-        accuracy: top-1 in percent.
-        exit_share: images that exit at the coarse stage, in percent.
-        gmacs: mean cost of an image, in 1e9 multiply-accumulates.
-        saving: of the plain backbone's MACs, in percent.
-    """
-
-    accuracy: Estimate
-    exit_share: Estimate
-    gmacs: Estimate
-    saving: Estimate
-
-
-def operate(trade: TradeOff, threshold: float, macs: StageMacs) -> Operation:
-    """Accuracy and cost at one eta."""
-    go_on = trade.gone_on(threshold)
-    share = trade.fine_share(threshold, LEVEL)
-    return Operation(
-        accuracy=accuracy_estimate(trade, go_on),
-        exit_share=share.mapped(lambda value: 100 * (1 - value)),
-        gmacs=share.mapped(lambda value: macs.expected(value) / 1e9),
-        saving=share.mapped(lambda value: 100 * (1 - macs.expected(value) / macs.backbone)),
-    )
-
-
-def accuracy_estimate(trade: TradeOff, go_on: int) -> Estimate:
-    """Top-1 in percent if this many images go on."""
-    return share_estimate(int(trade.right[go_on]), trade.images, LEVEL).mapped(lambda value: 100 * value)
 
 
 def shown_confidence(value: float, measure: Measure) -> str:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cfvit.calibration import TradeOff
 from cfvit.calibration.binomial import share_estimate
-from cfvit.evaluation.breakdown import LEVEL, Operation, Reliability, accuracy_estimate, spread
+from cfvit.calibration.tradeoff import Operation, TradeOff
+from cfvit.evaluation.breakdown import LEVEL, Reliability, spread
 from cfvit.modeling.cost import StageMacs
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure
 
@@ -44,7 +44,7 @@ def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: st
     with new_figure(_WIDTH, 3.9, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         curve, band = spread(trade, _CURVE_POINTS), spread(trade, _BAND_POINTS)
-        intervals = [accuracy_estimate(trade, int(go_on)) for go_on in band]
+        intervals = [trade.accuracy(int(go_on), LEVEL) for go_on in band]
         low, high = [estimate.low for estimate in intervals], [estimate.high for estimate in intervals]
         axis.fill_between(_gmacs(trade, macs, band), low, high, color=COARSE, alpha=0.16, lw=0, label="95% interval")
         accuracy = 100 * trade.right / trade.images

@@ -23,10 +23,8 @@ from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (
     LEVEL,
     Answers,
-    accuracy_estimate,
     class_scores,
     judge,
-    operate,
     reliability_of,
     shown_confidence,
     surest,
@@ -90,11 +88,11 @@ def write_report(
         CfvitError: matplotlib is not installed, or the file cannot be written; it is then as it was.
     """
     require_report(path)
-    exit = model.exit
-    trade = rank_images(*collected.logits, collected.labels, exit.measure, exit.coarse_temperature)
+    (coarse, fine), exit = collected.logits, model.exit
+    trade = rank_images(coarse, fine, collected.labels, exit.measure, exit.coarse_temperature)
     answers = judge(collected, exit, threshold)
     scores = class_scores(answers, model.config.num_classes)
-    chosen, gone_on = operate(trade, threshold, macs), int(answers.gone_on.sum())
+    chosen, gone_on = trade.operate(threshold, macs, LEVEL), int(answers.gone_on.sum())
     reliability = (reliability_of(answers.coarse), reliability_of(answers.fine))
     easiest = sorted(scores, key=lambda score: (-score.exit_share, -score.right / score.images))
     class_tables, exits = [("Classes by the share of their images that is answered coarsely", easiest)], None
@@ -124,12 +122,12 @@ def write_report(
         calibration=calibration,
         trade=trade,
         chosen=chosen,
-        coarse_accuracy=accuracy_estimate(trade, 0),
-        fine_accuracy=accuracy_estimate(trade, trade.images),
+        coarse_accuracy=trade.accuracy(0, LEVEL),
+        fine_accuracy=trade.accuracy(trade.images, LEVEL),
         backbone_gmacs=f"{macs.backbone / 1e9:.3g}",
         notes=_notes(model, collected, source, answers, calibration),
         curve=Markup(draw_trade_off(trade, macs, chosen, "curve")),
-        sweep=[(eta, operate(trade, eta, macs)) for eta in sorted({*SWEEP, threshold})],
+        sweep=[(eta, trade.operate(eta, macs, LEVEL)) for eta in sorted({*SWEEP, threshold})],
         reliability=reliability,
         reliability_bars=Markup(draw_reliability(reliability, "reliability")),
         costs=(
