@@ -538,7 +538,7 @@ def _changed(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("threshold", math.nan, "threshold is nan"),
         ("threshold", True, "threshold is True"),
         ("images", 10.0, "^calibration.images is 10.0: Input should be a valid integer"),
-        ("images", 0, "0 images"),
+        ("images", 0, "calibration.images is 0: "),
         ("measure", "hope", "measure is 'hope'"),
         ("measure", ["margin"], "measure is "),
         ("coarse_temperature", 0, "coarse_temperature is 0"),

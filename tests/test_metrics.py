@@ -130,8 +130,9 @@ def test_what_is_not_a_finite_number_is_counted_apart_and_never_right(
 ) -> None:
     """A network whose fine stage answers nothing, scored on images of which it would get the first class right."""
     model = make_model(num_classes=3)
+    head = cast(Any, model.backbone.head)
     with torch.no_grad():
-        model.backbone.head.bias[0] = 100.0
+        head.bias[0] = 100.0
         assert model.feature_reuse is not None
         model.feature_reuse.norm.bias[0] = torch.nan
     result = evaluate_model(model, open_data(str(colours), "validation"), [0.0, 1.0], 16, 0, CPU)

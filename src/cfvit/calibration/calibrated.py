@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
@@ -112,9 +114,9 @@ class Calibration:
     fine_temperature: float
     promise: str
     warnings: tuple[str, ...]
-    images: int
-    classes: int
-    level: float
+    images: Annotated[int, Field(ge=1)]
+    classes: Annotated[int, Field(ge=1)]
+    level: Annotated[float, Field(gt=0, lt=1)]
     accuracy: Estimate
     drop: Estimate
     worse: Estimate
@@ -129,11 +131,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         _ = self.exit  # which checks eta, measure and temperatures
-        _check_level(self.level)
         if not 0 <= self.fine_share.value <= 1:
             raise CfvitError(f"fine_share is {self.fine_share.value}: give a share between 0 and 1, or calibrate again")
-        if self.images < 1 or self.classes < 1:
-            raise CfvitError(f"calibrated on {self.images} images of {self.classes} classes: give at least 1 of each")
 
     @property
     def exit(self) -> Exit:
@@ -184,7 +183,8 @@ def calibrate(
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
     rule = Exit(measure, float(coarse_temperature), float(fine_temperature))
-    _check_level(level)
+    if not 0 < level < 1:
+        raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
@@ -265,11 +265,6 @@ def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
-
-
-def _check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
 
 
 def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,6 +190,26 @@ class StageScore:
     not_finite: int
 
 
+def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, int]) -> list[StageScore]:
+    """Scores each operating point of a method, by its name.
+
+    Args:
+        logits: ``[n, classes]`` of each point.
+        labels: class indices ``[n]``.
+        macs: cost of an image at each point.
+    """
+    return [
+        StageScore(
+            stage=name,
+            top1=top_k_accuracy(answers, labels, 1),
+            top5=top_k_accuracy(answers, labels, 5),
+            gmacs=macs[name] / 1e9,
+            not_finite=int((answers_of(answers) == NO_ANSWER).sum()),
+        )
+        for name, answers in logits.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """A model on a data set.
@@ -206,7 +226,7 @@ class Evaluation:
     """
 
     images: int
-    stages: tuple[StageScore, StageScore]
+    stages: list[StageScore]
     sweep: list[SweepPoint]
     calibrated: float | None
     backbone_gmacs: float
@@ -235,19 +255,11 @@ def evaluate_model(
     coarse, fine = collected.logits
     own = () if model.threshold is None else (model.threshold,)
     etas = sorted({*thresholds, *own})
-    stages = tuple(
-        StageScore(
-            stage=name,
-            top1=top_k_accuracy(logits, collected.labels, 1),
-            top5=top_k_accuracy(logits, collected.labels, 5),
-            gmacs=cost / 1e9,
-            not_finite=int((answers_of(logits) == NO_ANSWER).sum()),
-        )
-        for name, logits, cost in (("coarse", coarse, macs.coarse), ("fine", fine, macs.both))
-    )
+    logits = {"coarse": coarse, "fine": fine}
+    stages = score_points(logits, collected.labels, {"coarse": macs.coarse, "fine": macs.both})
     return Evaluation(
         images=len(collected.labels),
-        stages=(stages[0], stages[1]),
+        stages=stages,
         sweep=sweep(coarse, fine, collected.labels, macs, etas, model.exit),
         calibrated=model.threshold,
         backbone_gmacs=macs.backbone / 1e9,
