@@ -306,7 +306,7 @@ def _truncate(folder: Path) -> None:
         pytest.param(_without("model"), "describes no cfvit model", id="no-model"),
         pytest.param(_without("data_config"), "describes no cfvit model", id="no-data-config"),
         pytest.param(_without("class_names"), "describes no cfvit model", id="no-class-names"),
-        pytest.param(_without("threshold"), "describes no cfvit model", id="no-threshold"),
+        pytest.param(_without("exit"), "describes no cfvit model", id="no-exit"),
         pytest.param(_with_model(depht=3), "describes no cfvit model.*depht", id="unknown-field"),
         pytest.param(_with_model(num_classes="many"), "describes no cfvit model", id="wrong-type"),
         pytest.param(_with_model(selection="best"), "selection is 'best': give one of attention", id="selection"),
@@ -469,7 +469,7 @@ def test_weights_of_timms_training_script_are_read(tmp_path: Path) -> None:
     """``train.py`` wraps the state dict, adds its options, and DDP prefixes the names."""
     weights = {"module.cls_token": torch.ones(1, 1, 4)}
     torch.save({"state_dict": weights, "args": argparse.Namespace(lr=1)}, tmp_path / "last.pth")
-    assert torch.equal(read_weights(tmp_path / "last.pth")["cls_token"], torch.ones(1, 1, 4))
+    assert torch.equal(read_weights(tmp_path / "last.pth").tensors["cls_token"], torch.ones(1, 1, 4))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1, 1, 65), (1, 1, 64 * 10**6)])
@@ -487,5 +487,5 @@ def test_plain_vits_are_refused_with_what_they_are_for(tmp_path: Path, fails: Ca
     with fails("missing pos_embed_list.0, pos_embed_list.1; weights of a plain ViT are for pretrained_backbone"):
         load(tmp_path / "deit.pth")
     (tmp_path / "config.json").write_text('{"architecture": "deit_tiny_patch16_224"}')
-    with fails("holds a plain ViT of timm's, not a coarse-to-fine model: train one from it with --initial-weights"):
+    with fails("holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"):
         load(tmp_path)

@@ -22,17 +22,14 @@ from torch import Tensor
 
 from cfvit.calibration import Calibration
 from cfvit.calibration.records import CALIBRATION_FILE, parse_record, read_calibration
-from cfvit.data.labels import readable_class_names
+from cfvit.data.labels import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig
-from cfvit.modeling.weights import read_weights
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+from cfvit.modeling.weights import CONFIG_FILE, WEIGHTS_FILE, Weights, read_weights, require_finite
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -54,6 +51,7 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "data_config": model.data_config,
         "class_names": model.class_names,
         "exit": asdict(model.exit),
+        **({} if model.class_order is None else {"class_order": model.class_order}),
     }
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(weights, file, metadata={"format": "pt"})
@@ -133,6 +131,8 @@ def load(path_or_name: str | Path) -> CoarseToFineViT:
     path = Path(path_or_name)
     if path.is_dir():
         return _load_folder(path)
+    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+        raise CfvitError(f"{path} is one of the files of a model: give their folder, {path.parent}")
     if path.is_file():
         return load_authors_checkpoint(path)
     if str(path_or_name) in bundled_models():
@@ -158,15 +158,14 @@ def _bundled_folder() -> Path:
 def _load_folder(folder: Path) -> CoarseToFineViT:
     if _is_backbone_folder(folder):
         raise CfvitError(
-            f"{folder} holds a plain ViT of timm's, not a coarse-to-fine model: "
-            "train one from it with --initial-weights"
+            f"{folder} holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"
         )
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
         model = CoarseToFineViT(ModelConfig(**config["model"]))
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
-        model.class_names = config["class_names"]
+        model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
         raise CfvitError(
@@ -178,6 +177,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         raise CfvitError(
             f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
         ) from error
+    require_finite(weights, str(folder / WEIGHTS_FILE))
     load_strictly(model, weights, str(folder))
     _check_attributes(model, folder / CONFIG_FILE)
     record = folder / CALIBRATION_FILE
@@ -208,6 +208,8 @@ def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
         problem = f"class_names do not name {model.config.num_classes} classes"
     elif tuple(config.get("input_size", ())) != (3, *size):
         problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
+    elif model.class_order not in (None, "natural", "torchvision"):
+        problem = f"class_order is {model.class_order!r}, not natural or torchvision"
     elif unknown:
         problem = f"data_config has unknown {', '.join(sorted(unknown))}"
     if problem:
@@ -236,41 +238,49 @@ def load_strictly(
 def initialise(model: CoarseToFineViT, source: str) -> None:
     """Fills a new model with trained weights, its head untrained where the classes differ.
 
+    What is odd about the weights becomes a warning, such as a head of other classes.
+
     Args:
-        source: ``"timm"`` for timm's own weights of the backbone; a file of backbone weights or a
-            folder of a plain ViT saved by timm; a model that `load` reads, whose position
-            embeddings are resampled to the new grid.
+        source: ``"timm"`` for timm's own weights of the backbone; weights of a plain ViT that
+            `cfvit.modeling.weights.read_weights` reads, of timm or transformers; a model that `load` reads, whose
+            position embeddings are resampled to the new grid.
 
     Raises:
         CfvitError: nothing there, or weights of another architecture.
     """
-    path = Path(source)
-    if source == "timm" or _is_backbone_folder(path) or (path.is_file() and not _is_authors_checkpoint(path)):
-        pretrained = True if source == "timm" else path / WEIGHTS_FILE if path.is_dir() else path
-        weights = CoarseToFineViT(model.config, pretrained).state_dict()
-        keep = {name for name in weights if name.startswith("feature_reuse.")}
-    else:
+    read = None if source == "timm" else _plain_weights(source)
+    if read is None and source != "timm":
         trained = load(source)
-        weights = _resampled(trained, model)
-        keep = set()
+        weights, keep, names = _resampled(trained, model), set[str](), trained.class_names
+    else:
+        weights = CoarseToFineViT(model.config, True if read is None else read).state_dict()
+        keep = {name for name in weights if name.startswith("feature_reuse.")}
+        names = None if read is None else read.class_names
     own = model.state_dict()
     heads = {name for name in own if name.removeprefix("backbone.").split(".")[0] in backbones.HEADS}
     if any(name in weights and weights[name].shape != own[name].shape for name in heads):
         keep |= heads
+    elif names is not None and model.class_names is not None and len(names) == len(model.class_names):
+        other = difference_of_classes(model.class_names, names)
+        if other is not None:
+            warnings.warn(f"the head of {source} is of other classes: {other}", stacklevel=2)
     load_strictly(model, {**weights, **{name: own[name] for name in keep}}, source)
+
+
+def _plain_weights(source: str) -> Weights | None:
+    """Weights of a plain ViT, None if ``source`` is a coarse-to-fine model: ours, the authors' or a bundled one."""
+    path = Path(source)
+    ours = source in bundled_models() if not path.exists() else path.is_dir() and not _is_backbone_folder(path)
+    if ours:
+        return None
+    weights = read_weights(source)
+    return None if "pos_embed_list.0" in weights.tensors else weights
 
 
 def _is_backbone_folder(path: Path) -> bool:
     try:
-        return "architecture" in json.loads((path / CONFIG_FILE).read_text())
+        return bool({"architecture", "architectures", "model_type"} & set(json.loads((path / CONFIG_FILE).read_text())))
     except (OSError, ValueError, TypeError):
-        return False
-
-
-def _is_authors_checkpoint(path: Path) -> bool:
-    try:
-        return "pos_embed_list.0" in read_weights(path)
-    except CfvitError:
         return False
 
 
@@ -292,8 +302,8 @@ _AUTHORS_PREFIXES = {
 }
 """How the authors' names of weights begin, and ours; the first that fits holds."""
 
-_AUTHORS_EVALUATION = {"crop_pct": 224 / 256, "interpolation": "bicubic"}
-"""The authors resize the shorter side to 256/224 of the input and crop the centre."""
+_AUTHORS_CROPS = {"CF-DeiT": 224 / 256, "CF-LV-ViT": 0.9}
+"""The authors resize the shorter side to the input's divided by this, and crop the centre."""
 
 _AUTHORS_DIMS = {"patch_embed.proj.weight": 4, "head.weight": 2}
 _HEAD_DIM = 64
@@ -304,7 +314,8 @@ _AUTHORS_LVVITS = {240: "lvvit_tiny_patch16_224", 384: "lvvit_small_patch16_224"
 def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
     """A model from one of the authors' ``.pth`` files, which is only read.
 
-    The file holds ``{"model": state_dict, ...}``: timm's keys for the backbone, besides
+    The file holds ``{"model": state_dict, ...}`` or, of LV-ViT, ``{"state_dict": state_dict, ...}``: timm's keys for
+    the backbone, besides
     ``pos_embed_list.0`` (coarse) and ``.1`` (fine), ``reuse_block.0`` (norm) and
     ``reuse_block.1.fc1``, ``.fc2``; an LV-ViT is known by the convolutions of its stem. Size and grid follow
     from the shapes. The file does not say how many heads there are: a width that has no DeiT or
@@ -313,13 +324,18 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
     Raises:
         CfvitError: not such a file, or a missing, unknown or misshapen weight, which is named.
     """
-    weights = read_weights(Path(path), wrappers=("model",))
-    model = CoarseToFineViT(_authors_config(weights, path))
+    read = read_weights(path, wrappers=("model", "state_dict"))
+    weights, options = read.tensors, read.besides.get("args")
+    kind = "CF-LV-ViT" if any(name.startswith("patch_embed.conv") for name in weights) else "CF-DeiT"
+    model = CoarseToFineViT(_authors_config(weights, path, kind))
     load_strictly(model, {_our_name(name): tensor for name, tensor in weights.items()}, str(path), _authors_name)
-    model.data_config.update(_AUTHORS_EVALUATION)
+    model.data_config.update(crop_pct=_AUTHORS_CROPS[kind], interpolation="bicubic")
     wnids = ImageNetInfo().label_names()
-    if model.config.num_classes == len(wnids):
+    data_set = str(getattr(options, "data_set", "IMNET"))
+    if model.config.num_classes == len(wnids) and data_set.upper() in ("IMNET", "IMAGENET"):
         model.class_names = readable_class_names(wnids)
+    else:
+        model.class_order = "torchvision"
     return model.eval()
 
 
@@ -333,10 +349,9 @@ def _authors_name(name: str) -> str:
     return theirs + name.removeprefix(ours)
 
 
-def _authors_config(weights: dict[str, Tensor], path: str | Path) -> ModelConfig:
+def _authors_config(weights: dict[str, Tensor], path: str | Path, kind: str) -> ModelConfig:
     needed = ("cls_token", "pos_embed_list.0", "pos_embed_list.1", "patch_embed.proj.weight", "head.weight")
-    is_lvvit = any(name.startswith("patch_embed.conv") for name in weights)
-    kind, backbones_by_width = ("CF-LV-ViT", _AUTHORS_LVVITS) if is_lvvit else ("CF-DeiT", _AUTHORS_DEITS)
+    backbones_by_width = _AUTHORS_LVVITS if kind == "CF-LV-ViT" else _AUTHORS_DEITS
     missing = [name for name in needed if name not in weights]
     if missing:
         hint = "; weights of a plain ViT are for pretrained_backbone or --initial-weights"
@@ -353,7 +368,7 @@ def _authors_config(weights: dict[str, Tensor], path: str | Path) -> ModelConfig
         backbone=name,
         num_classes=weights["head.weight"].shape[0],
         coarse_grid=math.isqrt(max(1, weights["pos_embed_list.0"].numel() // dim - 1)),
-        timm_kwargs=_unlike(name, weights, dim, stem_stride=2 if is_lvvit else 1),
+        timm_kwargs=_unlike(name, weights, dim, stem_stride=2 if kind == "CF-LV-ViT" else 1),
     )
 
 

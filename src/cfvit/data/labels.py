@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
@@ -35,3 +36,17 @@ def readable_class_names(names: Sequence[str]) -> list[str]:
         else f"{described[name]} ({name})"
         for name in names
     ]
+
+
+def difference_of_classes(names: Sequence[str], others: Sequence[str]) -> str | None:
+    """The first difference between two lists of classes, in words; None if they are the same.
+
+    Names compare in Unicode's NFC, by their first synonym and in any case.
+    """
+    if len(names) != len(others):
+        return f"{len(names)} classes here, {len(others)} there"
+    for index, pair in enumerate(zip(names, others, strict=True)):
+        ours, theirs = (unicodedata.normalize("NFC", name).split(",")[0].split(" (n")[0].casefold() for name in pair)
+        if ours != theirs:
+            return f"class {index} is {pair[0]!r} here, {pair[1]!r} there"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +83,19 @@ def labelled_images(model: CoarseToFineViT, data: str) -> DataSource:
     Raises:
         CfvitError: data that cannot be read, or of other classes.
     """
-    source = open_data(data, "validation")
+    source = open_data(data, "validation", model.class_order or "natural")
     if model.class_names is not None:
         return source.aligned(model.class_names)
     if len(source.class_names) != model.config.num_classes:
         raise CfvitError(
             f"{data} has {len(source.class_names)} classes, the model has {model.config.num_classes} without names: "
             "give data with all of its classes"
+        )
+    if model.class_order is None and source.class_names != open_data(data, "validation", "torchvision").class_names:
+        warnings.warn(
+            "the model does not say how its classes are numbered: they are taken in natural order, 2 before 10, and "
+            "torchvision has another; if the accuracy is near chance, name the model's classes",
+            stacklevel=2,
         )
     return source
 

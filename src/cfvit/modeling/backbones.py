@@ -7,8 +7,11 @@ that subclasses timm's ``VisionTransformer`` and registers it with timm, as `lvv
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
+import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,18 +21,22 @@ import timm
 import timm.models.eva
 import torch
 from timm.layers import HybridEmbed, PatchEmbed
+from timm.layers.activations import QuickGELU
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 import cfvit.modeling.lvvit  # noqa: F401 - registers LV-ViT with timm
-from cfvit.errors import CfvitError
-from cfvit.modeling.timm_vit import ATTENTIONS, BLOCKS, Backbone, patch_side
-from cfvit.modeling.weights import read_weights
+from cfvit.errors import CfvitError, first_line
+from cfvit.modeling.timm_vit import ATTENTIONS, BLOCKS, EXTRA_TOKENS, Backbone, patch_side, resample_positions
+from cfvit.modeling.weights import Weights, read_weights
 
 # timm reports a resampled position embedding with a warning; here it is the normal case.
 logging.getLogger("timm.models._builder").setLevel(logging.ERROR)
+
+Pretrained = bool | str | Path | Mapping[str, Tensor] | Weights
+"""Timm's own weights or none, what `read_weights` reads, or weights that were read."""
 
 WHAT_WOULD_DO = "choose a ViT with a class token, such as deit_small_patch16_224 or vit_small_patch14_dinov2"
 
@@ -48,14 +55,14 @@ def create_backbone(
     *,
     img_size: tuple[int, int],
     num_classes: int,
-    pretrained: bool | str | Path | Mapping[str, Tensor] = False,
+    pretrained: Pretrained = False,
     **timm_kwargs: Any,
 ) -> Backbone:
     """Timm's model ``name`` at ``img_size`` pixels (height, width), its position embedding resampled to fit.
 
     Args:
-        pretrained: True for timm's own weights (downloaded or cached), a local file of such
-            weights, or their state dict. A head for another number of classes is dropped.
+        pretrained: True for timm's own weights (downloaded or cached), what `read_weights` reads, or a state
+            dict. A head for another number of classes is left untrained, with a warning.
 
     Raises:
         CfvitError: unknown or unsuitable model, or weights that cannot be had or do not fit.
@@ -67,8 +74,9 @@ def create_backbone(
     else:
         model = cast(Backbone, timm.create_model(name, **options))
     if not isinstance(pretrained, bool):
-        given = pretrained if isinstance(pretrained, Mapping) else read_weights(Path(pretrained))
-        _fill(model, dict(given), name)
+        if isinstance(pretrained, Mapping):
+            pretrained = Weights("the given weights", dict(pretrained))
+        _fill(model, pretrained if isinstance(pretrained, Weights) else read_weights(pretrained), name)
     rope: Any = getattr(model, "rope", None)
     if getattr(rope, "aug_active", False):
         rope.aug_active = False  # drawn anew for each stage, it would move the two grids apart
@@ -83,37 +91,96 @@ def _with_timm_weights(name: str, options: dict[str, Any]) -> Backbone:
         raise CfvitError(f"timm's weights of {name} cannot be had ({reason}): give a local file instead") from error
 
 
-def _fill(model: Backbone, weights: dict[str, Tensor], name: str) -> None:
-    """Loads weights under timm's own keys, positions resampled; all but heads of other classes must fit."""
-    weights = in_timms_keys(model, weights)
+def _fill(model: Backbone, weights: Weights, name: str) -> None:
+    """Loads weights, positions resampled; all but heads of other classes must fit."""
+    tensors = in_timms_keys(model, weights)
     own = model.state_dict()
     heads = {key for key in own if key.split(".")[0] in HEADS}
-    if any(key not in weights or weights[key].shape != own[key].shape for key in heads):
-        weights = {key: tensor for key, tensor in weights.items() if key not in heads}
-    else:
-        heads = set()
-    expected = {key: tensor for key, tensor in own.items() if key not in heads}
-    require_fit(expected, weights, f"the given weights do not fit {name}")
-    model.load_state_dict(weights, strict=False)
+    unfit = [key for key in heads if key not in tensors or tensors[key].shape != own[key].shape]
+    if unfit:
+        there = [tensors[key].shape for key in sorted(heads) if key in tensors]
+        what = f"a head of {list(there[-1])} for {model.num_classes} classes" if there else "no head"
+        warnings.warn(f"{weights.source} has {what}: the head is untrained", stacklevel=2)
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in heads}
+    expected = {key: tensor for key, tensor in own.items() if not unfit or key not in heads}
+    require_fit(expected, tensors, f"{weights.source} does not fit {name}")
+    model.load_state_dict(tensors, strict=False)
 
 
 HEADS = frozenset({"head", "head_dist", "aux_head"})
 """Modules with an output for each class."""
 
 
-def in_timms_keys(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights as published, under the keys and in the shapes of timm's ViT; those of other models as they are."""
-    if isinstance(model, Eva):
-        return timm.models.eva.checkpoint_filter_fn(weights, model)
-    if isinstance(model, VisionTransformer):
-        return checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
-    return weights
+def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
+    """Weights as published, under the keys and in the shapes of timm's ViT; those of other models as they are.
+
+    Position embeddings are resampled to the model's grid. See `_resampled_positions` for which grid they are of.
+
+    Raises:
+        CfvitError: weights of another kind, or a grid that is not known.
+    """
+    if not isinstance(model, VisionTransformer | Eva):
+        return weights.tensors
+    if weights.activation == "quick_gelu" and not isinstance(_activation(model), QuickGELU):
+        raise CfvitError(
+            f"{weights.source} computes with QuickGELU and {type(model).__name__} does not: "
+            "choose a ..._quickgelu_... model"
+        )
+    reader = copy.copy(model)  # without positions, whose grid timm would guess
+    reader._parameters = {**model._parameters, "pos_embed": None}
+    try:
+        if isinstance(model, Eva):
+            tensors = timm.models.eva.checkpoint_filter_fn(dict(weights.tensors), reader)
+        else:
+            tensors = checkpoint_filter_fn(dict(weights.tensors), cast(Any, reader), adapt_layer_scale=True)
+    except Exception as error:  # timm converts foreign shapes as far as it gets
+        raise CfvitError(
+            f"{weights.source} does not fit {type(model).__name__} ({first_line(error)}): give weights of that model"
+        ) from error
+    own, given = model.pos_embed, tensors.get("pos_embed")
+    alike = all((name in tensors) == (getattr(model, name, None) is not None) for name in EXTRA_TOKENS)
+    if own is not None and given is not None and alike and given.ndim == 3 and given.shape[::2] == own.shape[::2]:
+        tensors["pos_embed"] = _resampled_positions(model, given, weights)
+    return tensors
+
+
+def _activation(model: Any) -> nn.Module | None:
+    return getattr(getattr(model.blocks[0], "mlp", None), "act", None)
+
+
+def _resampled_positions(model: Backbone, positions: Tensor, weights: Weights) -> Tensor:
+    """Positions at the model's grid. Their own is what the source says, or the model's where as many fit, or a square.
+
+    Raises:
+        CfvitError: it is none of these.
+    """
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    target: tuple[int, int] = cast(Any, model.patch_embed).grid_size
+    places = positions.shape[1] - prefix
+    side = math.isqrt(max(places, 0))
+    grid = weights.grid if weights.grid is not None and math.prod(weights.grid) == places else None
+    if grid is None and places == math.prod(target):
+        grid = target
+        if side**2 == places and target != (side, side):
+            warnings.warn(
+                f"the positions of {weights.source} are taken as {target[0]} x {target[1]}, not {side} x {side}: "
+                f"if that is wrong, give their file as FILE#{side}x{side}",
+                stacklevel=2,
+            )
+    elif grid is None and side**2 == places > 0:
+        grid = side, side
+    if grid is None:
+        raise CfvitError(
+            f"{weights.source} has {positions.shape[1]} positions, which are not {prefix} of class token and the like "
+            f"and a square grid: give its grid as {weights.source}#ROWSxCOLUMNS, or weights of another model"
+        )
+    return resample_positions(model, positions, grid, target)
 
 
 def require_fit(
     own: Mapping[str, Tensor], weights: Mapping[str, Tensor], complaint: str, spelled: Callable[[str], str] = str
 ) -> None:
-    """Compares names and shapes of weights with those that a module has.
+    """Compares names, shapes and kinds of weights with those that a module has.
 
     Args:
         complaint: how the message begins.
@@ -128,6 +195,11 @@ def require_fit(
         f"{spelled(name)} is {list(tensor.shape)} where {list(own[name].shape)} is needed"
         for name, tensor in weights.items()
         if name in own and tensor.shape != own[name].shape
+    ]
+    problems += [
+        f"{spelled(name)} is {str(tensor.dtype).removeprefix('torch.')} where floats are needed"
+        for name, tensor in weights.items()
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point()
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import timm.data
 import torch
@@ -190,12 +189,12 @@ class CoarseToFineViT(nn.Module):
         config: the `ModelConfig` it was built from.
         data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
         class_names: a name for each class, or None.
+        class_order: of a model without names, how the folders of its classes are numbered: ``"natural"`` or
+            ``"torchvision"``; None if that is not known.
         exit: how confidence is measured, and the eta at which the coarse answer is given; see `Exit`.
     """
 
-    def __init__(
-        self, config: ModelConfig, pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False
-    ) -> None:
+    def __init__(self, config: ModelConfig, pretrained_backbone: backbones.Pretrained = False) -> None:
         super().__init__()
         patch = backbones.patch_size(config.backbone, **config.timm_kwargs)
         self.config = config
@@ -225,6 +224,7 @@ class CoarseToFineViT(nn.Module):
         self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
         self.data_config["input_size"] = (3, *self.image_size)
         self.class_names: list[str] | None = None
+        self.class_order: Literal["natural", "torchvision"] | None = None
         self.exit = Exit()
 
     @property
@@ -401,7 +401,7 @@ def create_model(
     attention_momentum: float = 0.99,
     selection: Selection = "attention",
     feature_reuse: Reuse = "mlp",
-    pretrained_backbone: bool | str | Path | Mapping[str, Tensor] = False,
+    pretrained_backbone: backbones.Pretrained = False,
     **timm_kwargs: Any,
 ) -> CoarseToFineViT:
     """A coarse-to-fine model on a timm ViT.
@@ -416,8 +416,9 @@ def create_model(
         attention_momentum: beta of the global class attention.
         selection: how cells are chosen to be split; see `ModelConfig`, as for the next.
         feature_reuse: what the fine stage takes over of the coarse one's features.
-        pretrained_backbone: True for timm's own weights, or a local file or state dict of them.
-            The position embedding is resampled for both grids.
+        pretrained_backbone: True for timm's own weights; a file, folder or ``hf-hub:`` name that
+            `cfvit.modeling.weights.read_weights` reads; or a state dict. The position embedding is
+            resampled for both grids.
         timm_kwargs: passed on to ``timm.create_model`` (``drop_path_rate``, ``depth``, ...).
 
     Raises:

@@ -38,6 +38,9 @@ Backbone = VisionTransformer | Eva
 ATTENTIONS = (Attention, EvaAttention, AttentionRope)
 """The kinds of attention that `_attend` computes as timm does."""
 
+EXTRA_TOKENS = ("cls_token", "dist_token", "reg_token")
+"""What timm calls the tokens in front of the patches, in their order."""
+
 
 def patch_side(backbone: Backbone) -> tuple[int, int]:
     """Height and width of a patch in pixels of the image."""
@@ -107,8 +110,7 @@ def resample_positions(
 
 def prefix_tokens(backbone: Backbone, positions: Tensor | None) -> Tensor:
     """Class token (distillation token, registers), with their own entries of ``positions``: ``[1, p, D]``."""
-    extra = ("cls_token", "dist_token", "reg_token")
-    prefix = torch.cat([token for name in extra if (token := getattr(backbone, name, None)) is not None], dim=1)
+    prefix = torch.cat([token for name in EXTRA_TOKENS if (token := getattr(backbone, name, None)) is not None], dim=1)
     if positions is None or backbone.no_embed_class:
         return prefix
     return prefix + positions[:, : backbone.num_prefix_tokens]

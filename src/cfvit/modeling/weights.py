@@ -1,11 +1,16 @@
-"""Reading files of weights of which nothing is ever executed."""
+"""Weights from where people keep them: files, folders, the Hub. Nothing that is read is ever executed."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
+import types
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,44 +22,142 @@ from torch import Tensor
 
 from cfvit.errors import CfvitError, first_line
 
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FILES_OF_FOLDERS = (WEIGHTS_FILE, "pytorch_model.bin")
+
 _MULTIARRAY: Any = import_module("numpy._core.multiarray")
 _HARMLESS: list[Any] = [
     argparse.Namespace,
+    types.SimpleNamespace,
     pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
+    (pathlib.PosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 spells it
     np.dtype,
     np.ndarray,
-    np.float64,
-    np.float32,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.float32)),
-    type(np.dtype(np.int64)),
-    (_MULTIARRAY.scalar, "numpy.core.multiarray.scalar"),
-    (_MULTIARRAY.scalar, "numpy._core.multiarray.scalar"),
-    (_MULTIARRAY._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (_MULTIARRAY._reconstruct, "numpy._core.multiarray._reconstruct"),
+    *{np.dtype(code).type for code in np.typecodes["All"] if code != "O"},
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
+    *(
+        (getattr(_MULTIARRAY, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("scalar", "_reconstruct")
+        for core in ("core", "_core")
+    ),
 ]
 """Besides tensors, what checkpoints hold: options and figures. None of these runs code when read."""
 
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
+"""Where a checkpoint keeps its weights; ``teacher`` is DINO's better network."""
 
-def read_weights(path: Path, wrappers: tuple[str, ...] = ("model", "state_dict")) -> dict[str, Tensor]:
-    """Named tensors from a ``.safetensors`` or torch file, without the ``module.`` of a distributed run.
+AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "average")
+"""Where it keeps their average over the training."""
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Named tensors, and what is known of the network that they are of.
+
+    Attributes:
+        source: where they come from, for messages.
+        tensors: under timm's names as far as `read_weights` knows the spelling.
+        grid: rows and columns of its patches.
+        class_names: a name for each class.
+        activation: of its MLPs, as transformers calls it.
+        besides: what else the checkpoint holds.
+    """
+
+    source: str
+    tensors: dict[str, Tensor]
+    grid: tuple[int, int] | None = None
+    class_names: list[str] | None = None
+    activation: str | None = None
+    besides: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weights:
+    """Weights from a file, a folder or the Hub.
+
+    A file is a ``.safetensors`` or torch file; the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``,
+    ``backbone.``, ``encoder.``) are taken off. A folder, given as such or as ``local-dir:FOLDER``, holds
+    ``config.json`` of timm or transformers beside the weights; ``hf-hub:OWNER/NAME`` is such a folder on the Hub.
 
     Args:
+        source: behind a ``#`` may follow which weights of a checkpoint to take, and the grid of their positions:
+            ``FILE#state_dict_ema``, ``FILE#18x32`` (rows x columns), ``FILE#state_dict_ema,18x32``.
         wrappers: keys under which a torch file may hold its state dict.
 
     Raises:
-        CfvitError: no such file, no named tensors in it, or something that would have to be executed.
+        CfvitError: nothing there, no named tensors in it, values that are not finite, something that would have to be
+            executed, or a network of another kind.
     """
+    place, choice, grid = _parsed(str(source))
+    path = _from_hub(place) if place.startswith(("hf-hub:", "hf_hub:")) else Path(place.removeprefix("local-dir:"))
+    if path.is_file() and path.name in FILES_OF_FOLDERS and (path.parent / CONFIG_FILE).is_file():
+        path = path.parent
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        path, config = _read_folder(path)
     if not path.is_file():
-        raise CfvitError(f"no weights at {path}: give a .safetensors, .pth or .pt file")
+        raise CfvitError(f"no weights at {path}: give a .safetensors, .pth or .pt file, or a folder with {CONFIG_FILE}")
     content = _read(path)
-    for wrapper in wrappers:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if not named:
-        raise CfvitError(f"{path} holds no named tensors: give a checkpoint with a state dict")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    tensors, besides = _unwrapped(content, path, wrappers, choice)
+    tensors = from_transformers(_without_prefixes(tensors, path))
+    require_finite(tensors, str(path))
+    names = config.get("label_names") or _names_of_ids(config.get("id2label"))
+    vision = config.get("vision_config", config)
+    return Weights(place, tensors, grid or _grid_of(config, tensors), names, vision.get("hidden_act"), besides)
+
+
+def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuses weights that are not numbers.
+
+    Raises:
+        CfvitError: names the first.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CfvitError(
+                f"{source} cannot be used: {name} holds values that are not finite, as after a training that diverged: "
+                "give an earlier checkpoint"
+            )
+
+
+def _parsed(source: str) -> tuple[str, str | None, tuple[int, int] | None]:
+    place, _, options = source.partition("#")
+    if not options or Path(source).exists():
+        return source, None, None
+    choice, grid = None, None
+    for option in options.split(","):
+        if sides := re.fullmatch(r"(\d+)x(\d+)", option):
+            grid = int(sides[1]), int(sides[2])
+        else:
+            choice = option
+    return place, choice, grid
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = name.partition(":")[2].partition("@")
+    try:
+        wanted = [CONFIG_FILE, *FILES_OF_FOLDERS]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except Exception as error:  # the network, the Hub and its client raise whatever they like
+        raise CfvitError(f"{name} cannot be had ({first_line(error)}): give a local file or folder instead") from error
+
+
+def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of weights in a folder of timm's or transformers', and its configuration."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        known = {"architecture", "architectures", "model_type"} & set(config)
+    except (OSError, ValueError, TypeError) as error:
+        raise CfvitError(f"{folder} has no {CONFIG_FILE} that can be read: give the file of weights itself") from error
+    if not known:
+        if "data_config" in config:
+            raise CfvitError(f"{folder} holds a coarse-to-fine model: give the folder, where such a model is asked for")
+        raise CfvitError(f"{folder / CONFIG_FILE} names no architecture: give a folder of timm's or of transformers'")
+    return next((folder / f for f in FILES_OF_FOLDERS if (folder / f).is_file()), folder / WEIGHTS_FILE), config
 
 
 def _read(path: Path) -> Any:
@@ -69,3 +172,149 @@ def _read(path: Path) -> Any:
         raise CfvitError(f"{path} is not read ({what}): give a checkpoint of plain tensors") from error
     except Exception as error:
         raise CfvitError(f"{path} is damaged or no torch file ({first_line(error)}): copy it again") from error
+
+
+def _unwrapped(
+    content: Any, path: Path, wrappers: Sequence[str], choice: str | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict of a checkpoint, and what lies beside it."""
+    besides: dict[str, Any] = {}
+    if isinstance(content, dict):
+        if "recipe" in content and "optimizer" in content:
+            raise CfvitError(
+                f"{path} is the checkpoint of a run: give its folder, {path.parent}, which holds the model"
+            )
+        nested = [key for key, value in content.items() if isinstance(value, dict) and value]
+        if choice is not None and choice not in nested:
+            raise CfvitError(
+                f"{path} holds no {choice}: it has {', '.join(map(str, nested)) or 'one state dict alone'}"
+            )
+        key = choice or next((key for key in wrappers if key in nested), None)
+        averages = [name for name in AVERAGES if name in nested and name != key]
+        if averages and key is not None:
+            warnings.warn(
+                f"{path} also holds averaged weights; {key} is taken: give {path}#{averages[0]} to take those",
+                stacklevel=3,
+            )
+        if key is not None:
+            besides = {name: value for name, value in content.items() if name != key}
+            content = content[key]
+            inner = next(
+                (key for key in wrappers if isinstance(content, dict) and isinstance(content.get(key), dict)), None
+            )
+            content = content if inner is None else content[inner]
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    if not named or not content:
+        raise CfvitError(f"{path} holds no named tensors: give a checkpoint with a state dict")
+    return content, besides
+
+
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+_PARTS = ("model.", "backbone.", "encoder.")
+
+
+def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Weights without the names of what the network was a part of; those of other parts are left out, and told."""
+    tensors = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
+    if any(name.startswith(("feature_reuse.", "coarse_pos_embed")) for name in tensors):
+        raise CfvitError(f"{path} holds a coarse-to-fine model's weights: give its folder, {path.parent}")
+    while (part := next((p for p in _PARTS if _is_of_a_vit(tensors, p)), None)) is not None:
+        left_out = [name for name in tensors if not name.startswith(part)]
+        tensors = {_WRAPPED.sub("", n.removeprefix(part)): t for n, t in tensors.items() if n.startswith(part)}
+        if left_out:
+            warnings.warn(
+                f"{path} holds more than a ViT: {part[:-1]} is read, {len(left_out)} other weights "
+                f"({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}) are left out",
+                stacklevel=4,
+            )
+    return tensors
+
+
+def _is_of_a_vit(tensors: Mapping[str, Tensor], part: str) -> bool:
+    """Whether the weights below a prefix are those of a ViT, or all are below it, and timm has no such name."""
+    if not any(name.startswith(part) for name in tensors):
+        return False
+    whole = all(name.startswith(part) for name in tensors)
+    return whole or any(_WRAPPED.sub("", name.removeprefix(part)) in _OF_A_VIT for name in tensors if part in name)
+
+
+_OF_A_VIT = {"cls_token", "patch_embed.proj.weight", "backbone.cls_token", "encoder.cls_token", "model.cls_token"}
+
+
+# transformers
+
+
+_FROM_TRANSFORMERS = [
+    (r"^(vit|deit|dinov2|dinov2_with_registers|vision_model|clip\.vision_model)\.", ""),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+    (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"\.(attention\.attention|attention|self_attn)\.(query|key|value|q_proj|k_proj|v_proj)\.", r".attn.\2."),
+    (r"\.attn\.([qkv])[a-z_]*\.", r".attn.\1."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(layernorm|post_layernorm)\.", "norm."),
+    (r"^(classifier|cls_classifier|visual_projection)\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+]
+"""Names of `ViT`, `DeiT`, `Dinov2`, `Dinov2WithRegisters` and `CLIPVision`, in either spelling of theirs, as timm's."""
+
+
+def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in transformers' spelling under timm's names, others as they are: the network computes the same.
+
+    A pooler, a mask token and a text tower, of which timm's ViTs have nothing, are left out.
+    """
+    if not any(re.search(r"(^|\.)embeddings\.patch_embedding", name) for name in tensors):
+        return tensors
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in _FROM_TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        if not name.startswith(("pooler.", "text_model.", "text_projection.", "logit_scale")):
+            renamed[name] = tensor
+    renamed = {name: t for name, t in renamed.items() if name not in ("mask_token", "embeddings.position_ids")}
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
+        if all(part is not None for part in parts):
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([p for p in parts if p is not None])
+    if "cls_token" in renamed:
+        renamed["cls_token"] = renamed["cls_token"].reshape(1, 1, -1)
+    if "pos_embed" in renamed and renamed["pos_embed"].ndim == 2:
+        renamed["pos_embed"] = renamed["pos_embed"][None]
+    if "reg_token" in renamed and "pos_embed" in renamed:  # timm's are without positions for class token and registers
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    if "norm_pre.weight" in renamed and "head.weight" in renamed and "head.bias" not in renamed:
+        renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))  # CLIP's projection has none
+    return renamed
+
+
+def _names_of_ids(names: Any) -> list[str] | None:
+    """The classes of transformers' ``id2label``, unless it has none but ``LABEL_0`` and so on."""
+    if not isinstance(names, dict) or not all(str(i) in names for i in range(len(names))):
+        return None
+    ordered = [str(names[str(i)]) for i in range(len(names))]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(ordered)) else ordered
+
+
+def _grid_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches by a configuration of timm's or transformers', None where it does not say."""
+    vision = config.get("vision_config", config)
+    size = config.get("model_args", {}).get("img_size") or vision.get("image_size")
+    size = size or config.get("pretrained_cfg", {}).get("input_size", [None])[1:]
+    projection = tensors.get("patch_embed.proj.weight")
+    sides = [size, size] if isinstance(size, int) else size
+    if projection is None or projection.ndim != 4 or not sides or len(sides) != 2:
+        return None
+    return sides[0] // projection.shape[2], sides[1] // projection.shape[3]

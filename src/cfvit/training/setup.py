@@ -126,9 +126,9 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
     )
     if recipe.learns_from_tokens and not hasattr(model.backbone, "token_logits"):
         raise UsageError(f"{recipe.backbone} has no auxiliary head to learn token labels: give --backbone lvvit_...")
+    model.class_names = source.class_names
     if recipe.initial_weights is not None:
         initialise(model, recipe.initial_weights)
-    model.class_names = source.class_names
     if recipe.crop_pct is not None:
         model.data_config["crop_pct"] = recipe.crop_pct
     kept, held = datasets.split_holdout(source, recipe.holdout, recipe.seed)

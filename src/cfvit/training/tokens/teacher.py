@@ -17,7 +17,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from cfvit.checkpoints import CONFIG_FILE
-from cfvit.errors import CfvitError, first_line
+from cfvit.errors import CfvitError
 from cfvit.modeling.backbones import in_timms_keys, require_fit
 from cfvit.modeling.weights import read_weights
 
@@ -207,13 +207,7 @@ def _build(name: str, num_classes: int, weights: Path | None) -> Any:
 
 def _fill_strictly(model: nn.Module, path: Path, name: str) -> None:
     """Loads weights, positions of plain ViTs resampled; all must fit, the head too."""
-    own, weights = model.state_dict(), read_weights(path)
-    try:
-        weights = in_timms_keys(model, weights)
-    except Exception as error:  # timm resamples foreign shapes as far as it gets
-        raise CfvitError(
-            f"{path} does not fit the teacher {name} ({first_line(error)}): give weights of that model"
-        ) from error
+    own, weights = model.state_dict(), in_timms_keys(model, read_weights(path))
     require_fit(own, weights, f"{path} does not fit the teacher {name}")
     model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in weights.items()})
 
