@@ -18,12 +18,11 @@ from cfvit.checkpoints import bundled_models, load
 from cfvit.data import EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
-from cfvit.files import atomic_write
 from cfvit.inference.files import FileAnswer, classify_files
 from cfvit.inference.predictor import Predictor
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.plots.explain import PictureFolder
-from cfvit.plots.style import require_matplotlib
+from cfvit.plots.style import png, require_matplotlib
 from cfvit.processes import Process
 from cfvit.training.loop import train
 from cfvit.training.recipe import DIGITS
@@ -173,25 +172,24 @@ def verdict(comparison: Comparison) -> str:
 
 def draw_trade_off(evaluation: Evaluation, comparison: Comparison, path: Path) -> None:
     """A PNG of accuracy against cost over eta, with the plain ViT and the calibrated eta marked."""
-    figure = require_matplotlib()(figsize=(6.4, 4), dpi=120, layout="constrained")
-    axis = figure.subplots()
-    axis.plot([1e3 * p.gmacs for p in evaluation.sweep], [p.accuracy for p in evaluation.sweep], label="coarse-to-fine")
-    axis.plot(
-        1e3 * comparison.gmacs,
-        comparison.accuracy,
-        "o",
-        color="C0",
-        label=f"calibrated eta {evaluation.calibrated:.2f}",
-    )
-    axis.plot(1e3 * comparison.plain_gmacs, comparison.plain_accuracy, "s", color="C1", label="plain ViT")
-    axis.set_xlabel("MMACs per image")
-    axis.set_ylabel("top-1 %")
-    axis.set_xlim(left=0)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png")
+    with png(path, 6.4, 4) as figure:
+        axis = figure.subplots()
+        axis.plot(
+            [1e3 * p.gmacs for p in evaluation.sweep], [p.accuracy for p in evaluation.sweep], label="coarse-to-fine"
+        )
+        axis.plot(
+            1e3 * comparison.gmacs,
+            comparison.accuracy,
+            "o",
+            color="C0",
+            label=f"calibrated eta {evaluation.calibrated:.2f}",
+        )
+        axis.plot(1e3 * comparison.plain_gmacs, comparison.plain_accuracy, "s", color="C1", label="plain ViT")
+        axis.set_xlabel("MMACs per image")
+        axis.set_ylabel("top-1 %")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.legend(loc="lower right")
 
 
 def _explain_digits(model: CoarseToFineViT, digits: Path, folder: Path) -> None:

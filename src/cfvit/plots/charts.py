@@ -16,7 +16,6 @@ from cfvit.modeling.cost import StageMacs
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _VARIABLES = {INK: "ink", QUIET: "quiet", LINE: "line", COARSE: "coarse", FINE: "fine"}
@@ -76,31 +75,26 @@ def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
         for column, (stage, reliability, colour) in enumerate(
             zip(("coarse stage", "fine stage"), stages, (COARSE, FINE), strict=True)
         ):
-            _reliability_bars(axes[0, column], reliability, colour)
-            axes[0, column].set_title(f"{stage}, ECE {reliability.error:.1f} points", fontsize=10)
-            share = 100 * reliability.counts / reliability.counts.sum()
-            axes[1, column].bar(_centres(len(share)), share, width=0.92 / len(share), color=colour)
-            axes[1, column].set_xlabel("highest probability")
+            above, below = axes[:, column]
+            bins = len(reliability.counts)
+            centres, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
+            filled = np.flatnonzero(reliability.counts)
+            right = [
+                share_estimate(int(reliability.hits[i]), int(reliability.counts[i]), LEVEL).mapped(lambda v: 100 * v)
+                for i in filled
+            ]
+            above.bar(centres[filled], [each.value for each in right], width=width, color=colour, alpha=0.45, lw=0)
+            lows, highs = [each.low for each in right], [each.high for each in right]
+            above.vlines(centres[filled], lows, highs, color=colour, lw=1.3)
+            above.plot([0, 1], [0, 100], color=QUIET, ls=(0, (4, 3)), lw=1.2)
+            above.set(xlim=(0, 1), ylim=(0, 100))
+            above.set_title(f"{stage}, ECE {reliability.error:.1f} points", fontsize=10)
+            below.bar(centres, 100 * reliability.counts / reliability.counts.sum(), width=width, color=colour)
+            below.set_xlabel("highest probability")
         axes[0, 0].set_ylabel("right answers, %")
         axes[1, 0].set_ylabel("images, %")
         errors = " and ".join(f"{reliability.error:.1f}" for reliability in stages)
         return _svg(figure, name, f"Reliability of both stages; the calibration errors are {errors} points")
-
-
-def _reliability_bars(axis: Axes, reliability: Reliability, colour: str) -> None:
-    bins = len(reliability.counts)
-    filled = np.flatnonzero(reliability.counts)
-    shares = [share_estimate(int(reliability.hits[i]), int(reliability.counts[i]), LEVEL) for i in filled]
-    centres = _centres(bins)[filled]
-    axis.bar(centres, [100 * share.value for share in shares], width=0.92 / bins, color=colour, alpha=0.45, lw=0)
-    axis.vlines(centres, [100 * s.low for s in shares], [100 * s.high for s in shares], color=colour, lw=1.3)
-    axis.plot([0, 1], [0, 100], color=QUIET, ls=(0, (4, 3)), lw=1.2)
-    axis.set_xlim(0, 1)
-    axis.set_ylim(0, 100)
-
-
-def _centres(bins: int) -> np.ndarray:
-    return (np.arange(bins) + 0.5) / bins
 
 
 def draw_exit_shares(shares: list[float], name: str) -> str:

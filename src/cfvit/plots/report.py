@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 
 import cfvit
-from cfvit.calibration import Calibration, Estimate, rank_images
+from cfvit.calibration import Calibration, rank_images
 from cfvit.calibration.calibrated import missing_classes
 from cfvit.calibration.tradeoff import NO_ANSWER
 from cfvit.data import DataSource, EvalImages
@@ -112,7 +111,7 @@ def write_report(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"signed": signed, "interval": _interval, "counted": _counted}
+    environment.filters |= {"signed": signed, "counted": _counted}
     page = environment.get_template("report.html").render(
         model=model,
         model_name=model_name,
@@ -179,58 +178,42 @@ def _notes(
 def _sheets(
     model: CoarseToFineViT, collected: Collected, source: DataSource, answers: Answers, threshold: float
 ) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Example images of three kinds, each with a title."""
+    """Example images of three kinds, each kind with a title, as the template shows them."""
     coarse, fine = answers.coarse, answers.fine
-    sheets = (
+    hard = surest(~coarse.right & fine.right, fine.confidence, _SHEET)
+    sheets: list[tuple[str, list[dict[str, Any]]]] = []
+    for title, places in (
         ("Easy: right at the coarse stage, and surest", surest(coarse.right, coarse.confidence, _SHEET)),
-        (
-            "Hard: wrong at the coarse stage, right at the fine one, and surest there",
-            surest(~coarse.right & fine.right, fine.confidence, _SHEET),
-        ),
+        ("Hard: wrong at the coarse stage, right at the fine one, and surest there", hard),
         ("Wrong at the fine stage, and surest there", surest(~fine.right, fine.confidence, _SHEET)),
-    )
-    return [(title, _examples(places, model, collected, source, answers, threshold)) for title, places in sheets]
-
-
-def _examples(
-    places: Sequence[int],
-    model: CoarseToFineViT,
-    collected: Collected,
-    source: DataSource,
-    answers: Answers,
-    threshold: float,
-) -> list[dict[str, Any]]:
-    """What the page shows of these images, for the template."""
-    if not places:
-        return []
-    indices = collected.indices[list(places)].tolist()
-    images = EvalImages(source, model.data_config, indices)
-    batch = torch.stack([images[i][0] for i in range(len(images))])
-    examples = []
-    for place, index, seen in zip(places, indices, explain(model, batch, threshold), strict=True):
-        shown = []
-        gone_on = bool(answers.gone_on[place])
-        for name, stage, counts in (("coarse", answers.coarse, not gone_on), ("fine", answers.fine, gone_on)):
-            answer = int(stage.answer[place])
-            label = "no number" if answer == NO_ANSWER else model.label_of(answer)
-            sure = shown_confidence(max(float(stage.confidence[place]), 0), model.exit.measure)
-            right = bool(stage.right[place])
-            shown.append({"stage": name, "text": f"{label}, {sure}", "right": right, "counts": counts})
-        picture = _thumbnail(seen)
-        written = io.BytesIO()
-        picture.save(written, "JPEG", quality=82, optimize=True)
-        examples.append(
-            {
-                "label": model.label_of(int(answers.labels[place])),
-                "file": source.name(index),
-                "answers": shown,
-                "split": f"{int(seen.split.sum())} of {seen.split.size} cells split",
-                "jpeg": base64.b64encode(written.getvalue()).decode("ascii"),
-                "width": picture.width,
-                "height": picture.height,
-            }
-        )
-    return examples
+    ):
+        examples = []
+        indices = collected.indices[places].tolist()
+        images = EvalImages(source, model.data_config, indices)
+        batch = [images[i][0] for i in range(len(images))]
+        explanations = explain(model, torch.stack(batch), threshold) if batch else []
+        for place, index, seen in zip(places, indices, explanations, strict=True):
+            shown, gone_on = [], bool(answers.gone_on[place])
+            for name, stage, counts in (("coarse", coarse, not gone_on), ("fine", fine, gone_on)):
+                answer, right = int(stage.answer[place]), bool(stage.right[place])
+                label = "no number" if answer == NO_ANSWER else model.label_of(answer)
+                sure = shown_confidence(max(float(stage.confidence[place]), 0), model.exit.measure)
+                shown.append({"stage": name, "text": f"{label}, {sure}", "right": right, "counts": counts})
+            picture, jpeg = _thumbnail(seen), io.BytesIO()
+            picture.save(jpeg, "JPEG", quality=82, optimize=True)
+            examples.append(
+                {
+                    "label": model.label_of(int(answers.labels[place])),
+                    "file": source.name(index),
+                    "answers": shown,
+                    "split": f"{int(seen.split.sum())} of {seen.split.size} cells split",
+                    "jpeg": base64.b64encode(jpeg.getvalue()).decode("ascii"),
+                    "width": picture.width,
+                    "height": picture.height,
+                }
+            )
+        sheets.append((title, examples))
+    return sheets
 
 
 def _thumbnail(seen: Explanation) -> Image.Image:
@@ -251,10 +234,6 @@ def signed(value: float, digits: str = ".1f") -> str:
     """A number with a true minus sign, and none before a zero."""
     text = f"{value:{digits}}"
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−", 1)
-
-
-def _interval(estimate: Estimate, digits: str = ".1f") -> str:
-    return f"{signed(estimate.low, digits)} to {signed(estimate.high, digits)}"
 
 
 def _counted(number: int, thing: str) -> str:
