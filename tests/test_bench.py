@@ -35,6 +35,7 @@ from cfvit.benchmark.contenders import (
 )
 from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
 from cfvit.benchmark.memory import peak_bytes
+from cfvit.benchmark.modes import Mode
 from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
     Bench,
@@ -52,7 +53,6 @@ from cfvit.data import open_images
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
 from cfvit.inference.files import FileAnswer
-from cfvit.modeling.variants import Mode
 
 Fails = Callable[..., AbstractContextManager[None]]
 Cli = Callable[..., Outcome]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cfvit import CoarseToFineViT, checkpoints, load, save
 from cfvit.checkpoints import bundled_models, initialise, load_authors_checkpoint
 from cfvit.files import atomic_write
-from cfvit.modeling.variants import Reuse
+from cfvit.modeling.config import Reuse
 from cfvit.modeling.weights import read_weights
 
 Make = Callable[..., CoarseToFineViT]

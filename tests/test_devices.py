@@ -16,11 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cfvit import CoarseToFineViT, create_model
 from cfvit.benchmark.peers import EViT, ToMe
 from cfvit.inference.stream import placed
+from cfvit.modeling.config import Objective
 from cfvit.modeling.exit import Exit, goes_on
-from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss
+from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
 from cfvit.training.recipe import Recipe
 from cfvit.training.tokens.label_maps import pool_scores
-from cfvit.training.tokens.mixing import class_target, draw_mixed_cells, mix_images, token_target
+from cfvit.training.tokens.mixing import class_target, draw_mixed_cells, mix_images
 
 GPU = torch.device("cuda", 0)
 CLASSES = 5
@@ -85,7 +86,7 @@ def test_the_loss_of_mixed_images_stays_on_the_gpu() -> None:
     model, recipe = create_model("test_vit", num_classes=CLASSES, coarse_grid=2), Recipe()
     with FakeTensorMode():
         images, targets = mix_images(recipe, images_of(on_gpu(model)), labels(), 0, CLASSES)
-        assert coarse_to_fine_loss(model(images), targets).device == GPU
+        assert coarse_to_fine_loss(model(images), targets, Objective()).device == GPU
 
 
 def test_the_loss_of_token_labels_stays_on_the_gpu() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit import CfvitError, CoarseToFineViT, StageMacs, count_macs, create_model
-from cfvit.modeling.variants import Reuse
+from cfvit.modeling.config import Reuse
 
 PAPER = {0.4: 3.7, 0.5: 4.0, 0.6: 4.4, 0.7: 4.7, 0.8: 5.1, 0.9: 5.5}
 """alpha to GMACs of both stages (Tab. 6)."""

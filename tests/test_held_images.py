@@ -131,7 +131,7 @@ def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_run_with_held_images_is_the_run_without(colours: Path, tmp_path: Path) -> None:
     recipe = Recipe(
-        data=str(colours),
+        data=(str(colours),),
         holdout=0.2,
         backbone="test_vit",
         timm_kwargs={"patch_size": 4},

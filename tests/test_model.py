@@ -15,8 +15,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from cfvit import CfvitError, CoarseState, CoarseToFineViT, create_model
+from cfvit.modeling.config import Objective, Reuse
 from cfvit.modeling.losses import coarse_to_fine_loss
-from cfvit.modeling.variants import Reuse
 
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]
@@ -195,7 +195,7 @@ class TestStages:
     @pytest.mark.parametrize("reuse", get_args(Reuse))
     def test_gradients_reach_every_parameter(self, reuse: str, make_model: MakeModel, make_images: MakeImages) -> None:
         model = make_model(feature_reuse=reuse).train()
-        coarse_to_fine_loss(model(make_images(model, 2)), torch.tensor([1, 5])).backward()
+        coarse_to_fine_loss(model(make_images(model, 2)), torch.tensor([1, 5]), Objective()).backward()
         unreached = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert unreached == []
 

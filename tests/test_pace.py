@@ -4,52 +4,57 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from cfvit import count_macs, create_model
+from cfvit import count_macs
+from cfvit.methods.base import create_method
+from cfvit.modeling.config import ModelConfig
 from cfvit.processes import Process
 from cfvit.training import pace as pace_module
 from cfvit.training.loop import train
-from cfvit.training.pace import Pace, matrix_rate, pace_of
+from cfvit.training.pace import Pace, gradient_macs, matrix_rate
 from cfvit.training.recipe import Recipe
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The time, as its only element."""
+def test_figures_are_those_since_the_start_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
-    return now
-
-
-def test_figures_are_those_since_the_start_of_all_processes(clock: list[float]) -> None:
-    pace = Pace(images_per_step=10, world=4, gradient_macs=lambda ratio: int(1000 * ratio), matrix_rate=50_000.0)
+    monkeypatch.setattr(pace_module, "matrix_rate", lambda device, dtype: 50_000.0)
+    monkeypatch.setattr(pace_module, "gradient_macs", lambda method, model, split: int(1000 * split))
+    anything: Any = SimpleNamespace(method=None, model=None)
+    pace = Pace(Recipe(batch_size=10), anything, Process(rank=0, world=4, device=CPU.device))
     pace.start(0.5)
     for _ in range(6):
-        clock[0] += 0.5
+        now[0] += 0.5
         pace.advance()
     assert pace.figures() == {"images_per_second": 80.0, "matrix_share": 0.2}
     pace.start(1.0)
-    clock[0] += 2.0
+    now[0] += 2.0
     pace.advance()
     assert pace.figures() == {"images_per_second": 20.0, "matrix_share": 0.1}
 
 
 def test_gradients_cost_three_times_what_is_trained() -> None:
-    model = create_model("test_vit", num_classes=3, coarse_grid=4, patch_size=4, informative_ratio=0.25)
-    macs = count_macs(model)
-    recipe = Recipe(backbone="test_vit", coarse_grid=4)
+    config = ModelConfig(
+        backbone="test_vit", num_classes=3, coarse_grid=4, informative_ratio=0.25, timm_kwargs={"patch_size": 4}
+    )
 
-    def gradient_macs(stages: str, ratio: float) -> int:
-        return pace_of(recipe.replace({"stages": stages}), model, CPU).gradient_macs(ratio)
+    def macs(name: str, split: float) -> int:
+        method = create_method(name)
+        model = method.build(config)
+        model.class_names = ["a", "b", "c"]
+        return gradient_macs(method, model, split)
 
-    assert gradient_macs("both", 0.25) == 3 * macs.both < gradient_macs("both", 1.0)
-    assert gradient_macs("backbone", 1.0) == 3 * macs.backbone
-    assert gradient_macs("coarse", 1.0) == 3 * macs.coarse
+    cost = count_macs(create_method("cf_vit").build(config))
+    assert macs("cf_vit", 0.25) == 3 * cost.both < macs("cf_vit", 1.0)
+    assert macs("plain", 1.0) == 3 * cost.backbone
+    assert macs("coarse_only", 1.0) == 3 * cost.coarse
 
 
 def test_the_matrix_rate_is_measured_without_touching_the_random_state() -> None:
@@ -61,7 +66,7 @@ def test_the_matrix_rate_is_measured_without_touching_the_random_state() -> None
 
 def test_the_log_tells_both(colours: Path, tmp_path: Path) -> None:
     recipe = Recipe(
-        data=str(colours),
+        data=(str(colours),),
         holdout=0.2,
         backbone="test_vit",
         timm_kwargs={"patch_size": 4},

@@ -83,7 +83,7 @@ def spots(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(spots: Path) -> Recipe:
-    return Recipe(data=str(spots)).replace(TINY)
+    return Recipe(data=(str(spots),)).replace(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_table_4_has_each_way_to_choose_regions(trained: Path, recipe: Recipe) -
     }
     for label, run in source_of.items():
         model = load(trained / "runs" / f"{run}-seed0")
-        result = evaluate_model(model, labelled_images(model, recipe.data), (1.0,), 64, 0, CPU)
+        result = evaluate_model(model, labelled_images(model, recipe.data[0]), (1.0,), 64, 0, CPU)
         expected = [result.stages[stage].top1 for stage in (0, 1)]
         assert [float(table[label][stage]) for stage in ("coarse", "fine")] == pytest.approx(expected, abs=1e-3)
     assert load(trained / "runs" / "select-random-seed0").config.selection == "random"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +34,20 @@ def test_recipes_survive_their_own_yaml(name: str, yaml_file: Callable[[str], Pa
 
 def test_yaml_holds_awkward_values(yaml_file: Callable[[str], Path]) -> None:
     recipe = Recipe(
-        data="/a folder: with # signs, 'quotes' and é, " + "and a long name " * 10,
+        data=("/a folder: with # signs, 'quotes' and é, " + "and a long name " * 10,),
         val_data="null",
         timm_kwargs={"patch_size": 4, "init_values": 1e-5, "act_layer": "gelu"},
         lr_base=1e-10,
         threshold_max_drop=1.0,
     )
     text = recipe.to_yaml()
-    assert len(text.splitlines()) == len(Recipe.__dataclass_fields__)
+    assert len(text.splitlines()) == len(fields(Recipe)) - 1, "num_classes follows from the data"
     assert load_recipe("deit", yaml_file(text)) == recipe
 
 
 def test_yaml_holds_the_papers_variants(yaml_file: Callable[[str], Path]) -> None:
     """Among them ``none``, which is a word and not nothing."""
-    changes = {"selection": "random", "feature_reuse": "none", "coarse_loss": "ce", "stages": "coarse"}
+    changes = {"selection": "random", "feature_reuse": "none", "coarse_label_weight": 1.0, "method": "coarse_only"}
     recipe = Recipe().replace(changes)
     loaded = load_recipe("digits", yaml_file(recipe.to_yaml()))
     assert loaded == recipe
@@ -56,7 +57,16 @@ def test_yaml_holds_the_papers_variants(yaml_file: Callable[[str], Path]) -> Non
 def test_print_recipe_shows_the_papers_variants(
     cfvit_main: Callable[..., Outcome], yaml_file: Callable[[str], Path]
 ) -> None:
-    flags = ["--selection", "negative", "--feature-reuse", "none", "--coarse-loss", "ce", "--stages", "coarse"]
+    flags = [
+        "--selection",
+        "negative",
+        "--feature-reuse",
+        "none",
+        "--coarse-label-weight",
+        "1",
+        "--method",
+        "coarse_only",
+    ]
     outcome = cfvit_main("train", "--recipe", "digits", "--print-recipe", *flags)
     assert outcome.status == 0, outcome.err
     printed = load_recipe("deit", yaml_file("\n".join(outcome.out)))
@@ -81,7 +91,7 @@ def test_none_is_a_value_where_it_is_allowed(yaml_file: Callable[[str], Path]) -
     recipe = load_recipe("finetune", yaml_file("initial_weights: null\ntimm_kwargs:\n"))
     assert RECIPES["finetune"].initial_weights == "timm"
     assert recipe.initial_weights is None
-    assert recipe.timm_kwargs is None
+    assert recipe.timm_kwargs == {}
 
 
 def test_empty_yaml_changes_nothing(yaml_file: Callable[[str], Path]) -> None:
@@ -98,20 +108,18 @@ def test_mistyped_fields_are_recognised(fails: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
-        ("epochs", "ten", "give int"),
-        ("epochs", 3.5, "give int"),
-        ("epochs", True, "give int"),
-        ("epochs", None, "give int"),
-        ("lr_base", "fast", "give float"),
-        ("lr_base", False, "give float"),
-        ("compile", 1, "give bool"),
-        ("backbone", 5, "give str"),
+        ("epochs", "ten", "give a whole number"),
+        ("epochs", 3.5, "give a whole number"),
+        ("epochs", True, "give a whole number"),
+        ("epochs", None, "give a whole number"),
+        ("lr_base", "fast", "give a number"),
+        ("lr_base", False, "give a number"),
+        ("compile", 1, "give true or false"),
+        ("backbone", 5, "give text"),
         ("precision", "float8", "give .*bfloat16"),
-        ("selection", "best", "give attention, negative, random"),
-        ("feature_reuse", None, "give mlp, linear, none, class_token, uninformative"),
-        ("coarse_loss", "mse", "give kl, ce"),
-        ("stages", "fine", "give both, coarse, backbone"),
-        ("timm_kwargs", 4, "give dict"),
+        ("selection", "best", "give one of attention, negative, random"),
+        ("feature_reuse", None, "give one of mlp, linear, none, class_token, uninformative"),
+        ("timm_kwargs", 4, "give names with values"),
     ],
 )
 def test_values_of_another_type_are_refused(name: str, value: Any, allowed: str, fails: Callable[..., Any]) -> None:
@@ -123,12 +131,12 @@ def test_values_of_another_type_are_refused(name: str, value: Any, allowed: str,
     ("name", "value", "allowed"),
     [
         ("epochs", 0, "at least 1"),
-        ("holdout", 1.0, "between 0 and 0.99"),
-        ("informative_ratio", 1.5, "between 0 and 1"),
+        ("holdout", 1.0, "at most 0.99"),
+        ("informative_ratio", 1.5, "at most 1"),
         ("lr_base", float("nan"), "at least 0"),
         ("warmup_epochs", -1.0, "at least 0"),
-        ("seed", -1, "between 0 and 4294967295"),
-        ("crop_pct", 0.0, "between 0.01 and 1"),
+        ("seed", -1, "at least 0"),
+        ("crop_pct", 0.0, "at least 0.01"),
     ],
 )
 def test_values_out_of_range_are_refused(name: str, value: float, allowed: str, fails: Callable[..., Any]) -> None:
@@ -154,22 +162,22 @@ def test_configurations_that_are_no_recipe(
     binary.write_bytes(b"\xff\xfe\x00binary")
     with fails("is not YAML", UsageError):
         load_recipe("deit", binary)
-    with fails("no field 1", UsageError):
+    with fails("no field '1'", UsageError):
         load_recipe("deit", yaml_file("1: 2\n"))
 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"coarse_grid": 0}, "coarse_grid is 0: give at least 1, or ROWSxCOLUMNS such as 5x8"),
-        ({"coarse_grid": "5x"}, "coarse_grid is '5x': give at least 1"),
+        ({"coarse_grid": 0}, "coarse_grid is 0: give a whole number of at least 1, or ROWSxCOLUMNS such as 5x8"),
+        ({"coarse_grid": "5x"}, "coarse_grid is '5x': give a whole number of at least 1"),
         ({"coarse_grid": "5x8x2"}, "coarse_grid is '5x8x2'"),
         ({"teacher_weights": "file"}, "teacher_weights are given without a teacher: add --teacher NAME"),
         ({"mix_token": True}, "mix_token is on without token labels"),
         ({"token_labels": "maps", "teacher": "resnet18", "mixup": 0, "cutmix": 0}, "both given"),
         ({"token_labels": "maps"}, "mixup and cutmix move pixels"),
-        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "stages": "backbone"}, "stages is backbone, coarse_loss kl"),
-        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "coarse_loss": "ce"}, "leave out token_labels and teacher"),
+        ({"teacher": "resnet18", "mixup": 0, "cutmix": 0, "coarse_fine_weight": 0.0}, "leave out token_labels and"),
+        ({"data": ("a", "b")}, "data has 2 sources: labelled data is one, only photos may be more"),
     ],
 )
 def test_what_does_not_go_together(changes: dict[str, Any], complaint: str) -> None:
@@ -178,9 +186,9 @@ def test_what_does_not_go_together(changes: dict[str, Any], complaint: str) -> N
 
 
 def test_grids() -> None:
-    assert Recipe().grid == 7
+    assert Recipe().grid == (7, 7)
     assert Recipe().replace({"coarse_grid": "5x8"}).grid == (5, 8)
-    assert Recipe().replace({"coarse_grid": "9"}).grid == 9
+    assert Recipe().replace({"coarse_grid": "9"}).grid == (9, 9)
 
 
 @pytest.mark.parametrize(

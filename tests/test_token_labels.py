@@ -31,6 +31,7 @@ from torchvision.ops import roi_align
 import cfvit
 from cfvit.data import TrainImages, next_batch, open_data
 from cfvit.errors import CfvitError
+from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.tokens.label_maps import (
     LabelledImages,
     LabelledTransform,
@@ -40,7 +41,6 @@ from cfvit.training.tokens.label_maps import (
     read_label_map,
 )
 from cfvit.training.tokens.labelling import make_token_labels, to_label_maps
-from cfvit.training.tokens.teacher import Teacher, load_teacher
 
 Fails = Callable[..., Any]
 Cli = Callable[..., Outcome]
@@ -413,7 +413,7 @@ def test_teachers_give_a_map_of_logits(make_teacher: Callable[..., Teacher], nam
     images = torch.randn(2, *teacher.data_config["input_size"])
     logits = teacher.dense(images)
     assert logits.shape == (2, 7, side, side)
-    assert torch.equal(teacher(images), logits)  # a student that normalises alike
+    assert torch.equal(teacher.places(images), logits)  # a student that normalises alike
     assert torch.allclose(teacher.dense(images[1:]), logits[1:], atol=1e-5)
     assert logits.flatten(2).std(-1).min() > 0
 
@@ -499,19 +499,19 @@ def test_images_of_the_student_are_normalised_and_resized_for_the_teacher() -> N
 
     teacher = _teacher_of(_Colours(), own, student)
     pixels = torch.rand(2, 3, 64, 64)
-    seen = teacher(normalised(pixels, student))
+    seen = teacher.places(normalised(pixels, student))
     assert torch.allclose(seen, teacher.dense(normalised(pixels, own)), atol=1e-5)
     coarse = F.interpolate(pixels, (128, 96), mode="nearest")
-    assert teacher(normalised(coarse, student)).shape == seen.shape
+    assert teacher.places(normalised(coarse, student)).shape == seen.shape
     small = F.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
     large = F.interpolate(small, (64, 64), mode="bilinear")
-    assert torch.allclose(teacher(normalised(small, student)), teacher.dense(normalised(large, own)), atol=1e-5)
+    assert torch.allclose(teacher.places(normalised(small, student)), teacher.dense(normalised(large, own)), atol=1e-5)
 
 
 def test_a_teachers_answers_can_be_learnt_from(make_teacher: Callable[..., Teacher]) -> None:
     teacher = make_teacher("test_efficientnet")
     images = torch.randn(1, 3, 160, 160, requires_grad=True)
-    targets = teacher(images)
+    targets = teacher.places(images)
     assert not teacher.dense(images).requires_grad
     assert not targets.requires_grad
     assert not teacher.model.training
@@ -607,7 +607,7 @@ def test_models_without_places_are_refused(
 
     monkeypatch.setattr(timm, "create_model", pooled)
     with fails("teacher test_vit cannot be asked at each place .*neither a map nor tokens"):
-        make_teacher("test_vit")
+        make_teacher("test_vit").require_dense()
 
 
 def test_tokens_that_tile_no_grid_are_refused(fails: Fails) -> None:

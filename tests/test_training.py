@@ -13,8 +13,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,18 +28,20 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional
 
-from cfvit import CoarseToFineOutput, create_model, load, processes
+from cfvit import CoarseToFineOutput, CoarseToFineViT, create_model, load
 from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
+from cfvit.methods import cf_vit
+from cfvit.methods.base import Batch
 from cfvit.modeling.losses import token_label_loss
 from cfvit.modeling.model import TokenOutput
 from cfvit.processes import Process
-from cfvit.training import loop, step
 from cfvit.training import setup as preparation
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import DIGITS, Recipe
 from cfvit.training.setup import attention_for_gradients
+from cfvit.training.step import make_batch
 from cfvit.training.tokens.label_maps import pool_labels, pool_scores
 from cfvit.training.tokens.mixing import draw_mixed_cells
 
@@ -63,7 +65,7 @@ def cpu_with_one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def recipe(colours: Path) -> Recipe:
     """A network of 16 x 16 pixels, and nothing at random but the order of the images and their crops."""
     return Recipe(
-        data=str(colours),
+        data=(str(colours),),
         holdout=0.1,
         backbone="test_vit",
         timm_kwargs={"patch_size": 4},
@@ -94,7 +96,7 @@ def restless(recipe: Recipe) -> Recipe:
         {
             "epochs": 4,
             "drop_path_rate": 0.2,
-            "warmup_epochs": 1,
+            "warmup_epochs": 1.0,
             "ema_decay": 0.9,
             "auto_augment": "rand-m9-mstd0.5-inc1",
             "random_erasing": 0.25,
@@ -155,12 +157,15 @@ def test_learns_what_is_easy(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_all_cells_are_split_at_first(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios: list[float] = []
+    exact = CoarseToFineViT.forward
 
-    def record(recipe: Recipe, network: Any, images: Tensor, targets: Tensor, ratio: float) -> Tensor:
-        ratios.append(ratio)
-        return network(images).fine.sum()
+    def record(self: CoarseToFineViT, images: Tensor, *, informative_ratio: float | None = None) -> Any:
+        if self.training:
+            assert informative_ratio is not None
+            ratios.append(informative_ratio)
+        return exact(self, images, informative_ratio=informative_ratio)
 
-    monkeypatch.setattr(step, "_loss", record)
+    monkeypatch.setattr(CoarseToFineViT, "forward", record)
     train(recipe.replace({"epochs": 3, "informative_ratio": 0.25}), tmp_path / "run")
     assert ratios == [1.0] * 10 + [0.25] * 5
 
@@ -269,11 +274,14 @@ def test_all_cells_are_split_at_first_with_token_labels_too(
     """What the loss is asked for; that the network then splits so many is tested below."""
     ratios: list[float] = []
 
-    def record(recipe: Recipe, trained: preparation.Trained, batch: list[Tensor], ratio: float, seed: int) -> Tensor:
-        ratios.append(ratio)
-        return trained.model(batch[0]).fine.sum()
+    exact = cf_vit.CfViT.loss
 
-    monkeypatch.setattr(step, "_token_loss", record)
+    def record(self: cf_vit.CfViT, running: Any, batch: Batch, split: float) -> Tensor:
+        if batch.token_labels is not None:
+            ratios.append(split)
+        return exact(self, running, batch, split)
+
+    monkeypatch.setattr(cf_vit.CfViT, "loss", record)
     train(token_recipe.replace({"epochs": 3, "informative_ratio": 0.25}), tmp_path / "run")
     assert ratios == [1.0] * 10 + [0.25] * 5
 
@@ -289,18 +297,22 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     windows = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]]).repeat(2, 1)
     scores, seen = torch.randn(4, 3, 5, 7), {}
 
-    def network(images: Tensor, informative_ratio: float, mixed: Tensor | None) -> TokenOutput:
-        output = model.forward_tokens(images, informative_ratio=informative_ratio, mixed=mixed)
-        seen.update(ratio=informative_ratio, mixed=mixed, output=output)
+    def network(images: Tensor, split: float, tokens: bool, mixed: Tensor | None) -> TokenOutput:
+        assert tokens
+        output = model.forward_tokens(images, informative_ratio=split, mixed=mixed)
+        seen.update(ratio=split, mixed=mixed, output=output)
         return output
 
     nothing: Any = None
-    teacher: Any = (lambda asked: scores) if from_teacher else None
-    trained = preparation.Trained(model, network, nothing, nothing, nothing, nothing, teacher)
-    recipe = token_recipe.replace({"mix_token": mix, "token_label_weight": 0.5})
+    teacher: Any = SimpleNamespace(places=lambda asked: scores) if from_teacher else None
+    labelled = {"token_labels": None, "teacher": "resnet18"} if from_teacher else {}
+    recipe = token_recipe.replace({"mix_token": mix, "token_label_weight": 0.5, **labelled})
+    method = cf_vit.CfViT(recipe)
+    trained = preparation.Trained(method, model, network, nothing, nothing, nothing, nothing, teacher, 3)
     seed = next(seed for seed in range(99) if 0 < draw_mixed_cells((2, 3), seed, torch.device("cpu")).sum() < 6)
     batch = [images, targets] if from_teacher else [images, targets, maps, windows]
-    loss = step._token_loss(recipe, trained, batch, 0.5, seed)
+    running: Any = network
+    loss = method.loss(running, make_batch(recipe, trained, batch, seed, CPU.device), 0.5)
 
     mixed = draw_mixed_cells((2, 3), seed, torch.device("cpu")).tolist() if mix else [False] * 6
     assert seen["ratio"] == 0.5
@@ -319,24 +331,6 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     whole = (1 - sum(mixed) / 6) * whole + sum(mixed) / 6 * whole.flip(0)
     expected = token_label_loss(seen["output"], whole, torch.stack(labels).reshape(4, -1, 3), 0.5)
     torch.testing.assert_close(loss, expected)
-
-
-def test_processes_score_the_same_batch_norm(
-    token_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module = torch.nn.BatchNorm2d(2)
-    module.running_mean = torch.tensor([1.0, 2.0])
-    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(processes.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(processes.dist, "all_reduce", lambda tensor: tensor.add_(torch.tensor([3.0, 4.0])))
-    processes.average_buffers(module)
-    assert module.running_mean.tolist() == [2.0, 3.0]
-    assert module.num_batches_tracked == 0
-    monkeypatch.undo()
-    averaged: list[torch.nn.Module] = []
-    monkeypatch.setattr(loop, "average_buffers", averaged.append)
-    train(token_recipe.replace({"epochs": 1}), tmp_path / "run")
-    assert len(averaged) == 1
 
 
 def test_token_labels_resume_as_if_nothing_had_happened(token_recipe: Recipe, tmp_path: Path) -> None:
@@ -416,10 +410,10 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("stages", ["both", "coarse", "backbone"])
-def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, stages: str) -> None:
-    model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
-    changed = recipe.replace({"optimizer": optimizer, "stages": stages, "weight_decay": 0.05})
+@pytest.mark.parametrize("method", ["cf_vit", "coarse_only", "plain"])
+def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, method: str) -> None:
+    changed = recipe.replace({"optimizer": optimizer, "method": method, "weight_decay": 0.05})
+    _, model = preparation.prepare(changed, CPU)
     trained = preparation.assemble(changed, model, 80, CPU)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = trained.optimizer.param_groups
@@ -427,9 +421,7 @@ def test_positions_and_class_token_do_not_decay(recipe: Recipe, optimizer: str, 
     expected = {
         name: 0.0 if parameter.ndim == 1 or name.endswith(("pos_embed", "cls_token")) else 0.05
         for name, parameter in model.named_parameters()
-        if stages == "both"
-        or (stages == "coarse" and not _is_of_the_fine_stage(name))
-        or (stages == "backbone" and name.startswith("backbone."))
+        if method != "coarse_only" or not _is_of_the_fine_stage(name)
     }
     assert decay == expected
 
@@ -440,17 +432,19 @@ def _is_of_the_fine_stage(name: str) -> bool:
 
 
 def test_coarse_stage_alone_learns(recipe: Recipe, tmp_path: Path) -> None:
-    figures = train(recipe.replace({"stages": "coarse", "epochs": 4}), tmp_path / "run")
+    figures = train(recipe.replace({"method": "coarse_only", "epochs": 4}), tmp_path / "run")
     losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-    assert set(figures) == {f"{images}_coarse_top{k}" for images in ("holdout", "validation") for k in (1, 5)}
+    scores = {f"{images}_coarse_top{k}" for images in ("holdout", "validation") for k in (1, 5)}
+    assert set(figures) == scores | {"threshold"}
     assert figures["validation_coarse_top1"] > 60
     assert load(tmp_path / "run").threshold == 0.0
 
 
 def test_coarse_stage_alone_gives_the_fine_one_no_gradient(recipe: Recipe) -> None:
-    model = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4)
-    trained = preparation.assemble(recipe.replace({"stages": "coarse", "ema_decay": 0.9}), model, 80, CPU)
+    changed = recipe.replace({"method": "coarse_only", "ema_decay": 0.9})
+    _, model = preparation.prepare(changed, CPU)
+    trained = preparation.assemble(changed, model, 80, CPU)
     trained.network(torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert reached == {name for name, _ in model.named_parameters() if not _is_of_the_fine_stage(name)}
@@ -459,7 +453,7 @@ def test_coarse_stage_alone_gives_the_fine_one_no_gradient(recipe: Recipe) -> No
 
 
 def test_coarse_stage_alone_resumes(restless: Recipe, tmp_path: Path) -> None:
-    coarse = restless.replace({"stages": "coarse", "epochs": 2})
+    coarse = restless.replace({"method": "coarse_only", "epochs": 2})
     train(coarse, tmp_path / "whole")
     with pytest.raises(Stopped, match="stopped at step 7"):
         train(coarse, tmp_path / "stopped", stop=_stop_at(7))
@@ -514,7 +508,7 @@ def test_forks_of_another_recipe_are_refused(
     """The recipe is compared before anything else is looked at."""
     trunk = tmp_path / "trunk"
     trunk.mkdir()
-    torch.save({"recipe": asdict(forkable), "world": 1}, trunk / "all_cells.pt")
+    torch.save({"recipe": forkable.to_dict(), "world": 1}, trunk / "all_cells.pt")
     was = getattr(forkable, name)
     allowed = "a fork may change attention_momentum, informative_ratio, selection"
     with fails(f"the run in {trunk} has {name} {was!r}, not {value!r}: give that; {allowed}$"):
@@ -587,12 +581,12 @@ def test_the_papers_variants_learn_digits(name: str, value: Any, few_digits: Pat
 
 
 def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> None:
-    plain = recipe.replace({"stages": "backbone", "epochs": 1, "crop_pct": 1.0, "holdout": 0.0})
+    plain = recipe.replace({"method": "plain", "epochs": 1, "crop_pct": 1.0, "holdout": 0.0})
     figures = train(plain, tmp_path / "plain")
-    assert set(figures) == {"validation_backbone_top1", "validation_backbone_top5"}
+    assert set(figures) == {"validation_plain_top1", "validation_plain_top5"}
     checkpoint = torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)["model"]
     reference = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4).eval()
-    reference.load_state_dict(checkpoint)
+    reference.backbone.load_state_dict(checkpoint)
     backbone = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -660,7 +654,7 @@ def test_loss_that_is_no_number_ends_the_run(
     def diverge(output: CoarseToFineOutput, *_: Any) -> Tensor:
         return output.fine.sum() * (1.0 if next(steps) < 7 else math.nan)
 
-    monkeypatch.setattr(step, "coarse_to_fine_loss", diverge)
+    monkeypatch.setattr(cf_vit, "coarse_to_fine_loss", diverge)
     with fails("the loss is nan at step .*: lower --lr-base"):
         train(recipe.replace({"epochs": 3, "checkpoint_interval": interval}), tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
@@ -704,13 +698,13 @@ def test_attention_is_fused_on_a_cpu_but_in_half_precision(precision: str, fused
 
 def test_bfloat16_autocast(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[torch.dtype] = set()
-    exact = step.coarse_to_fine_loss
+    exact = cf_vit.coarse_to_fine_loss
 
     def look(output: CoarseToFineOutput, *details: Any) -> Tensor:
         seen.update(logits.dtype for logits in output)
         return exact(output, *details)
 
-    monkeypatch.setattr(step, "coarse_to_fine_loss", look)
+    monkeypatch.setattr(cf_vit, "coarse_to_fine_loss", look)
     train(recipe.replace({"epochs": 1, "precision": "bfloat16"}), tmp_path / "run")
     assert seen == {torch.bfloat16}
     assert all(math.isfinite(line["loss"]) for line in _log(tmp_path / "run", "train"))

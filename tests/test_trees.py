@@ -349,6 +349,7 @@ def test_photos_of_any_depth_and_of_several_sources(tmp_path: Path) -> None:
         *(f"{folder}/{name}" for name in ("2.png", "10.png", "a/b/c/1.png")),
         *(f"{tar}/{name}" for name in ("x/2.png", "x/y/1.png")),
         str(single),
+        f"{folder}/a/b/c/1.png",  # named twice, it counts twice
     ]
     assert source.class_names == []
     assert all(source.read(i)[0].size == (4, 4) for i in range(len(source)))
@@ -358,13 +359,13 @@ def test_photos_of_any_depth_and_of_several_sources(tmp_path: Path) -> None:
 def test_a_cap_keeps_so_many_of_each_folder(tmp_path: Path) -> None:
     names = [*(f"a/{i}.png" for i in range(20)), *(f"b/{i}.png" for i in range(3)), *(f"b/c/{i}.png" for i in range(9))]
     root = _write(tmp_path / "photos", *names)
-    capped = open_images(root, cap=5, seed=1)
+    capped = open_images(f"{root}@5", seed=1)
     folders = [Path(name).parent.relative_to(root).as_posix() for name in _names(capped)]
     assert {folder: folders.count(folder) for folder in folders} == {"a": 5, "b": 3, "b/c": 5}
     assert _names(capped) == [name for name in _names(open_images(root)) if name in _names(capped)]
-    assert _names(open_images(root, cap=5, seed=1)) == _names(capped)
-    assert _names(open_images(root, cap=5, seed=2)) != _names(capped)
-    alone = open_images(root / "a", cap=5, seed=1)
+    assert _names(open_images(f"{root}@5", seed=1)) == _names(capped)
+    assert _names(open_images(f"{root}@5", seed=2)) != _names(capped)
+    alone = open_images(f"{root / 'a'}@5", seed=1)
     assert len(alone) == 5
 
 

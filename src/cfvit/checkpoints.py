@@ -255,6 +255,8 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
     else:
         weights = CoarseToFineViT(model.config, True if read is None else read).state_dict()
         keep = {name for name in weights if name.startswith("feature_reuse.")}
+        if model.feature_reuse is not None:
+            model.feature_reuse.start_at_zero()
         names = None if read is None else read.class_names
     own = model.state_dict()
     heads = {name for name in own if name.removeprefix("backbone.").split(".")[0] in backbones.HEADS}
@@ -275,6 +277,35 @@ def _plain_weights(source: str) -> Weights | None:
         return None
     weights = read_weights(source)
     return None if "pos_embed_list.0" in weights.tensors else weights
+
+
+def is_coarse_to_fine(source: str) -> bool:
+    """Whether `initialise` would read a coarse-to-fine model there, not a plain ViT."""
+    return source != "timm" and _plain_weights(source) is None
+
+
+def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
+    """The class names of trained weights, None where they have none, and how many classes there are.
+
+    Args:
+        source: as of `initialise`.
+        backbone: timm's name of the architecture.
+
+    Raises:
+        CfvitError: nothing there, or weights without a head.
+    """
+    if source == "timm":
+        with torch.device("meta"):
+            network: Any = timm.create_model(backbone)
+        return None, network.num_classes
+    weights = _plain_weights(source)
+    if weights is None:
+        model = load(source)
+        return model.class_names, model.config.num_classes
+    head = weights.tensors.get("head.weight")
+    if head is None:
+        raise CfvitError(f"{source} has no head.weight: give weights of a trained classifier")
+    return weights.class_names, len(head)
 
 
 def _is_backbone_folder(path: Path) -> bool:

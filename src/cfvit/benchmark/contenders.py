@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfvit.benchmark.modes import Mode
 from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
 from cfvit.evaluation.timing import Call
 from cfvit.inference.engines.compiling import compiled
@@ -23,7 +24,6 @@ from cfvit.modeling.cost import count_macs, macs_of
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 from cfvit.modeling.tokens import coarse_image
-from cfvit.modeling.variants import Mode
 
 BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "fine stage", "both stages"
 PREDICTOR, STREAM, LITERAL_PORT = "predictor", "stream", "literal port"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, contenders_of, prepare
 from cfvit.benchmark.memory import peak_bytes
+from cfvit.benchmark.modes import Mode
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
     MATRIX_SIDES,
@@ -27,7 +28,6 @@ from cfvit.evaluation.timing import (
     time_in_turn,
 )
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.modeling.variants import Mode
 
 COMPUTING = "computing"
 """The scope of a call whose images are on the device, ready for the network."""

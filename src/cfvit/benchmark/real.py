@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, measure
+from cfvit.benchmark.modes import Mode
 from cfvit.data.datasets import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
@@ -26,7 +27,6 @@ from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import FINE, copied_ahead, placed
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.modeling.variants import Mode
 
 COPYING, RESIZING, DECODING = "with host copies", "with resizing", "with decoding"
 SCOPES = (COMPUTING, COPYING, RESIZING, DECODING)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from cfvit.benchmark.modes import Mode
 from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, Json, Share
 from cfvit.errors import UsageError
-from cfvit.modeling.variants import Mode
-from cfvit.training.recipe import Recipe
+from cfvit.modeling.config import read_grid
 
 if TYPE_CHECKING:
     from cfvit.benchmark.measure import Batch
@@ -82,7 +82,7 @@ def bench(
     if backbone is None:
         network = load(model or DEFAULT_MODEL)
     else:
-        network = create_model(backbone, coarse_grid=Recipe(coarse_grid=coarse_grid or 7).grid)
+        network = create_model(backbone, coarse_grid=read_grid(coarse_grid or 7))
     found: list[Bench] = []
 
     def keep(batch: Batch, so_far: Bench) -> None:

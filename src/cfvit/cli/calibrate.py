@@ -189,9 +189,9 @@ def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Se
         raise CfvitError(
             f"{config} does not tell the training images ({error}): name them with --train-data"
         ) from error
-    if not recipe.data or not Path(recipe.data).exists():
+    if not recipe.data or not recipe.uses_labels or not Path(recipe.data[0]).exists():
         return None
-    source = open_data(recipe.data, "train")
+    source = open_data(recipe.data[0], "train")
     return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
 
 

@@ -109,7 +109,7 @@ def _train_both(digits: Path, scratch: Path, epochs: int | None, console: Consol
     changes = {"data": str(digits), **({} if epochs is None else {"epochs": epochs})}
     recipe = DIGITS.replace({**changes, "eval_interval": epochs or DIGITS.epochs})
     console.print("Training the plain ViT on handwritten digits ...")
-    plain = train(recipe.replace({"stages": "backbone"}), scratch / "plain")
+    plain = train(recipe.replace({"method": "plain"}), scratch / "plain")
     console.print("Training the coarse-to-fine ViT by the same recipe ...")
     train(recipe, scratch / "coarse_to_fine")
     return load(scratch / "coarse_to_fine"), plain["validation_backbone_top1"]

@@ -12,7 +12,7 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import Json, Share
 from cfvit.errors import CfvitError
-from cfvit.training.recipe import Recipe
+from cfvit.modeling.config import read_grid
 
 COSTED_BACKBONES = (
     "deit_tiny_patch16_224",
@@ -103,7 +103,7 @@ def cost(
     rows = []
     for name in backbones:
         with torch.device("meta"):
-            model = create_model(name, coarse_grid=Recipe(coarse_grid=coarse_grid).grid)
+            model = create_model(name, coarse_grid=read_grid(coarse_grid))
         macs, size = count_macs(model), "x".join(map(str, model.image_size))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         costs = [macs.backbone, macs.coarse, macs.both, *(macs.expected(share) for share in fine_share)]

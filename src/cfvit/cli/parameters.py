@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from cfvit.cli.output import warnings_said
+from cfvit.modeling.config import field_help
 from cfvit.training.recipe import Recipe, read_value
 
 if TYPE_CHECKING:
@@ -47,13 +48,16 @@ def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
 
 def _overrides_class() -> type:
     """All fields of a recipe as optional flags, so that only those given override it."""
-    hints = typing.get_type_hints(Recipe) | {"timm_kwargs": dict[str, str]}
+    words: dict[str, Any] = {"timm_kwargs": dict[str, str], "coarse_grid": str, "data": list[str]}
+    hints = typing.get_type_hints(Recipe) | words
+    flags = []
+    for name, text in field_help(Recipe).items():
+        if name not in Recipe.follows:
+            flag = Parameter(help=text, show_default=False, consume_multiple=name == "data", negative_iterable="")
+            flags.append((name, Annotated[hints[name] | None, flag], None))
     return dataclasses.make_dataclass(
         "Overrides",
-        [
-            (f.name, Annotated[hints[f.name] | None, Parameter(help=f.metadata["help"], show_default=False)], None)
-            for f in dataclasses.fields(Recipe)
-        ],
+        flags,
         kw_only=True,
         frozen=True,
         namespace={"__module__": __name__},  # cyclopts takes a class of module "types" for a built-in

@@ -26,7 +26,7 @@ def train(
     print_recipe: Annotated[bool, Parameter(negative="", help="print the final recipe as YAML and stop")] = False,
     overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
 ) -> None:
-    """Train a coarse-to-fine model, or with --stages backbone the plain ViT, by a recipe.
+    """Train a coarse-to-fine model, or with --method plain the plain ViT, by a recipe.
 
     Needs --data and --out. The recipe is overridden by --config, and that by the flags below;
     --print-recipe shows what results. Run it under torchrun for several GPUs or machines.
@@ -62,11 +62,12 @@ def token_labels(
     """
     from cfvit.data import open_data
     from cfvit.processes import best_device
+    from cfvit.training.teacher import load_teacher
     from cfvit.training.tokens.labelling import make_token_labels
-    from cfvit.training.tokens.teacher import load_teacher
 
     source = open_data(data, "train")
     trained = load_teacher(teacher, len(source.class_names), weights, best_device())
+    trained.require_dense()
     counts = make_token_labels(source, trained, out, size=size, batch_size=batch_size, workers=workers)
     for name, reason in counts.unreadable:
         say(f"cfvit: {name} has no label map: {reason}")

@@ -8,7 +8,7 @@ import posixpath
 import re
 import unicodedata
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -120,8 +120,10 @@ class StoredImages:
         root: the folder or tar, where there is one of all images.
     """
 
-    def __init__(self, images: Mapping[str, StoredImage], targets: Sequence[int], root: Path | None = None) -> None:
-        self.names, self.images, self.targets = list(images), list(images.values()), targets
+    def __init__(
+        self, names: Sequence[str], images: Sequence[StoredImage], targets: Sequence[int], root: Path | None = None
+    ) -> None:
+        self.names, self.images, self.targets = names, images, targets
         self.root, self.reader = root, self
 
     def __getitem__(self, index: int) -> tuple[Path | bytes, int]:
@@ -135,41 +137,44 @@ class StoredImages:
         return self.names[index]
 
 
-def open_images(
-    data: str | Path | Sequence[str | Path], split: str = "validation", cap: int | None = None, seed: int = 0
-) -> DataSource:
-    """Images whose classes do not matter, in natural order.
+def open_images(data: str | Path | Sequence[str | Path], split: str = "validation", seed: int = 0) -> DataSource:
+    """Images whose classes do not matter, in natural order, source by source.
 
     Args:
-        data: an image, a folder or tar of images at any depth, or what `open_data` reads; or several of them. What
-            lies in several of them counts once.
+        data: an image, a folder or tar of images at any depth, or what `open_data` reads; or several of them. A file
+            counts once in a source, and again in each further source. ``PATH@N`` takes at most N images of each
+            folder, the others left out at random.
         split: what is entered of a folder or tar with splits.
-        cap: so many images of each folder at most, the others left out at random.
         seed: decides which.
 
     Raises:
         CfvitError: nothing there, or no images.
     """
     sources = [data] if isinstance(data, str | Path) else list(data)
-    found: dict[str, StoredImage] = {}
-    for source in map(Path, sources):
-        if not source.exists():
+    names: list[str] = []
+    images: list[StoredImage] = []
+    for source in map(str, sources):
+        head, _, count = source.rpartition("@")
+        capped = head and count.isdecimal() and not Path(source).exists()
+        path = Path(head if capped else source)
+        if not path.exists():
             if len(sources) == 1:
                 return open_data(str(source), split)
-            raise CfvitError(f"no data at {source}: give folders of images, tars or images")
-        if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
-            images = {str(source): StoredImage(str(source))}
+            raise CfvitError(f"no data at {path}: give folders of images, tars or images")
+        if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+            found = {str(path): StoredImage(str(path))}
         else:
-            root, tree, _ = _enter(source, split)
-            images = {f"{root}/{name}": tree.images[name] for name in sorted(tree.images, key=natural_key)}
-        if not images:
-            raise CfvitError(f"{source} has no images: give a folder of images")
-        found |= images
-    kept: dict[tuple[str, int], str] = {}
-    for name, image in found.items():
-        kept.setdefault((os.path.realpath(image.file), image.start), name)
-    names = list(kept.values()) if cap is None else _capped(list(kept.values()), cap, seed)
-    return DataSource(StoredImages({name: found[name] for name in names}, [0] * len(names)), [])
+            root, tree, _ = _enter(path, split)
+            found = {f"{root}/{name}": tree.images[name] for name in sorted(tree.images, key=natural_key)}
+        if not found:
+            raise CfvitError(f"{path} has no images: give a folder of images")
+        once: dict[tuple[str, int], str] = {}
+        for name, image in found.items():
+            once.setdefault((os.path.realpath(image.file), image.start), name)
+        kept = _capped(list(once.values()), int(count), seed) if capped else list(once.values())
+        names += kept
+        images += [found[name] for name in kept]
+    return DataSource(StoredImages(names, images, [0] * len(names)), [])
 
 
 def _capped(names: Sequence[str], cap: int, seed: int) -> list[str]:
@@ -208,7 +213,7 @@ def open_data(data: str, split: str = "train", class_order: ClassOrder = "natura
         }
         targets = {image: order[name] for name, images in classes.items() for image in images}
         images = {name: tree.images[name] for name in sorted(targets, key=natural_key)}
-        dataset: Any = StoredImages(images, [targets[name] for name in images], Path(root))
+        dataset: Any = StoredImages(list(images), list(images.values()), [targets[name] for name in images], Path(root))
         names = list(order)
     elif re.match(r"(hfds|hfids|tfds|wds|torch)/", data, re.IGNORECASE):
         try:

@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cfvit.modeling.config import Objective
 from cfvit.modeling.model import CoarseToFineOutput, TokenOutput
-from cfvit.modeling.variants import CoarseLoss
+from cfvit.modeling.tokens import child_positions, gather_tokens, mirrored_sources
 
 
 def coarse_to_fine_loss(
-    output: CoarseToFineOutput, target: Tensor, label_smoothing: float = 0.0, coarse_loss: CoarseLoss = "kl"
+    output: CoarseToFineOutput, target: Tensor | None, objective: Objective, teacher: Tensor | None = None
 ) -> Tensor:
-    """``CE(fine, target) + KL(fine || coarse)`` (Eq. 14): the fine stage learns from the label, the coarse from it.
+    """The sum of the objective's terms; by default ``CE(fine, target) + KL(fine || coarse)`` (Eq. 14).
 
     Args:
         output: logits of both stages, ``[B, classes]`` each.
-        target: class indices ``[B]``, or probabilities ``[B, classes]`` from mixup.
-        label_smoothing: applied to class indices only; mixup smooths its own targets.
-        coarse_loss: ``"ce"`` puts ``CE(coarse, target)`` in the place of the divergence (Eq. 15).
+        target: class indices ``[B]``, or probabilities ``[B, classes]`` from mixup; None without labels.
+        objective: the weights. Label smoothing is for class indices only; mixup smooths its own targets.
+        teacher: a trained network's logits for the same views, ``[B, classes]``.
 
     Returns:
-        The mean over the batch, a scalar. No gradient reaches the fine stage through the KL term.
+        The mean over the batch, a scalar. No gradient reaches the fine stage through the coarse stage's term.
     """
-    fine = classification_loss(output.fine, target, label_smoothing)
-    if coarse_loss == "ce":
-        return fine + classification_loss(output.coarse, target, label_smoothing)
-    return fine + distillation_loss(output.coarse, output.fine)
+    terms = []
+    if target is not None:
+        terms.append((objective.label_weight, classification_loss, output.fine, target, objective.label_smoothing))
+        terms.append(
+            (objective.coarse_label_weight, classification_loss, output.coarse, target, objective.label_smoothing)
+        )
+    if teacher is not None:
+        terms.append((objective.fine_teacher_weight, distillation_loss, output.fine, teacher, objective.temperature))
+        terms.append(
+            (objective.coarse_teacher_weight, distillation_loss, output.coarse, teacher, objective.temperature)
+        )
+    terms.append((objective.coarse_fine_weight, distillation_loss, output.coarse, output.fine, 1.0))
+    return torch.stack([weight * term(*arguments) for weight, term, *arguments in terms if weight]).sum()
 
 
 def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, weight: float) -> Tensor:
@@ -42,17 +53,42 @@ def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, 
     return classification_loss(output.fine, target) + weight * tokens + distillation_loss(output.coarse, output.fine)
 
 
+def token_target(fine: Tensor, coarse: Tensor, output: TokenOutput, mixed: Tensor | None, columns: int) -> Tensor:
+    """The label of the area that each token of the mixed sequence covers, ``[B, 4k + N - k, classes]``.
+
+    Args:
+        fine: labels pooled to the fine grid, ``[B, 4N, classes]``.
+        coarse: labels pooled to the coarse grid, ``[B, N, classes]``.
+        output: which cells were split.
+        mixed: ``[N]``, True for the cells that MixToken replaced by the mirror image's, whose labels hold there.
+        columns: of the coarse grid.
+    """
+    if mixed is not None:
+        cells = torch.arange(len(mixed), device=mixed.device)
+        sources = mirrored_sources(mixed, len(coarse))
+        coarse = coarse[sources, cells]
+        children = child_positions(cells[None], columns)[0]
+        fine = torch.zeros_like(fine).index_copy(1, children, fine[sources.repeat_interleave(4, dim=1), children])
+    split = gather_tokens(fine, child_positions(output.informative, columns))
+    return torch.cat([split, gather_tokens(coarse, output.others)], dim=1)
+
+
 def classification_loss(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy in float32; ``target`` as in `coarse_to_fine_loss`."""
     smoothing = 0.0 if target.is_floating_point() else label_smoothing
     return F.cross_entropy(logits.float(), target, label_smoothing=smoothing)
 
 
-def distillation_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """``KL(softmax(teacher) || softmax(student))``, batch mean; the teacher gets no gradient."""
-    return F.kl_div(
-        student.float().log_softmax(dim=-1),
-        teacher.detach().float().log_softmax(dim=-1),
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """``T^2 KL(softmax(teacher / T) || softmax(student / T))``, batch mean; the teacher gets no gradient.
+
+    The factor keeps gradients of a size as T changes (Hinton et al., "Distilling the Knowledge in a Neural
+    Network", 2015).
+    """
+    divergence = F.kl_div(
+        (student.float() / temperature).log_softmax(dim=-1),
+        (teacher.detach().float() / temperature).log_softmax(dim=-1),
         reduction="batchmean",
         log_target=True,
     )
+    return divergence * temperature**2

@@ -9,9 +9,9 @@ The two stages meet in a `CoarseState`; nothing is kept on the module between ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import timm.data
 import torch
@@ -23,6 +23,7 @@ from cfvit.errors import CfvitError
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.batches import Rows, check_images
+from cfvit.modeling.config import ModelConfig, Reuse, Selection
 from cfvit.modeling.exit import Exit, confidence_of
 from cfvit.modeling.tokens import (
     accumulate_attention,
@@ -35,72 +36,9 @@ from cfvit.modeling.tokens import (
     repeat_for_children,
     score_cells,
 )
-from cfvit.modeling.variants import Reuse, Selection
 
 FIRST_ATTENTION_BLOCK = 3
 """The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What defines a model besides its weights. Saved as part of ``config.json``.
-
-    Attributes:
-        backbone: timm's name of a ViT with a class token, or ``lvvit_small_patch16_224`` and its kin.
-        num_classes: size of the head.
-        coarse_grid: side ``g`` of the coarse grid in cells, or ``(rows, columns)``; a side of the image
-            is ``2 * g * patch`` pixels.
-        informative_ratio: alpha, the share of cells that the fine stage splits, in [0, 1].
-        attention_momentum: beta of Eq. 9, in [0, 1); 0 leaves the last block's class attention alone.
-        selection: ``"attention"`` splits the cells with the highest class attention, as the paper does;
-            ``"negative"`` those with the lowest, ``"random"`` any (Table 4).
-        feature_reuse: ``"mlp"`` adds what an MLP makes of a cell's coarse features to its children, as the
-            paper does; ``"linear"`` has one linear layer in the MLP's place, ``"none"`` adds nothing,
-            ``"class_token"`` serves the class token as well and ``"uninformative"`` the cells that
-            are not split (Table 5).
-        timm_kwargs: further keyword arguments of ``timm.create_model``.
-    """
-
-    backbone: str
-    num_classes: int = 1000
-    coarse_grid: int | tuple[int, int] = 7
-    informative_ratio: float = 0.5
-    attention_momentum: float = 0.99
-    selection: Selection = "attention"
-    feature_reuse: Reuse = "mlp"
-    timm_kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(self.num_classes >= 1, f"num_classes is {self.num_classes}: give at least 1")
-        if isinstance(self.coarse_grid, list):  # JSON and YAML have no tuples
-            object.__setattr__(self, "coarse_grid", tuple(self.coarse_grid))
-        sides = self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid,) * 2
-        whole = len(sides) == 2 and all(type(side) is int and side >= 1 for side in sides)
-        _require(whole, f"coarse_grid is {self.coarse_grid!r}: give a whole number of at least 1, or (rows, columns)")
-        reserved = {"img_size", "num_classes", "pretrained", "in_chans"} & set(self.timm_kwargs)
-        _require("in_chans" not in reserved, "in_chans cannot be given to timm: images have 3 channels")
-        _require(not reserved, f"{', '.join(reserved)} cannot be given to timm: it follows from cfvit's own arguments")
-        _require(
-            0 <= self.informative_ratio <= 1,
-            f"informative_ratio is {self.informative_ratio}: give a share between 0 and 1",
-        )
-        _require(
-            0 <= self.attention_momentum < 1,
-            f"attention_momentum is {self.attention_momentum}: give at least 0 and less than 1",
-        )
-        for name, kinds in (("selection", Selection), ("feature_reuse", Reuse)):
-            value, allowed = getattr(self, name), get_args(kinds)
-            _require(value in allowed, f"{name} is {value!r}: give one of {', '.join(allowed)}")
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of the coarse grid."""
-        return self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid, self.coarse_grid)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise CfvitError(message)
 
 
 @dataclass(eq=False)
@@ -173,6 +111,11 @@ class FeatureReuse(nn.Module):
             if isinstance(layer, nn.Linear):
                 trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
+
+    def start_at_zero(self) -> None:
+        """Makes the result zero, so that a trained backbone begins with what it knows."""
+        last = [layer for layer in self.mlp.modules() if isinstance(layer, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.mlp(self.norm(tokens))
@@ -312,7 +255,8 @@ class CoarseToFineViT(nn.Module):
     def _choose_cells(self, class_attention: Tensor, ratio: float | None) -> tuple[Tensor, Tensor]:
         """Informative cells ``[B, k]`` and the others ``[B, N - k]`` (Eq. 10)."""
         ratio = self.config.informative_ratio if ratio is None else ratio
-        _require(0 <= ratio <= 1, f"informative_ratio is {ratio}: give a share between 0 and 1")
+        if not 0 <= ratio <= 1:
+            raise CfvitError(f"informative_ratio is {ratio}: give a share between 0 and 1")
         return rank_cells(class_attention, num_informative(ratio, class_attention.shape[1]))
 
     def _fine_tokens(
@@ -406,16 +350,9 @@ def create_model(
 ) -> CoarseToFineViT:
     """A coarse-to-fine model on a timm ViT.
 
+    All arguments but the last two are the fields of `ModelConfig`.
+
     Args:
-        backbone: a timm ViT with a class token, such as ``"deit_small_patch16_224"``, or
-            ``"lvvit_small_patch16_224"`` and its kin.
-        num_classes: size of the head.
-        coarse_grid: side of the coarse grid in cells, or ``(rows, columns)``; the image's sides follow,
-            ``2 * coarse_grid * patch`` pixels.
-        informative_ratio: alpha, the share of cells that the fine stage splits.
-        attention_momentum: beta of the global class attention.
-        selection: how cells are chosen to be split; see `ModelConfig`, as for the next.
-        feature_reuse: what the fine stage takes over of the coarse one's features.
         pretrained_backbone: True for timm's own weights; a file, folder or ``hf-hub:`` name that
             `cfvit.modeling.weights.read_weights` reads; or a state dict. The position embedding is
             resampled for both grids.

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvit.modeling.variants import Selection
+from cfvit.modeling.config import Selection
 
 CHILDREN = 4
 """A cell is split 2 x 2."""

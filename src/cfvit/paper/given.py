@@ -16,8 +16,10 @@ from cfvit.data import EvalImages
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import labelled_images
+from cfvit.methods.base import create_method
+from cfvit.methods.plain import backbone_of
 from cfvit.modeling.model import CoarseToFineViT, create_model
-from cfvit.paper.runs import Result, answers, macs_of, score
+from cfvit.paper.runs import Result, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
@@ -57,12 +59,13 @@ def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     """
     plain = is_plain_vit(name)
     model = (_plain_vit(name) if plain else load(name)).eval().to(best_device())
-    images = EvalImages(labelled_images(model, recipe.val_data or recipe.data), model.data_config)
-    stages = "backbone" if plain else "both"
-    scored = score(lambda batch: answers(stages, model, batch), recipe, images)
-    whole = Result(stages, macs_of(stages, model), scored, None, lambda: (model, images), rule=model.exit)
+    images = EvalImages(labelled_images(model, recipe.val_data or recipe.data[0]), model.data_config)
+    network = backbone_of(model)
+    method, answering = (create_method("plain"), network) if plain else (create_method("cf_vit"), model)
+    scored = score(lambda batch: method.answers(answering, batch), recipe, images)
+    whole = Result(method.name, method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
     seen = replace(scored, logits={})  # Figure 1 needs to know which images can be read, and no answers
-    backbone = Result("backbone", macs_of("backbone", model), seen, None, lambda: (model.backbone, images))
+    backbone = Result("plain", create_method("plain").macs(network), seen, None, lambda: (network, images))
     return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
 
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfvit.benchmark.conditions import Conditions
-from cfvit.checkpoints import WEIGHTS_FILE, load
+from cfvit.checkpoints import WEIGHTS_FILE
 from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import collect
 from cfvit.files import atomic_write
+from cfvit.methods.base import create_method
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
@@ -39,7 +40,7 @@ from cfvit.training.loop import (
     train,
 )
 from cfvit.training.recipe import Recipe, load_recipe
-from cfvit.training.setup import Data, autocast, prepare, steps_per_epoch
+from cfvit.training.setup import Data, Splits, autocast, open_splits, prepare, steps_per_epoch
 
 RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
 TRIAL_STEPS = 4
@@ -360,8 +361,8 @@ class Runs:
         shared = 0 if fork is None else round(recipe.all_cells_share * recipe.epochs)
         return Record(
             name=folder.name,
-            method=recipe.stages,
-            grid=str(recipe.coarse_grid),
+            method=recipe.method,
+            grid="x".join(map(str, recipe.grid)),
             seed=recipe.seed,
             epochs=recipe.epochs - shared,
             conditions=asdict(self.conditions),
@@ -372,10 +373,11 @@ class Runs:
         """Runs the model over hold-out and validation images, and keeps its answers and its record."""
         started = time.monotonic()
         images, network = restore(recipe, folder)
+        method = create_method(recipe.method, recipe)
         tensors, counts = {}, {"train": len(images.train)}
         for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
             assert dataset is not None  # `require_splits` has refused data without
-            scored = score(lambda batch: answers(recipe.stages, network, batch), recipe, dataset)
+            scored = score(lambda batch: method.answers(network, batch), recipe, dataset)
             counts[name] = len(scored.labels)
             tensors |= {f"{name}.logits.{i}.{at}": x.contiguous() for i, (at, x) in enumerate(scored.logits.items())}
             tensors |= {f"{name}.labels": scored.labels, f"{name}.indices": scored.indices}
@@ -383,13 +385,15 @@ class Runs:
             save_file(tensors, file)
         record = read_record(folder) or self._new_record(recipe, folder)
         seconds = record.seconds + time.monotonic() - started
-        macs = macs_of(recipe.stages, network)
+        macs = method.macs(network)
+        if isinstance(network, CoarseToFineViT):
+            macs["fine_in_paper"] = count_macs(network).both_in_paper
         replace(record, seconds=seconds, finished=True, images=counts, macs=macs).write(folder)
 
 
 def _changed_fields(recipe: Recipe, other: Recipe) -> list[str]:
     """Fields that change what is computed and differ."""
-    ours, theirs = ({**asdict(each), "coarse_grid": each.grid} for each in (recipe, other))
+    ours, theirs = recipe.to_dict(), other.to_dict()
     return [name for name in ours if name not in FREE_TO_CHANGE | {"eval_interval"} and ours[name] != theirs[name]]
 
 
@@ -429,8 +433,8 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
     def reopen() -> tuple[Any, EvalImages]:
         images, network = restore(recipe, folder)
         if images.validation is None:
-            raise CfvitError(f"{recipe.data} has no validation images any more: name some with --val-data")
-        return network.backbone if recipe.stages == "backbone" else network, images.validation
+            raise CfvitError(f"{recipe.data[0]} has no validation images any more: name some with --val-data")
+        return network, images.validation
 
     return Run(
         record.method,
@@ -445,18 +449,18 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
     )
 
 
-def require_splits(recipe: Recipe) -> Data:
+def require_splits(recipe: Recipe) -> Splits:
     """The images of a recipe. Data without hold-out or validation images are refused before anything is trained.
 
     Raises:
         CfvitError: says which are missing.
     """
-    images, _ = prepare(recipe.replace(NOTHING_TO_PREPARE), Process(0, 1, torch.device("cpu")))
-    if images.holdout is None:
+    splits = open_splits(recipe)
+    if not splits.held:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
-    if images.validation is None:
-        raise CfvitError(f"{recipe.data} has no validation images: name some with --val-data")
-    return images
+    if splits.validation is None:
+        raise CfvitError(f"{recipe.data[0]} has no validation images: name some with --val-data")
+    return splits
 
 
 def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
@@ -466,33 +470,8 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
         CfvitError: the folder or the data are no longer what they were.
     """
     process = Process(0, 1, best_device())
-    images, model = prepare(recipe.replace(NOTHING_TO_PREPARE), process)
-    if recipe.stages != "backbone":
-        return images, load(folder).to(process.device)
-    try:
-        model.backbone.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
-    return images, model.eval()
-
-
-def answers(stages: str, model: CoarseToFineViT, images: Tensor) -> dict[str, Tensor]:
-    """Logits at each operating point of what was trained."""
-    if stages == "backbone":
-        return {"plain": model.backbone(images)}
-    if stages == "coarse":
-        return {"coarse": model.coarse(images).logits}
-    return model(images)._asdict()
-
-
-def macs_of(stages: str, model: CoarseToFineViT) -> dict[str, int]:
-    """Cost of an image at each operating point."""
-    macs = count_macs(model)
-    if stages == "backbone":
-        return {"plain": macs.backbone}
-    if stages == "coarse":
-        return {"coarse": macs.coarse}
-    return {"coarse": macs.coarse, "fine": macs.both, "fine_in_paper": macs.both_in_paper}
+    images, network = prepare(recipe.replace(NOTHING_TO_PREPARE), process)
+    return images, create_method(recipe.method, recipe).load(network, folder).to(process.device)
 
 
 def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Scored:

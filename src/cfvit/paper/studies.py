@@ -24,8 +24,9 @@ PAPERS_METHOD: Mapping[str, Any] = {
     "attention_momentum": 0.99,
     "selection": "attention",
     "feature_reuse": "mlp",
-    "coarse_loss": "kl",
-    "stages": "both",
+    "coarse_label_weight": 0.0,
+    "coarse_fine_weight": 1.0,
+    "method": "cf_vit",
 }
 """The fields that the studies set themselves, as the paper's own method has them."""
 
@@ -50,10 +51,8 @@ class RunSpec:
         Raises:
             UsageError: the changes contradict the recipe.
         """
-        grid = base.grid if isinstance(base.grid, tuple) else (base.grid,)
-        sides = [max(1, round(self.grid_scale * side)) for side in grid]
-        coarse_grid = sides[0] if len(sides) == 1 else "x".join(map(str, sides))
-        given = {"coarse_grid": coarse_grid, "seed": seed, "eval_interval": base.epochs}
+        sides = [max(1, round(self.grid_scale * side)) for side in base.grid]
+        given = {"coarse_grid": sides[0] if sides[0] == sides[1] else tuple(sides), "seed": seed, "eval_interval": base.epochs}
         return base.replace({**PAPERS_METHOD, **given, **self.changes})
 
 
@@ -63,8 +62,8 @@ RUNS: Mapping[str, RunSpec] = {
     spec.name: spec
     for spec in (
         RunSpec(DEFAULT),
-        RunSpec(PLAIN, {"stages": "backbone"}),
-        RunSpec(COARSE_GRID, {"stages": "coarse"}),
+        RunSpec(PLAIN, {"method": "plain"}),
+        RunSpec(COARSE_GRID, {"method": "coarse_only"}),
         RunSpec("select-random", {"selection": "random"}),
         RunSpec("select-negative", {"selection": "negative"}),
         *(RunSpec(f"beta-{beta:g}", {"attention_momentum": beta}) for beta in (0.0, 0.5, 0.9, 0.999)),
@@ -73,7 +72,7 @@ RUNS: Mapping[str, RunSpec] = {
         RunSpec("reuse-linear", {"feature_reuse": "linear"}),
         RunSpec("reuse-class-token", {"feature_reuse": "class_token"}),
         RunSpec("reuse-uninformative", {"feature_reuse": "uninformative"}),
-        RunSpec("loss-ce", {"coarse_loss": "ce"}),
+        RunSpec("loss-ce", {"coarse_label_weight": 1.0, "coarse_fine_weight": 0.0}),
         RunSpec(LARGER_GRID, grid_scale=9 / 7),
     )
 }

@@ -93,14 +93,14 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
     if request.model is not None:
         _reproduce_with_model(request, request.model, studies, conditions, show)
         return []
-    images = require_splits(recipe)
-    runs = Runs(recipe, out / RUNS_FOLDER, Budget(request.budget), len(images.train), conditions, say)
+    splits = require_splits(recipe)
+    runs = Runs(recipe, out / RUNS_FOLDER, Budget(request.budget), len(splits.kept), conditions, say)
     results: dict[str, list[Run]] = {}
     missing: dict[str, list[Missing]] = {}
 
     def publish(study: Study) -> None:
         reasons = {name: "; ".join(f"{run.name} {run.reason}" for run in those) for name, those in missing.items()}
-        made = make(study, Sources(results, reasons, recipe, images.train.source.class_names, request.speed))
+        made = make(study, Sources(results, reasons, recipe, splits.class_names, request.speed))
         for name, speed in made.speeds.items():  # kept for `runs.csv`
             first = results[name][0]
             replace(first.record, images_per_second=speed).write(first.folder)
@@ -145,7 +145,7 @@ def _reproduce_with_model(
     images = shown.open()[1]
     account = _account(
         conditions,
-        data=recipe.val_data or recipe.data,
+        data=recipe.val_data or recipe.data[0],
         images=f"{len(shown.validation.labels):,} scored",
         recipe=f"none, the model {model} as it was given",
         epochs="0",
@@ -183,9 +183,9 @@ def _account(conditions: Conditions, *, trained_on: str = "", **run: str) -> dic
 
 def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditions) -> dict[str, str]:
     """What was run for a study; where and by what code, if that differs from here and now."""
-    recipe, named = request.recipe, asdict(RECIPES[request.recipe_name])
+    recipe, named = request.recipe, RECIPES[request.recipe_name].to_dict()
     skipped = {"data", "val_data", "seed", "eval_interval", "workers", "log_interval", "checkpoint_interval"}
-    changes = [f"{k} {value}" for k, value in asdict(recipe).items() if k not in skipped and value != named[k]]
+    changes = [f"{k} {value}" for k, value in recipe.to_dict().items() if k not in skipped and value != named[k]]
     images = "none, no run is there"
     if runs:
         counts = runs[0].record.images
@@ -197,7 +197,7 @@ def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditio
     elsewhere = {place.format(**run.record.conditions) for run in runs} - {place.format(**asdict(conditions))}
     return _account(
         conditions,
-        data=recipe.data if recipe.val_data is None else f"{recipe.data}, validated on {recipe.val_data}",
+        data=recipe.data[0] if recipe.val_data is None else f"{recipe.data[0]}, validated on {recipe.val_data}",
         images=images,
         recipe=f"{request.recipe_name}, with {', '.join(changes)}" if changes else request.recipe_name,
         epochs=str(recipe.epochs),
@@ -337,7 +337,7 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
                 figures |= {"accuracy": point.accuracy, "gmacs": point.gmacs}
                 figures |= {"exit_share": 100 * point.exit_share, "eta": eta}
         values: dict[str, Any] = {name: _plain(value) for name, value in figures.items()}
-        values |= {"run": record.name, "model": f"{run.recipe.backbone}, stages {record.method}", "grid": record.grid}
+        values |= {"run": record.name, "model": f"{run.recipe.backbone}, method {record.method}", "grid": record.grid}
         values |= {"seed": record.seed, "epochs": run.recipe.epochs, "seconds": f"{record.seconds:.0f}"}
         values |= record.conditions
         lines.append([values.get(column, "") for column in columns])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -16,12 +17,15 @@ from cfvit.files import atomic_write
 
 LOG_FILE = "log.jsonl"
 
+SECONDS_BETWEEN_LINES = 60.0
+"""Between plain lines of progress, where there is no terminal for a bar."""
+
 
 class Reporter:
     """Writes ``log.jsonl`` and tensorboard's files, and shows progress on standard error.
 
-    A resumed run drops the lines that its checkpoint does not know of, so that the log reads as
-    if the run had never stopped.
+    Where standard error is a file, a plain line a minute takes the place of the bar. A resumed run drops
+    the lines that its checkpoint does not know of, so that the log reads as if the run had never stopped.
     """
 
     def __init__(self, out: Path, active: bool, step: int) -> None:
@@ -29,6 +33,7 @@ class Reporter:
         self.log: IO[str] | None = None
         self.task: TaskID | None = None
         self.board: Any = None
+        self.place, self.spoken = "", time.monotonic()
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -60,16 +65,30 @@ class Reporter:
         if self.board is not None:
             self.board.close()
 
+    def say(self, text: str) -> None:
+        """A line on standard error."""
+        if self.active:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
         """A bar for the epoch, ``done`` of its ``steps`` behind it."""
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(f"epoch {epoch + 1}/{epochs}", total=steps, completed=done, loss="")
+        self.place = f"epoch {epoch + 1}/{epochs}"
+        self.task = self.progress.add_task(self.place, total=steps, completed=done, loss="")
 
     def advance(self, loss: Tensor) -> None:
         """One step further."""
-        if self.task is not None and not self.progress.disable:
+        if self.task is None:
+            return
+        if not self.progress.disable:
             self.progress.update(self.task, advance=1, loss=f"{loss.item():.3f}")
+            return
+        task = self.progress.tasks[-1]
+        task.completed += 1
+        if time.monotonic() - self.spoken >= SECONDS_BETWEEN_LINES:
+            self.spoken = time.monotonic()
+            self.say(f"{self.place}: step {task.completed:.0f} of {task.total:.0f}, loss {loss.item():.3f}")
 
     def log_step(self, **values: float) -> None:
         """A line of the log on a training step."""
@@ -78,9 +97,10 @@ class Reporter:
     def log_evaluation(self, **values: float) -> None:
         """A line of the log, and one on the screen, on an evaluation."""
         self._write("eval", values)
-        if self.active and len(values) > 2:
-            scores = "  ".join(f"{k} {v:.2f}" for k, v in values.items() if k.endswith("top1") or k == "threshold")
-            self.console.print(f"epoch {int(values['epoch']) + 1}: {scores}", highlight=False)
+        if len(values) > 2:
+            shown = ("top1", "agreement", "threshold")
+            scores = "  ".join(f"{name} {value:.2f}" for name, value in values.items() if name.endswith(shown))
+            self.say(f"epoch {int(values['epoch']) + 1}: {scores}")
 
     def _write(self, event: str, values: dict[str, float]) -> None:
         if self.log is None:

@@ -9,29 +9,28 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models._hub import save_config_for_hf
+import torch.distributed as dist
+from timm.utils import distribute_bn, reduce_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cfvit import data as datasets
-from cfvit.calibration import choose_threshold
-from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE, save
+from cfvit.checkpoints import WEIGHTS_FILE
+from cfvit.data import TrainSampler, eval_loader, leave_signals_to_the_run
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write
-from cfvit.modeling.model import CoarseToFineViT
-from cfvit.processes import Process, average_buffers, join_processes, mean_over_processes
+from cfvit.processes import Process, join_processes
 from cfvit.training.log import Reporter
-from cfvit.training.pace import pace_of
+from cfvit.training.pace import Pace
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import CoarseNetwork, Data, Trained, assemble, autocast, prepare, steps_per_epoch
+from cfvit.training.setup import Data, Trained, assemble, autocast, dtype_of, prepare, steps_per_epoch
 from cfvit.training.step import take_step
 
 CHECKPOINT_FILE = "checkpoint.pt"
@@ -67,11 +66,44 @@ def train(
         if checkpoint is None and fork is not None:
             checkpoint = _open_fork(recipe, fork, process)
         images, model = prepare(recipe, process)
+        _require_same_classes(model.class_names, checkpoint, out, process)
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
-        with Reporter(out, process.leads, trained.step) as reporter, _stop_signal(process, stop) as stopping:
-            return _run(recipe, out, images, trained, process, reporter, stopping)
+        with Reporter(out, process.leads, trained.step) as reporter:
+            reporter.say(_description(recipe, images, trained, process))
+            with _stop_signal(process, stop, reporter) as stopping:
+                return _run(recipe, out, images, trained, process, reporter, stopping)
+
+
+def _require_same_classes(
+    class_names: list[str], checkpoint: dict[str, Any] | None, out: Path, process: Process
+) -> None:
+    """Refuses a run whose processes, or whose checkpoint, number the classes otherwise."""
+    others: list[list[str]] = [class_names] * process.world
+    if process.world > 1:
+        dist.all_gather_object(others, class_names)
+    compared = [(f"process {rank}", names) for rank, names in enumerate(others)]
+    if checkpoint is not None:
+        compared.append((f"the checkpoint in {out}", checkpoint["class_names"]))
+    for where, names in compared:
+        for index, (here, there) in enumerate(zip_longest(class_names, names)):
+            if here != there:
+                raise CfvitError(
+                    f"class {index} of the data is {here!r}, and {there!r} for {where}: "
+                    "give the data with the same class folders"
+                )
+
+
+def _description(recipe: Recipe, images: Data, trained: Trained, process: Process) -> str:
+    """What a run runs on, in a line."""
+    dtype = str(dtype_of(recipe, process.device)).removeprefix("torch.")
+    steps = steps_per_epoch(recipe, len(images.train), process.world)
+    where = process.device.type.upper() + (f", {process.world} processes" if process.world > 1 else "")
+    return (
+        f"training {recipe.method} on {recipe.backbone}: {where}, {dtype}, {len(images.train):,} images, "
+        f"{steps:,} steps an epoch, {recipe.epochs} epochs, from step {trained.step:,}"
+    )
 
 
 def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict[str, Any] | None:
@@ -113,10 +145,11 @@ def _read_checkpoint(path: Path, recipe: Recipe, process: Process, free: frozens
         raise CfvitError(f"{path} is damaged ({first_line(error)}): choose another folder") from error
     if checkpoint.get("world", process.world) != process.world:
         raise CfvitError(f"the run in {out} has {checkpoint['world']} processes, not {process.world}: start as many")
-    changed = [k for k, v in was.items() if v != getattr(recipe, k, None) and k not in free]
+    now = recipe.to_dict()
+    changed = [name for name, value in was.items() if value != now.get(name) and name not in free]
     if changed:
         name = changed[0]
-        raise CfvitError(f"the run in {out} has {name} {was[name]!r}, not {getattr(recipe, name, None)!r}: {mend}")
+        raise CfvitError(f"the run in {out} has {name} {was[name]!r}, not {now.get(name)!r}: {mend}")
     return checkpoint
 
 
@@ -134,13 +167,18 @@ class Stopped(CfvitError):  # noqa: N818 - no error: it was asked for
 
 
 @contextmanager
-def _stop_signal(process: Process, stop: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+def _stop_signal(process: Process, stop: Callable[[], bool], reporter: Reporter) -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into a wish to stop after the step; not across processes, which must agree."""
     received: list[int] = []
     if process.world > 1:
         yield lambda: False
         return
-    previous = {s: signal.signal(s, lambda number, _: received.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def receive(number: int, _: object) -> None:
+        received.append(number)
+        reporter.say("stopping after this step, which is then saved")
+
+    previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(received) or stop()
     finally:
@@ -159,7 +197,7 @@ def _run(
 ) -> dict[str, float]:
     steps = steps_per_epoch(recipe, len(images.train), process.world)
     loader, sampler = _training_loader(recipe, images, process)
-    pace = pace_of(recipe, trained.model, process)
+    pace = Pace(recipe, trained, process)
     figures: dict[str, float] = {}
     all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
     while trained.step < recipe.epochs * steps:
@@ -178,9 +216,8 @@ def _run(
                 _require_finite(loss, trained.step, out)
             if trained.step % recipe.log_interval == 0:
                 lr = trained.optimizer.param_groups[0]["lr"]
-                reporter.log_step(
-                    epoch=epoch, step=trained.step, loss=mean_over_processes(loss), lr=lr, **pace.figures()
-                )
+                mean_loss = reduce_tensor(loss, process.world).item() if process.world > 1 else loss.item()
+                reporter.log_step(epoch=epoch, step=trained.step, loss=mean_loss, lr=lr, **pace.figures())
             reporter.advance(loss)
             stops = not ends and stopping()
             if saves or stops:
@@ -199,11 +236,9 @@ def _run(
     return figures or _evaluate_and_save(recipe, out, images, trained, process)
 
 
-def _training_loader(recipe: Recipe, images: Data, process: Process) -> tuple[DataLoader[Any], datasets.TrainSampler]:
+def _training_loader(recipe: Recipe, images: Data, process: Process) -> tuple[DataLoader[Any], TrainSampler]:
     """Augmented batches, and what decides their order."""
-    sampler = datasets.TrainSampler(
-        images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world
-    )
+    sampler = TrainSampler(images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world)
     loader = DataLoader(
         images.train,
         recipe.batch_size,
@@ -212,7 +247,7 @@ def _training_loader(recipe: Recipe, images: Data, process: Process) -> tuple[Da
         pin_memory=process.device.type == "cuda",
         drop_last=True,
         persistent_workers=recipe.workers > 0,
-        worker_init_fn=datasets.leave_signals_to_the_run,
+        worker_init_fn=leave_signals_to_the_run,
     )
     return loader, sampler
 
@@ -226,63 +261,61 @@ def _require_finite(loss: Tensor, step: int, out: Path) -> None:
         raise CfvitError(f"the loss is {loss.item()} at step {step}: lower --lr-base; {out} keeps the last checkpoint")
 
 
+def _require_finite_weights(trained: Trained, out: Path) -> None:
+    """The loss of a step is of the weights before it, so these are looked at too before anything is written."""
+    for name, tensor in trained.model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CfvitError(
+                f"{name} is not finite after step {trained.step}: lower --lr-base; {out} keeps the last checkpoint"
+            )
+
+
 def _save_checkpoint(recipe: Recipe, path: Path, trained: Trained, process: Process) -> None:
+    _require_finite_weights(trained, path.parent)
     if process.leads:
         with atomic_write(path) as file:
-            torch.save({"recipe": asdict(recipe), "world": process.world, **trained.state_dict()}, file)
+            torch.save({"recipe": recipe.to_dict(), "world": process.world, **trained.state_dict()}, file)
 
 
 def _evaluate_and_save(recipe: Recipe, out: Path, images: Data, trained: Trained, process: Process) -> dict[str, float]:
-    """Scores the best weights, chooses eta on the hold-out, and writes the model."""
-    model = trained.best_weights().eval()
-    average_buffers(model)
+    """Scores the best weights, chooses eta on the hold-out, and writes the model.
+
+    With a teacher the share of images that it answers alike is a score too, and without labels the one by which eta
+    is chosen.
+    """
+    _require_finite_weights(trained, out)
+    method, model, teacher = trained.method, trained.best_weights().eval(), trained.teacher
+    if process.world > 1:
+        distribute_bn(model, process.world, reduce=True)
+    names: list[str] = []
+
+    def forward(batch: Tensor) -> list[Tensor]:
+        answers = method.answers(model, batch)
+        names[:] = answers
+        return [*answers.values(), *([teacher.answer(batch)] if teacher and recipe.uses_teacher else [])]
+
     figures: dict[str, float] = {}
-    for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
+    for split, dataset, labelled in (
+        ("holdout", images.holdout, recipe.uses_labels),
+        ("validation", images.validation, True),
+    ):
         if dataset is None:
             continue
-        loader = datasets.eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
-        forward, stages = _scored(recipe, model)
+        loader = eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
         with autocast(recipe, process.device):
             collected = collect(forward, loader, process.device)
-        for stage, logits in zip(stages, collected.logits, strict=True):
-            for k in (1, 5):
-                figures[f"{name}_{stage}_top{k}"] = round(top_k_accuracy(logits, collected.labels, k), 3)
-        if name == "holdout" and recipe.stages == "both":
-            coarse, fine = collected.logits
-            figures["threshold"] = choose_threshold(coarse, fine, collected.labels, recipe.threshold_max_drop)
-            model.threshold = figures["threshold"]
-    if recipe.stages == "coarse":
-        model.threshold = 0.0  # the fine stage has learnt nothing
-    if process.leads and recipe.stages == "backbone":
-        _save_backbone(model, out)
-    elif process.leads:
+        scored = dict(zip(names, collected.logits, strict=False))
+        taught = collected.logits[-1].argmax(dim=-1) if recipe.uses_teacher else None
+        for point, logits in scored.items():
+            if labelled:
+                for k in (1, 5):
+                    figures[f"{split}_{point}_top{k}"] = round(top_k_accuracy(logits, collected.labels, k), 3)
+            if taught is not None:
+                figures[f"{split}_{point}_agreement"] = round(top_k_accuracy(logits, taught, 1), 3)
+        labels = collected.labels if labelled else taught
+        if split == "holdout" and labels is not None:
+            figures |= method.choose_exit(model, scored, labels, recipe.threshold_max_drop)
+    if process.leads:
         model.data_config, model.class_names = trained.model.data_config, trained.model.class_names
-        save(model, out)
+        method.save(model, out)
     return figures
-
-
-def _scored(recipe: Recipe, model: CoarseToFineViT) -> tuple[Callable[[Tensor], Sequence[Tensor]], tuple[str, ...]]:
-    """What was trained, as images to logits of each of the named stages."""
-    if recipe.stages == "both":
-        return model, ("coarse", "fine")
-    plain = model.backbone if recipe.stages == "backbone" else CoarseNetwork(model)
-    return lambda images: (plain(images),), (recipe.stages,)
-
-
-def _save_backbone(model: CoarseToFineViT, out: Path) -> None:
-    """The plain ViT in timm's own format."""
-    from safetensors.torch import save_file
-
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.backbone.state_dict().items()}
-    elsewhere = ("url", "file", "hf_hub_id", "source")
-    origin: Any = model.backbone.pretrained_cfg
-    described = {k: v for k, v in origin.items() if k not in elsewhere} | model.data_config
-    with atomic_write(out / WEIGHTS_FILE) as file:
-        save_file(weights, file, metadata={"format": "pt"})
-    with atomic_write(out / CONFIG_FILE) as file:
-        save_config_for_hf(
-            model.backbone,
-            str(file),
-            model_config={"label_names": model.class_names, "pretrained_cfg": described},
-            model_args={"img_size": model.image_size, **model.config.timm_kwargs},
-        )

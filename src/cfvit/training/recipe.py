@@ -1,255 +1,214 @@
 """Recipes: everything that a training run depends on, as one typed, frozen configuration.
 
-A recipe is chosen by name, overridden by a YAML file, then by command-line flags. The result
+A recipe is chosen by name, changed by a YAML file, then by flags of the command line. The result
 is written beside the model as ``recipe.yaml``, from which the run can be repeated.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field
 
 from cfvit.errors import UsageError
-from cfvit.modeling.variants import CoarseLoss, Reuse, Selection, Stages
+from cfvit.modeling.config import ModelConfig, Number, Objective, configuration, field_help
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
-TimmKwargs = dict[str, bool | int | float | str | None]
+
+Sources = Annotated[
+    tuple[str, ...],
+    Field(strict=False),
+    BeforeValidator(lambda value: (value,) * bool(value) if isinstance(value, str) else value),
+]
+"""One or several sources of images; a single one may be given as text."""
 
 
-def _about(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
+@configuration
+class Recipe(ModelConfig, Objective):
     """The DeiT recipe with the coarse-to-fine losses: the paper's training from scratch.
 
     Defaults follow DeiT (Touvron et al., 2021) and CF-ViT's section "Implementation": 300 epochs,
     of which the first 200 split all cells, batch 1024.
     """
 
-    data: str = _about("", "image folder, tar, or timm data set (hfds/..., torch/...) to train on")
-    val_data: str | None = _about(None, "data to validate on; by default DATA's own validation split, if it has one")
-    holdout: float = _about(0.05, "share of the training images kept out, to choose eta on")
-
-    backbone: str = _about("deit_small_patch16_224", "timm ViT with a class token, or an lvvit")
-    coarse_grid: int | str = _about(7, "side of the coarse grid in cells, or ROWSxCOLUMNS such as 5x8")
-    informative_ratio: float = _about(0.5, "share of cells that the fine stage splits")
-    attention_momentum: float = _about(0.99, "beta of the global class attention")
-    selection: Selection = _about("attention", "cells to split: highest class attention, lowest, or random (Table 4)")
-    feature_reuse: Reuse = _about("mlp", "what the fine stage takes over of coarse features (Table 5)")
-    timm_kwargs: TimmKwargs | None = _about(None, "further timm arguments, as in --timm-kwargs.patch_size 8")
-    initial_weights: str | None = _about(
-        None, "start from these: 'timm', a file of backbone weights, or a saved or bundled cfvit model"
+    data: Sources = Field(
+        default=(),
+        description="what to train on: image folder, tar, or timm data set (hfds/..., torch/...). Without labels "
+        "(--recipe adapt) any folder or tar of photos, or several; PATH@N takes at most N photos of each folder",
     )
-    stages: Stages = _about("both", "train both, the coarse one alone, or for comparison the plain ViT (backbone)")
-    coarse_loss: CoarseLoss = _about("kl", "what the coarse stage learns from: the fine one, or the label (Table 8)")
+    val_data: str | None = Field(
+        default=None, description="labelled data to validate on; by default DATA's own validation split, if it has one"
+    )
+    holdout: Number = Field(
+        default=0.05, ge=0, le=0.99, description="share of the training images kept out, to choose eta on"
+    )
+    method: str = Field(
+        default="cf_vit", description="what is trained: cf_vit, plain (the ViT itself), coarse_only, ..."
+    )
+    initial_weights: str | None = Field(
+        default=None,
+        description="start from these: 'timm', a file of backbone weights, or a saved or bundled cfvit model",
+    )
+    backbone: str = Field(default="deit_small_patch16_224", description="timm ViT with a class token, or an lvvit")
 
-    epochs: int = _about(300, "passes over the training images")
-    all_cells_share: float = _about(2 / 3, "share of the epochs, the first ones, in which all cells are split")
-    batch_size: int = _about(128, "images per process and step, before accumulation")
-    accumulate: int = _about(1, "batches whose gradients are added up for one step")
-    drop_path_rate: float = _about(0.1, "stochastic depth")
+    epochs: int = Field(default=300, ge=1, description="passes over the training images")
+    all_cells_share: Number = Field(
+        default=2 / 3, ge=0, le=1, description="share of the epochs, the first ones, in which all cells are split"
+    )
+    batch_size: int = Field(default=128, ge=1, description="images per process and step, before accumulation")
+    accumulate: int = Field(default=1, ge=1, description="batches whose gradients are added up for one step")
+    drop_path_rate: Number = Field(default=0.1, ge=0, le=0.99, description="stochastic depth")
 
-    optimizer: str = _about("adamw", "timm's name of the optimiser")
-    lr_base: float = _about(5e-4, "learning rate for lr_base_size images a step; scaled in proportion")
-    lr_base_size: int = _about(512, "images a step for which lr_base is meant")
-    min_lr: float = _about(1e-5, "learning rate at the end")
-    warmup_lr: float = _about(1e-6, "learning rate at the start of the warm-up")
-    warmup_epochs: float = _about(5, "epochs of linear warm-up")
-    weight_decay: float = _about(0.05, "weight decay; none on positions, class token, norms and biases")
-    clip_grad: float = _about(0.0, "largest norm of the gradient; 0 for no limit")
-    ema_decay: float = _about(0.9999, "decay of the averaged weights, warmed up; 0 for no averaging")
+    optimizer: str = Field(default="adamw", description="timm's name of the optimiser")
+    lr_base: Number = Field(
+        default=5e-4, ge=0, description="learning rate at lr_base_size images a step; scaled in proportion"
+    )
+    lr_base_size: int = Field(default=512, ge=1, description="images a step for which lr_base is meant")
+    min_lr: Number = Field(default=1e-5, ge=0, description="learning rate at the end")
+    warmup_lr: Number = Field(default=1e-6, ge=0, description="learning rate at the start of the warm-up")
+    warmup_epochs: Number = Field(default=5.0, ge=0, description="epochs of linear warm-up")
+    weight_decay: Number = Field(
+        default=0.05, ge=0, description="weight decay; none on positions, class token, norms and biases"
+    )
+    clip_grad: Number = Field(default=0.0, ge=0, description="largest norm of the gradient; 0 for no limit")
+    ema_decay: Number = Field(
+        default=0.9999, ge=0, le=1, description="decay of the averaged weights, warmed up; 0 for none"
+    )
 
-    crop_scale_min: float = _about(0.08, "least share of the image in a training crop")
-    auto_augment: str = _about("rand-m9-mstd0.5-inc1", "timm's augmentation policy, or none")
-    color_jitter: float = _about(0.3, "colour jitter, used where there is no policy")
-    hflip: float = _about(0.5, "probability of a horizontal flip")
-    crop_pct: float | None = _about(None, "share of the image that evaluation sees; by default the backbone's")
-    train_interpolation: str = _about("bicubic", "how training crops are resized")
-    random_erasing: float = _about(0.25, "probability of random erasing")
-    mixup: float = _about(0.8, "alpha of mixup; 0 for none")
-    cutmix: float = _about(1.0, "alpha of cutmix; 0 for none")
-    label_smoothing: float = _about(0.1, "label smoothing")
-    repeated_augmentation: int = _about(3, "times that an image stands in an epoch, of which as many fewer are seen")
+    crop_scale_min: Number = Field(
+        default=0.08, ge=0.001, le=1, description="least share of the image in a training crop"
+    )
+    auto_augment: str = Field(default="rand-m9-mstd0.5-inc1", description="timm's augmentation policy, or none")
+    color_jitter: Number = Field(default=0.3, ge=0, description="colour jitter, used where there is no policy")
+    hflip: Number = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    crop_pct: Number | None = Field(
+        default=None, ge=0.01, le=1, description="share of the image that evaluation sees; by default the backbone's"
+    )
+    train_interpolation: str = Field(default="bicubic", description="how training crops are resized")
+    random_erasing: Number = Field(default=0.25, ge=0, le=1, description="probability of random erasing")
+    mixup: Number = Field(default=0.8, ge=0, description="alpha of mixup; 0 for none")
+    cutmix: Number = Field(default=1.0, ge=0, description="alpha of cutmix; 0 for none")
+    mix_probability: Number = Field(
+        default=1.0, ge=0, le=1, description="share of the batches that are mixed, if any are"
+    )
+    repeated_augmentation: int = Field(
+        default=3,
+        ge=1,
+        description="each image appears this many times in an epoch; the epoch is shortened accordingly",
+    )
 
-    token_labels: str | None = _about(None, "folder of label maps by which an lvvit learns at each token")
-    teacher: str | None = _about(None, "timm model to ask for such labels during training, in place of token_labels")
-    teacher_weights: str | None = _about(None, "the teacher's weights, a file; by default timm's own")
-    token_label_weight: float = _about(1.0, "weight of the tokens' loss; 0.5 in the LV-ViT paper, 1 in CF-ViT's runs")
-    mix_token: bool = _about(False, "with token labels: exchange a box of tokens between images (MixToken)")
+    token_labels: str | None = Field(
+        default=None, description="folder of label maps by which an lvvit learns at each token"
+    )
+    teacher: str | None = Field(
+        default=None,
+        description="trained timm model, or a folder of one, to learn from; with --recipe adapt by default the plain "
+        "ViT that the run starts from. Without teacher weights above 0 it labels each token of an lvvit",
+    )
+    teacher_weights: str | None = Field(
+        default=None, description="the teacher's weights, a file; by default timm's own"
+    )
+    mix_token: bool = Field(
+        default=False, description="with token labels: exchange a box of tokens between images (MixToken)"
+    )
 
-    threshold_max_drop: float = _about(0.5, "points of accuracy that the chosen eta may lose on the hold-out")
-    precision: Precision = _about("auto", "auto: bfloat16 on GPUs that have it, float32 elsewhere")
-    compile: bool = _about(False, "torch.compile the network")
-    seed: int = _about(0, "fixes every random choice")
-    workers: int = _about(2, "processes that load images")
-    hold_decoded: bool = _about(False, "decode each image once and hold its pixels, in a temporary file")
-    eval_batch_size: int = _about(128, "images per batch in evaluation")
-    eval_interval: int = _about(1, "epochs between evaluations")
-    log_interval: int = _about(50, "steps between lines of the log")
-    checkpoint_interval: int = _about(500, "steps between checkpoints, besides one after each epoch")
+    threshold_max_drop: Number = Field(
+        default=0.5, ge=0, le=100, description="points of accuracy that the chosen eta may lose on the hold-out"
+    )
+    precision: Precision = Field(default="auto", description="auto: bfloat16 on GPUs that have it, float32 elsewhere")
+    compile: bool = Field(default=False, description="torch.compile the network")
+    seed: int = Field(default=0, ge=0, le=2**32 - 1, description="fixes every random choice")
+    workers: int = Field(default=2, ge=0, description="processes that load images")
+    hold_decoded: bool = Field(
+        default=False, description="decode each image once and keep its pixels in a temporary file"
+    )
+    eval_batch_size: int = Field(default=128, ge=1, description="images per batch in evaluation")
+    eval_interval: int = Field(default=1, ge=1, description="epochs between evaluations")
+    log_interval: int = Field(default=50, ge=1, description="steps between lines of the log")
+    checkpoint_interval: int = Field(
+        default=500, ge=1, description="steps between checkpoints, besides one after each epoch"
+    )
+
+    follows: ClassVar[frozenset[str]] = frozenset({"num_classes"})
+    """Fields of `ModelConfig` that a run takes from its data or its teacher."""
+
+    reserved: ClassVar[frozenset[str]] = ModelConfig.reserved | {"drop_path_rate"}
 
     def __post_init__(self) -> None:
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                allowed = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-                raise UsageError(f"{name} is {value}: give {allowed}")
-        taken = {"drop_path_rate", "num_classes", "img_size", "pretrained"} & set(self.timm_kwargs or {})
-        if taken:
-            raise UsageError(f"timm_kwargs has {taken.pop()!r}: a recipe sets it by a field of its own or by the data")
+        ModelConfig.__post_init__(self)
+        Objective.__post_init__(self)
         if self.batch_size % 2 and (self.mixup or self.cutmix):
             raise UsageError(
                 f"batch_size is {self.batch_size}: mixup and cutmix pair the images, "
                 "give an even number or set both to 0"
             )
-        _ = self.grid
-        self._check_token_labels()
-
-    def _check_token_labels(self) -> None:
         if self.teacher_weights and not self.teacher:
             raise UsageError("teacher_weights are given without a teacher: add --teacher NAME")
-        if self.mix_token and not self.learns_from_tokens:
+        if self.uses_labels and len(self.data) > 1:
+            raise UsageError(f"data has {len(self.data)} sources: labelled data is one, only photos may be more")
+        if self.learns_from_tokens:
+            self._check_token_labels()
+        elif self.mix_token:
             raise UsageError(
                 "mix_token is on without token labels: add --token-labels FOLDER or --teacher NAME, "
                 "or give --no-mix-token"
             )
-        if not self.learns_from_tokens:
-            return
+
+    def _check_token_labels(self) -> None:
         if self.token_labels and self.teacher:
             raise UsageError("token_labels and teacher are both given: labels come from one of them")
         if self.mixup or self.cutmix:
             raise UsageError("mixup and cutmix move pixels away from their token labels: set both to 0, use mix_token")
-        if self.stages != "both" or self.coarse_loss != "kl":
+        if (self.label_weight, self.coarse_label_weight, self.coarse_fine_weight) != (1, 0, 1):
             raise UsageError(
-                f"token labels train both stages by their own loss and stages is {self.stages}, coarse_loss "
-                f"{self.coarse_loss}: leave both as they are, or leave out token_labels and teacher"
+                "token labels have a loss of their own: leave label_weight, coarse_label_weight and coarse_fine_weight "
+                "as they are, or leave out token_labels and teacher"
             )
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the loss needs a label of each image; else the data is any photos."""
+        return self.label_weight > 0 or self.coarse_label_weight > 0
 
     @property
     def learns_from_tokens(self) -> bool:
         """Whether each token has a label of its own."""
-        return bool(self.token_labels or self.teacher)
+        return bool(self.token_labels or (self.teacher and not self.uses_teacher))
 
-    @property
-    def grid(self) -> int | tuple[int, int]:
-        """The coarse grid as `cfvit.create_model` takes it.
-
-        Raises:
-            UsageError: neither a number nor ``ROWSxCOLUMNS``.
-        """
-        sides = str(self.coarse_grid).split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) >= 1 for side in sides):
-            raise UsageError(f"coarse_grid is {self.coarse_grid!r}: give at least 1, or ROWSxCOLUMNS such as 5x8")
-        return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+    def model_config(self, num_classes: int) -> ModelConfig:
+        """The model that is trained."""
+        own = {f.name: getattr(self, f.name) for f in fields(ModelConfig)}
+        timm_kwargs = {**self.timm_kwargs, "drop_path_rate": self.drop_path_rate}
+        return ModelConfig(**own | {"num_classes": num_classes, "timm_kwargs": timm_kwargs})
 
     def replace(self, changes: Mapping[str, Any]) -> Recipe:
-        """The recipe with some fields changed, converted to their types.
+        """The recipe with some fields changed.
 
         Raises:
             UsageError: an unknown field, with the nearest known one; a value of another type or out of range.
         """
-        types_ = typing.get_type_hints(type(self))
-        for name in changes:
-            if name not in types_:
-                near = difflib.get_close_matches(str(name), types_, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(types_)}"
-                raise UsageError(f"a recipe has no field {name!r}: {hint}")
-        return dataclasses.replace(self, **{name: _convert(name, v, types_[name]) for name, v in changes.items()})
+        return dataclasses.replace(self, **{str(name): value for name, value in changes.items()})
 
     def to_yaml(self) -> str:
         """All fields, each with what it is for."""
+        help_of = field_help(type(self))
         return "".join(
-            f"{f.name}: {_yaml_on_one_line(getattr(self, f.name))}  # {f.metadata['help']}\n" for f in fields(self)
+            f"{name}: {_yaml_on_one_line(value)}  # {help_of[name]}\n" for name, value in self.to_dict().items()
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that can be chosen, in plain values."""
+        values = {name: getattr(self, name) for name in field_help(type(self)) if name not in self.follows}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _yaml_on_one_line(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
-
-
-_INFINITY = float("inf")
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("holdout", 0, 0.99),
-    ("informative_ratio", 0, 1),
-    ("attention_momentum", 0, 0.999999),
-    ("epochs", 1, _INFINITY),
-    ("all_cells_share", 0, 1),
-    ("batch_size", 1, _INFINITY),
-    ("accumulate", 1, _INFINITY),
-    ("drop_path_rate", 0, 0.99),
-    ("lr_base", 0, _INFINITY),
-    ("lr_base_size", 1, _INFINITY),
-    ("min_lr", 0, _INFINITY),
-    ("warmup_lr", 0, _INFINITY),
-    ("warmup_epochs", 0, _INFINITY),
-    ("weight_decay", 0, _INFINITY),
-    ("clip_grad", 0, _INFINITY),
-    ("ema_decay", 0, 1),
-    ("crop_scale_min", 0.001, 1),
-    ("color_jitter", 0, _INFINITY),
-    ("hflip", 0, 1),
-    ("crop_pct", 0.01, 1),
-    ("random_erasing", 0, 1),
-    ("mixup", 0, _INFINITY),
-    ("cutmix", 0, _INFINITY),
-    ("label_smoothing", 0, 0.99),
-    ("repeated_augmentation", 1, _INFINITY),
-    ("token_label_weight", 0, _INFINITY),
-    ("threshold_max_drop", 0, 100),
-    ("seed", 0, 2**32 - 1),
-    ("workers", 0, _INFINITY),
-    ("eval_batch_size", 1, _INFINITY),
-    ("eval_interval", 1, _INFINITY),
-    ("log_interval", 1, _INFINITY),
-    ("checkpoint_interval", 1, _INFINITY),
-)
-
-
-def _convert(name: str, value: Any, target: Any) -> Any:
-    options: tuple[Any, ...] = typing.get_args(target) if isinstance(target, types.UnionType) else (target,)
-    if value is None and type(None) in options:
-        return None
-    for option in options:
-        if typing.get_origin(option) is dict:
-            if isinstance(value, dict):
-                return value
-        elif typing.get_origin(option) is Literal:
-            if value in typing.get_args(option):
-                return value
-        elif option is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        elif option is float and isinstance(value, str) and _is_number(value):
-            return float(value)  # YAML reads 1e-3, without a point, as text
-        elif isinstance(value, option) and (option is bool) == isinstance(value, bool):
-            return value
-    allowed = [
-        ", ".join(typing.get_args(option)) if typing.get_origin(option) is Literal else option.__name__
-        for option in options
-    ]
-    raise UsageError(f"{name} is {value!r}: give {' or '.join(allowed).replace('NoneType', 'null')}")
-
-
-def read_value(text: str) -> Any:
-    """A word of the command line as YAML would read it: a number, true, false, null, or the word itself."""
-    return float(text) if _is_number(text) and not text.lstrip("+-").isdecimal() else yaml.safe_load(text)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 DEIT = Recipe()
@@ -264,7 +223,7 @@ FINETUNE = Recipe(
     epochs=30,
     all_cells_share=1 / 3,
     lr_base=1e-4,
-    warmup_epochs=1,
+    warmup_epochs=1.0,
     crop_scale_min=0.25,
     mixup=0.2,
     cutmix=0.5,
@@ -275,6 +234,38 @@ FINETUNE = Recipe(
 
 Command: ``cfvit train --recipe finetune --data DATA --out RUN --backbone deit_small_patch16_224``
 (``--initial-weights FILE`` for weights at hand). Reproduced: no score on ImageNet yet.
+"""
+
+ADAPT = Recipe(
+    backbone="deit_tiny_patch16_224",
+    label_weight=0.0,
+    coarse_fine_weight=0.0,
+    fine_teacher_weight=2.0,
+    coarse_teacher_weight=1.0,
+    label_smoothing=0.0,
+    epochs=7,
+    all_cells_share=0.0,
+    batch_size=64,
+    lr_base=1.5e-4,
+    lr_base_size=64,
+    min_lr=1e-6,
+    warmup_epochs=0.2,
+    weight_decay=0.0,
+    drop_path_rate=0.0,
+    ema_decay=0.999,
+    crop_scale_min=0.35,
+    auto_augment="none",
+    color_jitter=0.0,
+    train_interpolation="bilinear",
+    random_erasing=0.0,
+    mixup=0.8,
+    cutmix=1.0,
+    mix_probability=0.7,
+    repeated_augmentation=1,
+)
+"""A trained ViT made coarse-to-fine on photos without labels: both stages learn its answers.
+
+Command: ``cfvit train --recipe adapt --data PHOTOS --backbone deit_tiny_patch16_224 --initial-weights FILE --out RUN``.
 """
 
 LVVIT = Recipe(
@@ -302,7 +293,7 @@ IMAGENETTE = Recipe(
     optimizer="muon",
     lr_base=1e-3,
     lr_base_size=64,
-    warmup_epochs=1,
+    warmup_epochs=1.0,
     clip_grad=1.0,
     drop_path_rate=0.0,
     ema_decay=0.999,
@@ -333,7 +324,7 @@ DIGITS = Recipe(
     optimizer="muon",
     lr_base=4e-3,
     lr_base_size=32,
-    warmup_epochs=1,
+    warmup_epochs=1.0,
     drop_path_rate=0.0,
     ema_decay=0.99,
     crop_scale_min=0.7,
@@ -354,6 +345,7 @@ DIGITS = Recipe(
 RECIPES: dict[str, Recipe] = {
     "deit": DEIT,
     "finetune": FINETUNE,
+    "adapt": ADAPT,
     "lvvit": LVVIT,
     "imagenette": IMAGENETTE,
     "digits": DIGITS,
@@ -387,3 +379,11 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}: write one 'field: value' per line")
     return content
+
+
+def read_value(text: str) -> Any:
+    """A word of the command line as YAML would read it: a number, true, false, null, or the word itself."""
+    try:
+        return float(text) if not text.lstrip("+-").isdecimal() else int(text)
+    except ValueError:
+        return yaml.safe_load(text)

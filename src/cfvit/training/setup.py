@@ -1,68 +1,80 @@
-"""What a run starts from: its images, its model, and all that changes during training."""
+"""What a run starts from: its images, its network, and all that changes during training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from timm.data import create_transform
+from timm.data import ImageNetInfo, create_transform
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from cfvit import data as datasets
-from cfvit.checkpoints import initialise
+from cfvit.checkpoints import classes_of, is_coarse_to_fine
+from cfvit.data import DataSource, EvalImages, TrainImages, has_validation_split, open_data, open_images, split_holdout
 from cfvit.data.cache import hold
+from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.inference.engines.packing import accelerate_training
-from cfvit.modeling.model import CoarseToFineViT, TokenOutput, create_model
+from cfvit.inference.engines.packing import accelerate, accelerate_training
+from cfvit.methods.base import Method, create_method
 from cfvit.processes import Process
 from cfvit.training.optimizers import create_optimizer, resume_optimizer
 from cfvit.training.recipe import Recipe
+from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.tokens.label_maps import LabelledImages, LabelledTransform
-from cfvit.training.tokens.teacher import Teacher, load_teacher
 
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run. ``holdout`` are indices of the training source, kept out of training."""
+    """The images of a run.
 
-    train: datasets.TrainImages
-    holdout: datasets.EvalImages | None
-    validation: datasets.EvalImages | None
+    Attributes:
+        holdout: images of the training source that are kept out of training.
+        validation: always with labels.
+    """
+
+    train: TrainImages
+    holdout: EvalImages | None
+    validation: EvalImages | None
 
 
 @dataclass
 class Trained:
-    """All that changes during training.
+    """All that changes during training, and what it is trained by.
 
-    ``model`` holds the weights; ``network`` is what runs (the model, its backbone or a `TokenNetwork`,
-    perhaps compiled and distributed); ``step`` counts optimiser steps.
+    Attributes:
+        model: holds the weights and is saved.
+        network: what runs in a step: what the method makes of the model, perhaps compiled and distributed.
+        average: the averaged weights, None where nothing is averaged.
+        classes: the size of the head.
+        step: counts optimiser steps.
     """
 
-    model: CoarseToFineViT
+    method: Method
+    model: Any
     network: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
     average: ModelEmaV3 | None
-    teacher: Teacher | None = None
+    teacher: Teacher | None
+    classes: int
     step: int = 0
 
-    def best_weights(self) -> CoarseToFineViT:
+    def best_weights(self) -> Any:
         """The averaged model, or the model itself where nothing is averaged."""
-        return self.model if self.average is None else cast(CoarseToFineViT, self.average.module)
+        return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "step": self.step,
+            "class_names": self.model.class_names,
             "model": self.model.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -78,79 +90,92 @@ class Trained:
         self.scaler.load_state_dict(state["scaler"])
 
 
-class CoarseNetwork(nn.Module):
-    """The coarse stage as it runs where nothing else is trained: images to logits. The rest gets no gradients."""
+@dataclass(frozen=True)
+class Splits:
+    """The images of a run before any transform.
 
-    def __init__(self, model: CoarseToFineViT) -> None:
-        super().__init__()
-        self.model = model
-        for part in (model.feature_reuse, model.backbone.pos_embed):
-            if part is not None:
-                part.requires_grad_(False)
+    Attributes:
+        source: the training images, of which ``kept`` are trained on and ``held`` are kept out.
+        validation: of another split, with labels.
+        class_names: by class index.
+    """
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model.coarse(images).logits
-
-
-class TokenNetwork(nn.Module):
-    """The model as it runs where each token has a label: ``forward`` is its ``forward_tokens``."""
-
-    def __init__(self, model: CoarseToFineViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor, informative_ratio: float, mixed: Tensor | None) -> TokenOutput:
-        return self.model.forward_tokens(images, informative_ratio=informative_ratio, mixed=mixed)
+    source: DataSource
+    kept: list[int]
+    held: list[int]
+    validation: DataSource | None
+    class_names: list[str]
 
 
-def prepare(recipe: Recipe, process: Process) -> tuple[Data, CoarseToFineViT]:
+def open_splits(recipe: Recipe) -> Splits:
+    """Opens the images of a run; no network is built.
+
+    Raises:
+        CfvitError: no data, or data that cannot be read.
+    """
+    if not recipe.data:
+        raise UsageError("no data: name what to train on with --data")
+    if recipe.uses_labels:
+        source = open_data(recipe.data[0], "train")
+        class_names = source.class_names
+    else:
+        source = open_images(recipe.data, "train", recipe.seed)
+        class_names = _classes_without_labels(recipe)
+    validation = None
+    if recipe.val_data or (recipe.uses_labels and has_validation_split(recipe.data[0])):
+        validation = open_data(recipe.val_data or recipe.data[0], "validation").aligned(class_names)
+    return Splits(source, *split_holdout(source, recipe.holdout, recipe.seed), validation, class_names)
+
+
+def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
     """Opens the images of a run and builds its model, on the process's device.
 
     Raises:
         CfvitError: data, a backbone or weights that cannot be had or do not go together.
     """
-    if not recipe.data:
-        raise UsageError("no data: name what to train on with --data")
-    source = datasets.open_data(recipe.data, "train")
+    splits = open_splits(recipe)
     torch.manual_seed(recipe.seed)
-    model = create_model(
-        recipe.backbone,
-        num_classes=len(source.class_names),
-        coarse_grid=recipe.grid,
-        informative_ratio=recipe.informative_ratio,
-        attention_momentum=recipe.attention_momentum,
-        selection=recipe.selection,
-        feature_reuse=recipe.feature_reuse,
-        drop_path_rate=recipe.drop_path_rate,
-        **cast(dict[str, Any], recipe.timm_kwargs or {}),
-    )
-    if recipe.learns_from_tokens and not hasattr(model.backbone, "token_logits"):
+    method = create_method(recipe.method, recipe)
+    config = recipe.model_config(len(splits.class_names))
+    model = method.build(config, recipe.initial_weights, splits.class_names)
+    if recipe.learns_from_tokens and not hasattr(getattr(model, "backbone", model), "token_logits"):
         raise UsageError(f"{recipe.backbone} has no auxiliary head to learn token labels: give --backbone lvvit_...")
-    model.class_names = source.class_names
-    if recipe.initial_weights is not None:
-        initialise(model, recipe.initial_weights)
     if recipe.crop_pct is not None:
         model.data_config["crop_pct"] = recipe.crop_pct
-    kept, held = datasets.split_holdout(source, recipe.holdout, recipe.seed)
-    rank, world = process.rank, process.world
+    source, validation = splits.source, splits.validation
     if recipe.hold_decoded:
         source = hold(source, recipe.workers, process.leads)
-    validation = None
-    if recipe.val_data or datasets.has_validation_split(recipe.data):
-        chosen = datasets.open_data(recipe.val_data or recipe.data, "validation").aligned(source.class_names)
-        if recipe.hold_decoded:
-            chosen = hold(chosen, recipe.workers, process.leads)
-        validation = datasets.EvalImages(chosen, model.data_config, rank=rank, world=world)
-    holdout = datasets.EvalImages(source, model.data_config, held, rank, world) if held else None
-    return Data(_train_images(recipe, source, kept, model), holdout, validation), model.to(process.device)
+        validation = validation and hold(validation, recipe.workers, process.leads)
+    evaluated = partial(EvalImages, data_config=model.data_config, rank=process.rank, world=process.world)
+    data = Data(
+        train=_train_images(recipe, source, splits.kept, model),
+        holdout=evaluated(source, indices=splits.held) if splits.held else None,
+        validation=evaluated(validation) if validation else None,
+    )
+    return data, model.to(process.device)
 
 
-def _train_images(
-    recipe: Recipe, source: datasets.DataSource, kept: Sequence[int], model: CoarseToFineViT
-) -> datasets.TrainImages:
+def _classes_without_labels(recipe: Recipe) -> list[str]:
+    """The class names of unlabelled data: those of the teacher, or of the network that the run starts from."""
+    if not recipe.uses_teacher:
+        raise UsageError(
+            "a run without labels learns from a teacher: give --recipe adapt, or a weight of the teacher above 0"
+        )
+    if recipe.initial_weights is None:
+        raise UsageError(
+            "a run without labels starts from a trained ViT: give --initial-weights FILE, or 'timm' for timm's own"
+        )
+    names, count = classes_of(recipe.initial_weights, recipe.backbone)
+    imagenet = ImageNetInfo().label_names()
+    if names is None and count == len(imagenet):
+        names = readable_class_names(imagenet)
+    return [str(index) for index in range(count)] if names is None else names
+
+
+def _train_images(recipe: Recipe, source: DataSource, kept: Sequence[int], model: Any) -> TrainImages:
     if recipe.token_labels is None:
         create = partial(create_transform, is_training=True)
-        return datasets.TrainImages(source, kept, _train_transform(recipe, model.data_config, create))
+        return TrainImages(source, kept, _train_transform(recipe, model.data_config, create))
     transform = _train_transform(recipe, model.data_config, LabelledTransform)
     return LabelledImages(source, kept, transform, Path(recipe.token_labels))
 
@@ -175,16 +200,16 @@ def _train_transform(recipe: Recipe, data_config: dict[str, Any], create: Callab
         ) from error
 
 
-def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: Process) -> Trained:
+def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> Trained:
     """Optimiser, schedule, averaged weights and teacher around a model; ``num_images`` are those of an epoch.
 
     Raises:
         CfvitError: no such optimiser or teacher, too few images for one step.
     """
-    network: Any = accelerate_training(_network(recipe, model))
-    trainable: nn.Module = model.backbone if recipe.stages == "backbone" else model
+    method = create_method(recipe.method, recipe)
+    network: Any = accelerate_training(method.in_training(model))
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
-    optimizer = create_optimizer(recipe, trainable, recipe.lr_base * images_per_step / recipe.lr_base_size)
+    optimizer = create_optimizer(recipe, model, recipe.lr_base * images_per_step / recipe.lr_base_size)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
@@ -195,34 +220,41 @@ def assemble(recipe: Recipe, model: CoarseToFineViT, num_images: int, process: P
         step_on_epochs=False,
         updates_per_epoch=steps_per_epoch(recipe, num_images, process.world),
     )
-    average = None
-    if recipe.ema_decay > 0:
-        average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True)
+    average = ModelEmaV3(model, decay=recipe.ema_decay, use_warmup=True) if recipe.ema_decay > 0 else None
     if process.world > 1:
         cuda = process.device.type == "cuda"
         network = DistributedDataParallel(network, device_ids=[process.device] if cuda else None)
     if recipe.compile:
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype_of(recipe, process.device) is torch.float16)
-    return Trained(model, network, optimizer, scheduler, scaler, average, _teacher(recipe, model, process.device))
+    teacher, classes = _teacher(recipe, model, process.device), len(model.class_names)
+    return Trained(method, model, network, optimizer, scheduler, scaler, average, teacher, classes)
 
 
-def _network(recipe: Recipe, model: CoarseToFineViT) -> nn.Module:
-    """What runs in a step, by what is trained and what it learns from."""
-    if recipe.learns_from_tokens:
-        return TokenNetwork(model)
-    if recipe.stages == "coarse":
-        return CoarseNetwork(model)
-    return model.backbone if recipe.stages == "backbone" else model
-
-
-def _teacher(recipe: Recipe, model: CoarseToFineViT, device: torch.device) -> Teacher | None:
-    if recipe.teacher is None:
+def _teacher(recipe: Recipe, model: Any, device: torch.device) -> Teacher | None:
+    """The teacher that is named or, to learn whole answers from, the plain ViT that the run starts from."""
+    if recipe.teacher is not None:
+        weights = None if recipe.teacher_weights is None else Path(recipe.teacher_weights)
+        teacher = load_teacher(recipe.teacher, len(model.class_names), weights, device, student=model.data_config)
+        teacher.require_classes(model.class_names)
+        if recipe.learns_from_tokens:
+            teacher.require_dense()
+    elif recipe.uses_teacher:
+        start = recipe.initial_weights
+        if start is None or is_coarse_to_fine(start):
+            was = "random weights" if start is None else f"the coarse-to-fine model {start}"
+            raise UsageError(
+                f"the run starts from {was}, which is no teacher: name a plain ViT with --teacher NAME, "
+                "and its weights with --teacher-weights FILE"
+            )
+        config = replace(recipe, drop_path_rate=0.0).model_config(len(model.class_names))
+        plain = create_method("plain").build(config, start, model.class_names)
+        plain = plain.eval().requires_grad_(False).to(device)
+        teacher = Teacher("the plain ViT", plain, plain.data_config, model.data_config)
+    else:
         return None
-    weights = None if recipe.teacher_weights is None else Path(recipe.teacher_weights)
-    teacher = load_teacher(recipe.teacher, model.config.num_classes, weights, device, student=model.data_config)
-    teacher.require_classes(model.class_names or [])
-    return teacher
+    fast = accelerate(teacher.model) if dtype_of(recipe, device) is torch.float32 else teacher.model
+    return replace(teacher, model=fast)
 
 
 def steps_per_epoch(recipe: Recipe, num_images: int, world: int) -> int:

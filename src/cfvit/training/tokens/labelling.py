@@ -19,6 +19,7 @@ import cfvit
 from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
+from cfvit.training.teacher import Teacher
 from cfvit.training.tokens.label_maps import (
     MAX_CLASSES,
     ORIGIN_FILE,
@@ -29,7 +30,6 @@ from cfvit.training.tokens.label_maps import (
     read_origin,
     require_own_maps,
 )
-from cfvit.training.tokens.teacher import Teacher
 
 MAP_SIZE = 18
 TOP_SCORES = 5

@@ -1,4 +1,4 @@
-"""Teachers: trained classifiers that are asked at every place of an image, for token labels."""
+"""Teachers: trained classifiers that answer for an image, or for every place of one (token labels)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cfvit.modeling.weights import read_weights
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A classifier whose head is applied at each place instead of to the whole image.
+    """A trained classifier that is asked about a student's images.
 
     Attributes:
         name: what timm calls it.
@@ -71,9 +71,31 @@ class Teacher:
                     "give one trained on the classes of the data"
                 )
 
-    def __call__(self, images: Tensor) -> Tensor:
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Tensor:
+        """Logits for a student's images: ``[B, 3, H, W] -> [B, C]``, without gradient."""
+        return self.model(self._prepared(images))
+
+    def places(self, images: Tensor) -> Tensor:
         """Logits at each place of a student's images: ``[B, 3, H, W] -> [B, C, h, w]``, without gradient."""
         return self.dense(self._prepared(images))
+
+    def require_dense(self) -> None:
+        """Refuses an architecture that cannot be asked at each place.
+
+        Raises:
+            CfvitError: its head cannot be applied to a single place.
+        """
+        try:
+            shape = self.dense(torch.zeros(1, *self.data_config["input_size"], device=self.device)).shape
+            if shape[1] != self.model.num_classes:
+                raise CfvitError(f"its head gives {shape[1]} logits")
+        except Exception as error:  # heads of some architectures cannot be read so at all
+            reason = " ".join(str(error).split())[:200]
+            raise CfvitError(
+                f"teacher {self.name} cannot be asked at each place ({reason}): "
+                "choose another, such as resnet50 or deit_small_patch16_224"
+            ) from error
 
     @torch.no_grad()
     def dense(self, images: Tensor) -> Tensor:
@@ -161,34 +183,32 @@ def load_teacher(
             a model's ``data_config``; by default the teacher's own.
 
     Raises:
-        CfvitError: no such model, weights that cannot be had or do not fit, a model that cannot be asked
-            at each place.
+        CfvitError: no such model, weights that cannot be had or do not fit.
     """
-    _require_timms_own(name)
+    name = _timms_name(name)
     model = _build(name, num_classes, weights)
     model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
     config = resolve_model_data_config(model)
     names = model.pretrained_cfg.get("label_names")
     names = None if names is None else list(names)
-    teacher = Teacher(name, model, config, config if student is None else student, names)
-    _require_dense(teacher)
-    return teacher
+    return Teacher(name, model, config, config if student is None else student, names)
 
 
-def _require_timms_own(name: str) -> None:
-    """Says what to give instead of a folder without timm's prefix, or of a model of ours."""
+def _timms_name(name: str) -> str:
+    """The name that timm knows: of a folder with its prefix. Says what to give instead of a model of ours."""
     if not timm.is_model(name) and Path(name).is_dir():
-        raise CfvitError(f"teacher {name} is a folder: give it as local-dir:{name}")
+        name = f"local-dir:{name}"
     source, _, folder = name.partition(":")
     try:
         config = json.loads((Path(folder) / CONFIG_FILE).read_text()) if source == "local-dir" else None
     except (OSError, ValueError):  # of which timm says more
-        return
+        config = None
     if isinstance(config, dict) and "architecture" not in config:
         raise CfvitError(
             f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
-            "give a folder written by timm or by cfvit train --stages backbone"
+            "give a folder written by timm or by cfvit train --method plain"
         )
+    return name
 
 
 def _build(name: str, num_classes: int, weights: Path | None) -> Any:
@@ -210,16 +230,3 @@ def _fill_strictly(model: nn.Module, path: Path, name: str) -> None:
     own, weights = model.state_dict(), in_timms_keys(model, read_weights(path))
     require_fit(own, weights, f"{path} does not fit the teacher {name}")
     model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in weights.items()})
-
-
-def _require_dense(teacher: Teacher) -> None:
-    try:
-        shape = teacher.dense(torch.zeros(1, *teacher.data_config["input_size"], device=teacher.device)).shape
-        if shape[1] != teacher.model.num_classes:
-            raise CfvitError(f"its head gives {shape[1]} logits")
-    except Exception as error:  # heads of some architectures cannot be read so at all
-        reason = " ".join(str(error).split())[:200]
-        raise CfvitError(
-            f"teacher {teacher.name} cannot be asked at each place ({reason}): "
-            "choose another, such as resnet50 or deit_small_patch16_224"
-        ) from error

@@ -1,0 +1,166 @@
+"""The seam of methods: what can be trained, scored, timed, compared and saved by one harness.
+
+A method is a class in a file of its own in this package. Training, evaluation, benchmark and the paper's tables
+know it by its name and speak to this protocol alone.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cfvit.errors import CfvitError, UsageError, first_line
+from cfvit.modeling.config import ModelConfig, Objective
+
+
+@dataclass(frozen=True)
+class TokenLabels:
+    """A label for each place of the images of a batch, pooled to both grids.
+
+    Attributes:
+        fine: ``[B, 4N, classes]``.
+        coarse: ``[B, N, classes]``.
+        columns: of the coarse grid.
+        mixed: ``[N]``, the cells that MixToken exchanges with the mirror image's; None without.
+    """
+
+    fine: Tensor
+    coarse: Tensor
+    columns: int
+    mixed: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a training step knows of a batch.
+
+    Attributes:
+        images: normalised and augmented, ``[B, 3, S, S]``.
+        target: class indices ``[B]`` or probabilities ``[B, classes]``; None without labels.
+        teacher: a trained network's logits for the same images, ``[B, classes]``; None without a teacher.
+        token_labels: of an LV-ViT that learns at each token.
+    """
+
+    images: Tensor
+    target: Tensor | None
+    teacher: Tensor | None = None
+    token_labels: TokenLabels | None = None
+
+
+class Method(ABC):
+    """A way of answering images by a ViT.
+
+    Args:
+        objective: what its training minimises.
+
+    Raises:
+        UsageError: an objective that the method has no use for.
+    """
+
+    name: ClassVar[str]
+    """As recipes and the command line spell it."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    @abstractmethod
+    def build(
+        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+    ) -> Any:
+        """A new network, an ``nn.Module`` with ``data_config``, ``class_names`` and ``image_size``.
+
+        Args:
+            initial_weights: where trained weights come from, as of `cfvit.checkpoints.initialise`; None for
+                random ones by torch's generator.
+            class_names: by class index; trained weights of other classes are told.
+        """
+
+    def in_training(self, network: Any) -> nn.Module:
+        """What runs in a training step: a module whose ``forward`` computes all that `loss` reads."""
+        return network
+
+    @abstractmethod
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        """The loss on a batch, a scalar.
+
+        Args:
+            running: what `in_training` gave, perhaps compiled and distributed.
+            split: share of cells that are split in this phase; a method without cells ignores it.
+        """
+
+    @abstractmethod
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        """Logits ``[B, classes]`` at each operating point, by its name, cheapest first."""
+
+    @abstractmethod
+    def macs(self, network: Any) -> dict[str, int]:
+        """What an image costs at each operating point, in multiply-accumulates."""
+
+    def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
+        """Sets when the network exits early, if it does, and returns what was chosen.
+
+        Args:
+            logits: of the hold-out, as `answers` gives them.
+            labels: class indices: the labels, or without any a teacher's answers.
+            max_drop: percentage points that may be lost against the dearest operating point.
+        """
+        return {}
+
+    def load(self, network: Any, folder: Path) -> Any:
+        """The network with the weights that `save` wrote, in evaluation mode.
+
+        Args:
+            network: as `build` gave it.
+
+        Raises:
+            CfvitError: a folder that is damaged or holds another network.
+        """
+        try:
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+        except (OSError, SafetensorError, RuntimeError) as error:
+            raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
+        return network.eval()
+
+    @abstractmethod
+    def save(self, network: Any, folder: Path) -> None:
+        """Writes the network into a folder that `cfvit.load` or timm reads."""
+
+
+METHODS: dict[str, type[Method]] = {}
+"""The methods that are known, by name."""
+
+Class = TypeVar("Class", bound=type[Method])
+
+
+def register(name: str) -> Callable[[Class], Class]:
+    """A class decorator that makes a method known by a name."""
+
+    def known(cls: Class) -> Class:
+        cls.name, METHODS[name] = name, cls
+        return cls
+
+    return known
+
+
+def create_method(name: str, objective: Objective | None = None) -> Method:
+    """The method of a name, with the paper's objective by default.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    import cfvit.methods
+
+    for module in pkgutil.iter_modules(cfvit.methods.__path__):
+        import_module(f"cfvit.methods.{module.name}")
+    if name not in METHODS:
+        raise UsageError(f"there is no method {name!r}: choose among {', '.join(sorted(METHODS))}")
+    return METHODS[name](Objective() if objective is None else objective)

@@ -1,0 +1,81 @@
+"""CF-ViT, the method of this package: both stages of one network, an exit between them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from cfvit.calibration import choose_threshold
+from cfvit.checkpoints import initialise, load, save
+from cfvit.methods.base import Batch, Method, register
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.cost import count_macs
+from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
+from cfvit.modeling.model import CoarseToFineOutput, CoarseToFineViT, TokenOutput
+
+
+class _BothStages(nn.Module):
+    """The model as it runs in a training step: with an answer of each token where token labels ask for it."""
+
+    def __init__(self, model: CoarseToFineViT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, images: Tensor, split: float, tokens: bool, mixed: Tensor | None
+    ) -> CoarseToFineOutput | TokenOutput:
+        if tokens:
+            return self.model.forward_tokens(images, informative_ratio=split, mixed=mixed)
+        return self.model(images, informative_ratio=split)
+
+
+def build_model(config: ModelConfig, initial_weights: str | None, class_names: list[str] | None) -> CoarseToFineViT:
+    """A coarse-to-fine model with random or trained weights."""
+    model = CoarseToFineViT(config)
+    model.class_names = class_names
+    if initial_weights is not None:
+        initialise(model, initial_weights)
+    return model
+
+
+@register("cf_vit")
+class CfViT(Method):
+    """Both stages are trained, scored and saved (Chen et al., AAAI 2023)."""
+
+    def build(
+        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+    ) -> CoarseToFineViT:
+        return build_model(config, initial_weights, class_names)
+
+    def in_training(self, network: CoarseToFineViT) -> nn.Module:
+        return _BothStages(network)
+
+    def loss(self, running: nn.Module, batch: Batch, split: float) -> Tensor:
+        labels = batch.token_labels
+        if labels is None:
+            output = running(batch.images, split, False, None)
+            return coarse_to_fine_loss(output, batch.target, self.objective, batch.teacher)
+        assert batch.target is not None
+        output = running(batch.images, split, True, labels.mixed)
+        target = token_target(labels.fine, labels.coarse, output, labels.mixed, labels.columns)
+        return token_label_loss(output, batch.target, target, self.objective.token_label_weight)
+
+    def answers(self, network: CoarseToFineViT, images: Tensor) -> dict[str, Tensor]:
+        return network(images)._asdict()
+
+    def macs(self, network: CoarseToFineViT) -> dict[str, int]:
+        macs = count_macs(network)
+        return {"coarse": macs.coarse, "fine": macs.both}
+
+    def choose_exit(
+        self, network: CoarseToFineViT, logits: dict[str, Tensor], labels: Tensor, max_drop: float
+    ) -> dict[str, float]:
+        network.threshold = choose_threshold(logits["coarse"], logits["fine"], labels, max_drop)
+        return {"threshold": network.threshold}
+
+    def load(self, network: CoarseToFineViT, folder: Path) -> CoarseToFineViT:
+        return load(folder)
+
+    def save(self, network: CoarseToFineViT, folder: Path) -> None:
+        save(network, folder)

@@ -1,0 +1,79 @@
+"""The plain ViT, for comparison: trained, scored and saved as timm's own model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+from torch import Tensor
+
+from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE
+from cfvit.errors import UsageError
+from cfvit.files import atomic_write
+from cfvit.methods.base import Batch, Method, register
+from cfvit.methods.cf_vit import build_model
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.cost import macs_of
+from cfvit.modeling.losses import classification_loss, distillation_loss
+from cfvit.modeling.model import CoarseToFineViT
+
+
+@register("plain")
+class Plain(Method):
+    """The backbone of the coarse-to-fine model, which starts from the same weights as that does."""
+
+    def build(
+        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+    ) -> Any:
+        return backbone_of(build_model(config, initial_weights, class_names))
+
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        return single_answer_loss(running(batch.images), batch, self)
+
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        return {"plain": network(images)}
+
+    def macs(self, network: Any) -> dict[str, int]:
+        meta = copy.deepcopy(network).to("meta").eval()
+        image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
+        return {"plain": macs_of(lambda: meta(image))}
+
+    def save(self, network: Any, folder: Path) -> None:
+        """In timm's own format, which it reads as ``local-dir:FOLDER``."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        elsewhere = ("url", "file", "hf_hub_id", "source")
+        described = {k: v for k, v in network.pretrained_cfg.items() if k not in elsewhere} | network.data_config
+        with atomic_write(folder / WEIGHTS_FILE) as file:
+            save_file(weights, file, metadata={"format": "pt"})
+        with atomic_write(folder / CONFIG_FILE) as file:
+            save_config_for_hf(
+                network,
+                str(file),
+                model_config={"label_names": network.class_names, "pretrained_cfg": described},
+                model_args={"img_size": network.image_size, **network.timm_kwargs},
+            )
+
+
+def backbone_of(model: CoarseToFineViT) -> Any:
+    """The plain ViT in a model, with what is needed to use it: preprocessing, class names, image size."""
+    network: Any = model.backbone
+    network.data_config, network.class_names = model.data_config, model.class_names
+    network.image_size, network.timm_kwargs = model.image_size, dict(model.config.timm_kwargs)
+    return network
+
+
+def single_answer_loss(logits: Tensor, batch: Batch, method: Method) -> Tensor:
+    """The loss of a network with one answer: cross entropy with the label, divergence from the teacher."""
+    objective = method.objective
+    if batch.token_labels is not None:
+        raise UsageError(f"token labels train both stages: choose --method cf_vit, not {method.name}")
+    loss = logits.new_zeros((), dtype=logits.float().dtype)
+    if batch.target is not None:
+        loss = loss + objective.label_weight * classification_loss(logits, batch.target, objective.label_smoothing)
+    if batch.teacher is not None:
+        divergence = distillation_loss(logits, batch.teacher, objective.temperature)
+        loss = loss + objective.fine_teacher_weight * divergence
+    return loss
