@@ -8,19 +8,22 @@ import struct
 import subprocess
 import sys
 import tarfile
+import time
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
@@ -121,6 +124,108 @@ def test_colours_are_as_seen_on_white(content: bytes, colour: tuple[int, int, in
 def test_deep_images_are_scaled_to_8_bits(content: bytes, expected: list[int]) -> None:
     pixels = np.asarray(open_image(content))[0]
     assert pixels.tolist() == [[value] * 3 for value in expected]
+
+
+def _png_of_16_bit_colours(values: list[int]) -> bytes:
+    """A PNG of one pixel for each value, which Pillow cannot write."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = b"\0" + b"".join(struct.pack(">HHH", value, value, value) for value in values)
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(_deep([0, 2048, 4095], np.uint16, "PNG"), [0, 128, 255], id="12-bit"),
+        pytest.param(_deep([0, 2048, 3000], np.uint16, "TIFF"), [0, 128, 187], id="12-bit-not-full"),
+        pytest.param(_deep([0, 100, 255], np.uint16, "PNG"), [0, 100, 255], id="8-bit"),
+        pytest.param(_deep([0, 0, 0], np.uint16, "PNG"), [0, 0, 0], id="black"),
+        pytest.param(_deep([0, 512, 1023], np.int32, "TIFF"), [0, 128, 255], id="10-bit-I"),
+        pytest.param(_png_of_16_bit_colours([0, 2048, 4095]), [0, 136, 255], id="12-bit-colours"),
+        pytest.param(_png_of_16_bit_colours([0, 32768, 65535]), [0, 128, 255], id="16-bit-colours"),
+    ],
+)
+def test_deep_images_of_fewer_bits_are_not_black(content: bytes, expected: list[int]) -> None:
+    """By the smallest range of whole bits that holds the maximum."""
+    assert np.asarray(open_image(content))[0].tolist() == [[value] * 3 for value in expected]
+
+
+@pytest.mark.parametrize(("tag", "value"), [(281, 1023), (281, 3000)])
+def test_the_range_that_a_tiff_states_goes_first(tag: int, value: int) -> None:
+    image = Image.fromarray(np.array([[0, 500, 1000]], dtype=np.uint16))
+    content = _encode(image, "TIFF", tiffinfo={tag: value})
+    assert np.asarray(open_image(content))[0, :, 0].tolist() == [0, round(500 * 255 / value), round(1000 * 255 / value)]
+
+
+def _profile(name: Literal["LAB", "XYZ", "sRGB"]) -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile(name)).tobytes()
+
+
+class TestColourProfiles:
+    """As littleCMS converts them, and left alone where they say sRGB, nothing, or nonsense."""
+
+    def test_another_space_is_brought_to_srgb(self) -> None:
+        lab = Image.new("LAB", (4, 4), (128, 168, 128))
+        expected = ImageCms.profileToProfile(
+            lab, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+        seen = open_image(_encode(lab, "TIFF", icc_profile=_profile("LAB")))
+        assert expected is not None
+        assert np.abs(np.asarray(seen).astype(int) - np.asarray(expected)).max() <= 1
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_swapped_primaries_swap_the_colours(self, mode: str) -> None:
+        """A profile with red and blue exchanged: what is stored as red is seen as blue."""
+        profile = bytearray(_profile("sRGB"))
+        tags = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * profile[131], 12)}
+        red, blue = tags[b"rXYZ"] + 4, tags[b"bXYZ"] + 4
+        profile[red : red + 8], profile[blue : blue + 8] = profile[blue : blue + 8], profile[red : red + 8]
+        place = profile.find("sRGB".encode("utf-16-be"))
+        while place >= 0:
+            profile[place : place + 8] = "swap".encode("utf-16-be")
+            place = profile.find("sRGB".encode("utf-16-be"))
+        colour = (*RED, 255)[: len(mode)]
+        seen = open_image(_plain(mode, colour, icc_profile=bytes(profile)))
+        assert np.abs(np.asarray(seen)[0, 0].astype(int) - BLUE).max() <= 3
+
+    @pytest.mark.parametrize("profile", [b"", b"nonsense", _profile("sRGB"), _profile("LAB")])
+    def test_srgb_nonsense_and_profiles_of_other_kinds_change_nothing(self, profile: bytes) -> None:
+        gradient = Image.linear_gradient("L").convert("RGB")
+        seen = open_image(_encode(gradient, "PNG", icc_profile=profile))
+        assert np.array_equal(np.asarray(seen), np.asarray(gradient))
+
+
+def test_threads_share_the_room_for_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one image and a half, four threads hold one at a time; a larger one has its turn alone."""
+    monkeypatch.setattr(data, "PIXELS_AT_ONCE", 150)
+    monkeypatch.setattr(data, "_free_pixels", [150])
+    held: list[int] = []
+    most: list[int] = []
+
+    def decode(pixels: int) -> None:
+        with data._room_for(pixels):
+            held.append(pixels)
+            most.append(sum(min(p, 150) for p in held))
+            time.sleep(0.001)
+            held.remove(pixels)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(decode, [100, 60, 90, 1000, 10, 100] * 5))
+    assert max(most) <= 150
+    assert data._free_pixels == [150]
+
+
+def test_deep_images_do_not_take_many_times_their_size() -> None:
+    content = _encode(Image.fromarray(np.zeros((2000, 2000), dtype=np.uint16)), "PNG")
+    tracemalloc.start()
+    open_image(content)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2000 * 2000
 
 
 def test_photos_are_upright() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from cyclopts import App, CycloptsError
 
 import cfvit
-from cfvit.cli.output import say
+from cfvit.cli.output import say, warnings_said
 from cfvit.errors import CfvitError, UsageError
 
 app = App(
@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        status = app([word for word in words if word != "--debug"], result_action="return_value")
+        with warnings_said():
+            status = app([word for word in words if word != "--debug"], result_action="return_value")
         sys.stdout.flush()
     except (CycloptsError, UsageError) as error:
         _fail(error, 2, debug)

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from cfvit.cli.application import app
-from cfvit.cli.output import eta_text, print_json, print_line, report_unreadable, saving_text, say, show, warnings_said
+from cfvit.cli.output import eta_text, print_json, print_line, report_unreadable, saving_text, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, load_model
 from cfvit.errors import CfvitError, UsageError
 
@@ -138,8 +138,7 @@ def _check_drift(
         print_line(drift.sentence)
     report_unreadable(unreadable)
     if not against.is_dir():  # a folder's record was checked when the model was loaded
-        with warnings_said():
-            warn_of_other_weights(network, before, against)
+        warn_of_other_weights(network, before, against)
     return int(bool(unreadable))
 
 

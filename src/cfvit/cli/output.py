@@ -38,11 +38,10 @@ def show(table: Table) -> None:
 
 @contextlib.contextmanager
 def warnings_said() -> Iterator[None]:
-    """Gives each warning a line on standard error, without the place in the code that Python adds."""
-    with warnings.catch_warnings(record=True) as caught:
+    """Gives each warning a line on standard error at once, without the place in the code that Python adds."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: say(f"cfvit: {' '.join(str(message).split())}")
         yield
-    for warning in caught:
-        say(f"cfvit: {' '.join(str(warning.message).split())}")
 
 
 def report_unreadable(names: Sequence[str]) -> None:

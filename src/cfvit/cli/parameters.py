@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from cfvit.cli.output import warnings_said
 from cfvit.modeling.config import field_help
 from cfvit.training.recipe import Recipe, read_value
 
@@ -36,13 +35,12 @@ Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 
 
 def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
-    """The model, under another calibration if one is given; what is odd about them becomes a line on standard error."""
+    """The model, under another calibration if one is given."""
     from cfvit.checkpoints import apply_calibration, load
 
-    with warnings_said():
-        network = load(model)
-        if calibration is not None:
-            apply_calibration(network, calibration)
+    network = load(model)
+    if calibration is not None:
+        apply_calibration(network, calibration)
     return network
 
 

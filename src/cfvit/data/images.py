@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import timm.data
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from cfvit.errors import CfvitError, first_line
 
@@ -26,6 +30,14 @@ MAX_ASPECT = 200
 """Images that are longer for their width are refused: brought to a model's height, they would fill the memory."""
 
 
+PIXELS_AT_ONCE = 100_000_000
+"""Threads decode no more pixels at the same time, about 1 GB in the worst case."""
+
+warnings.filterwarnings(
+    "ignore", module=r"PIL\b"
+)  # an image is read or refused in one line, whatever Pillow thinks of it
+
+
 class ImageError(CfvitError):
     """One image cannot be read; the message says why, without the file's name."""
 
@@ -33,8 +45,9 @@ class ImageError(CfvitError):
 def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None) -> Image.Image:
     """Decodes an image to 8-bit RGB as a person would see it.
 
-    The first frame of an animation; upright by its EXIF orientation; transparency on white;
-    CMYK, palette, greyscale and 16-bit images converted.
+    The first frame of an animation; upright by its EXIF orientation; in sRGB, by its colour profile where it has one;
+    transparency on white; CMYK, palette, greyscale and 16-bit images converted, the latter as in `to_rgb`. Threads
+    that decode at the same time wait for each other where they would hold more than `PIXELS_AT_ONCE`.
 
     Args:
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size if its shorter side
@@ -46,19 +59,21 @@ def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: shrink it first"
-                    )
-                if max(image.size) > MAX_ASPECT * min(image.size):
-                    raise ImageError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT} to 1: cut it")
-                if least is not None:
-                    image.draft(None, (least, least))
+        with Image.open(source) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: shrink it first")
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                raise ImageError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT} to 1: cut it")
+            if least is not None:
+                image.draft(None, (least, least))
+            with _room_for(image.width * image.height):
+                deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
                 image.load()
-                return to_rgb(_upright(image))
+                try:
+                    upright = ImageOps.exif_transpose(image)
+                except Exception:  # damaged EXIF, of which the pixels know nothing
+                    upright = image
+                return to_rgb(_brightened(upright) if deep else upright, _highest_of(image))
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -73,28 +88,85 @@ def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None)
         raise ImageError(f"damaged or truncated ({first_line(error)})") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+_decoding = threading.Condition()
+_free_pixels = [PIXELS_AT_ONCE]
+
+
+@contextmanager
+def _room_for(pixels: int) -> Iterator[None]:
+    """Waits until so many pixels fit beside those that other threads decode; a larger image has its turn alone."""
+    pixels = min(pixels, PIXELS_AT_ONCE)
+    with _decoding:
+        _decoding.wait_for(lambda: _free_pixels[0] >= pixels)
+        _free_pixels[0] -= pixels
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF, of which the pixels know nothing
-        return image
+        yield
+    finally:
+        with _decoding:
+            _free_pixels[0] += pixels
+            _decoding.notify_all()
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _highest_of(image: Image.Image) -> int | None:
+    """The highest value of a sample as a TIFF says it, by ``MaxSampleValue`` or ``BitsPerSample``; else None."""
+    tags = getattr(image, "tag_v2", {})
+    highest, bits = tags.get(281), tags.get(258)
+    value = highest if highest else 2 ** bits[0] - 1 if bits and 8 < bits[0] < 16 else None
+    return int(value[0] if isinstance(value, tuple) else value) if value else None
+
+
+def _brightened(image: Image.Image) -> Image.Image:
+    """An image of 16-bit colours, of which Pillow keeps the upper half: scaled up where that holds less than 8 bits."""
+    brightest = max(high for _, high in cast(Any, image.getextrema())[:3])
+    full = 2 ** brightest.bit_length() - 1
+    scaled = [min(255, round(value * 255 / max(full, 1))) for value in range(256)]
+    return image.point(scaled * 3 + list(range(256)) * (len(image.getbands()) - 3))
+
+
+def to_rgb(image: Image.Image, highest: int | None = None) -> Image.Image:
+    """8-bit RGB in sRGB, on white.
+
+    Greyscale of more than 8 bits is scaled by its range: ``highest`` where that is known; else integers by the smallest
+    range of whole bits, 8 to 16, that holds the image's maximum, so that 12-bit values in 16 are not black; floats in
+    [0, 1] or [0, 255].
+    """
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        return Image.fromarray(_to_8_bit(values, image.mode)).convert("RGB")
+        return Image.fromarray(_to_8_bits(np.asarray(image), highest)).convert("RGB")
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+    if isinstance(profile, bytes) and (transform := _to_srgb(profile, image.mode)) is not None:
+        image = transform.apply(image)
+    if image.mode == "RGBA":
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _to_8_bit(values: np.ndarray, mode: str) -> np.ndarray:
-    """Deep greyscale to 8 bits: 16-bit integers by their full range, floats in [0, 1] or [0, 255]."""
-    full = 65535.0 if mode != "F" else 1.0 if values.max(initial=0) <= 1 else 255.0
-    return (values * (255 / full)).round().clip(0, 255).astype(np.uint8)
+def _to_8_bits(values: np.ndarray, highest: int | None) -> np.ndarray:
+    """By rows, so that a large image is not held several times in 64 bits."""
+    peak = values.max(initial=0, where=np.isfinite(values)) if values.dtype.kind == "f" else values.max(initial=0)
+    if values.dtype.kind == "f":
+        full = 1.0 if peak <= 1 else 255.0
+    else:
+        full = float(highest or min(65535, 2 ** max(8, int(peak).bit_length()) - 1))
+    out = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), 256):
+        part = np.nan_to_num(values[row : row + 256].astype(np.float64))
+        out[row : row + 256] = (part * (255 / full)).round().clip(0, 255)
+    return out
+
+
+@lru_cache(maxsize=16)
+def _to_srgb(profile: bytes, mode: str) -> Any:
+    """What brings an image of a colour profile to sRGB; None where it is sRGB, of another kind of image, or damaged."""
+    try:
+        theirs = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(theirs).lower():
+            return None
+        target = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(theirs, ImageCms.createProfile("sRGB"), mode, target)
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def eval_transform(data_config: dict[str, Any]) -> Any:

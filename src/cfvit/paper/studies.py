@@ -52,7 +52,11 @@ class RunSpec:
             UsageError: the changes contradict the recipe.
         """
         sides = [max(1, round(self.grid_scale * side)) for side in base.grid]
-        given = {"coarse_grid": sides[0] if sides[0] == sides[1] else tuple(sides), "seed": seed, "eval_interval": base.epochs}
+        given = {
+            "coarse_grid": sides[0] if sides[0] == sides[1] else tuple(sides),
+            "seed": seed,
+            "eval_interval": base.epochs,
+        }
         return base.replace({**PAPERS_METHOD, **given, **self.changes})
 
 
