@@ -138,6 +138,7 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
     method = create_method(recipe.method, recipe)
     config = recipe.model_config(len(splits.class_names))
     model = method.build(config, recipe.initial_weights, splits.class_names)
+    model.class_names = splits.class_names
     if recipe.learns_from_tokens and not hasattr(getattr(model, "backbone", model), "token_logits"):
         raise UsageError(f"{recipe.backbone} has no auxiliary head to learn token labels: give --backbone lvvit_...")
     if recipe.crop_pct is not None:

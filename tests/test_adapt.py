@@ -1,0 +1,166 @@
+"""Adaptation without labels: a trained ViT teaches both stages made of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from cfvit import load
+from cfvit.errors import UsageError
+from cfvit.methods.base import create_method
+from cfvit.processes import Process
+from cfvit.training.loop import Stopped, train
+from cfvit.training.recipe import RECIPES, Recipe
+from cfvit.training.setup import assemble, prepare
+from cfvit.training.step import make_batch
+
+CPU = Process(rank=0, world=1, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def plain(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain ViT that was trained on the colours with labels, as its owner has it: a file of weights."""
+    folder = tmp_path_factory.mktemp("plain")
+    quiet: dict[str, Any] = {"auto_augment": "none", "color_jitter": 0.0, "random_erasing": 0.0}
+    recipe = Recipe(
+        data=(str(colours),),
+        method="plain",
+        backbone="test_vit",
+        timm_kwargs={"patch_size": 4},
+        coarse_grid=2,
+        epochs=6,
+        batch_size=16,
+        lr_base=2e-3,
+        lr_base_size=16,
+        warmup_epochs=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        ema_decay=0.0,
+        drop_path_rate=0.0,
+        repeated_augmentation=1,
+        workers=0,
+        **quiet,
+    )
+    figures = train(recipe, folder / "run")
+    assert figures["validation_plain_top1"] > 90
+    return folder / "run" / "model.safetensors"
+
+
+@pytest.fixture
+def recipe(colours: Path, plain: Path) -> Recipe:
+    return replace(
+        RECIPES["adapt"],
+        data=(str(colours / "train"),),
+        val_data=None,
+        holdout=0.2,
+        backbone="test_vit",
+        timm_kwargs={"patch_size": 4},
+        coarse_grid=2,
+        initial_weights=str(plain),
+        epochs=6,
+        batch_size=16,
+        lr_base=2e-3,
+        lr_base_size=16,
+        ema_decay=0.0,
+        workers=0,
+        log_interval=1,
+    )
+
+
+def test_both_stages_come_to_answer_as_the_plain_network(recipe: Recipe, tmp_path: Path) -> None:
+    figures = train(recipe, tmp_path / "run")
+    assert figures["holdout_coarse_agreement"] > 80, "chance is a third"
+    assert figures["holdout_fine_agreement"] > 80
+    assert not any("top1" in name for name in figures), "there are no labels"
+    model = load(tmp_path / "run")
+    assert model.threshold == figures["threshold"]
+    assert model.class_names == ["blue", "green", "red"], "as the folder of the plain network says"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["event"] == "train"]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_the_run_starts_from_what_the_network_knows(recipe: Recipe, plain: Path) -> None:
+    """With all cells split and no reuse yet, the fine stage is the plain network."""
+    _, model = prepare(recipe, CPU)
+    network = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=3)
+    network.load_state_dict(load_file(plain))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        fine = model.eval()(images, informative_ratio=1.0).fine
+        torch.testing.assert_close(fine, network.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_teacher_answers_for_the_mixed_view_and_does_not_learn(recipe: Recipe) -> None:
+    always = replace(recipe, mix_probability=1.0, mixup=0.8, cutmix=0.0)
+    data, model = prepare(always, CPU)
+    trained = assemble(always, model, len(data.train), CPU)
+    assert trained.teacher is not None
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = make_batch(always, trained, [images.clone(), torch.zeros(4, dtype=torch.long)], 3, CPU.device)
+    assert batch.target is None and batch.teacher is not None
+    assert not torch.allclose(batch.images, images), "images are mixed with one another"
+    plain: Any = create_method("plain").build(recipe.model_config(3), recipe.initial_weights).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(batch.teacher, plain(batch.images), atol=1e-5, rtol=1e-5)
+    assert not batch.teacher.requires_grad
+
+
+def test_photos_may_lie_anywhere_and_labelled_data_scores_beside_them(
+    recipe: Recipe, colours: Path, plain: Path, tmp_path: Path
+) -> None:
+    deep = tmp_path / "photos" / "2019" / "summer"
+    shutil.copytree(colours / "train", deep)
+    named = tmp_path / "named"
+    named.mkdir()
+    shutil.copy(plain.with_name("config.json"), named)
+    shutil.copy(plain, named)
+    several = replace(
+        recipe,
+        data=(str(tmp_path / "photos"), f"{colours / 'train'}@5"),
+        initial_weights=str(named),
+        val_data=str(colours),
+        epochs=1,
+    )
+    data, _ = prepare(several, CPU)
+    assert len(data.train) == round(0.8 * (90 + 15))
+    figures = train(several, tmp_path / "run")
+    assert {"validation_fine_top1", "validation_fine_agreement", "holdout_fine_agreement"} <= set(figures)
+    assert load(tmp_path / "run").class_names == ["blue", "green", "red"]
+
+
+def test_it_resumes_as_if_nothing_had_happened(recipe: Recipe, tmp_path: Path) -> None:
+    steps = iter(range(100))
+    train(replace(recipe, epochs=2), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train(replace(recipe, epochs=2), tmp_path / "stopped", stop=lambda: next(steps) == 5)
+    train(replace(recipe, epochs=2), tmp_path / "stopped", resume=True)
+    for name, tensor in load_file(tmp_path / "whole" / "model.safetensors").items():
+        torch.testing.assert_close(load_file(tmp_path / "stopped" / "model.safetensors")[name], tensor)
+
+
+def test_another_architecture_may_teach(recipe: Recipe, tmp_path: Path) -> None:
+    other = timm.create_model("test_efficientnet", num_classes=3)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    taught = replace(recipe, teacher="test_efficientnet", teacher_weights=str(tmp_path / "other.safetensors"), epochs=1)
+    assert "holdout_fine_agreement" in train(taught, tmp_path / "run")
+
+
+def test_what_cannot_teach_is_refused(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    with fails("a run without labels starts from a trained ViT", UsageError):
+        train(replace(recipe, initial_weights=None), tmp_path / "a")
+    with fails("a run without labels learns from a teacher", UsageError):
+        unlabelled = {"fine_teacher_weight": 0.0, "coarse_teacher_weight": 0.0, "coarse_fine_weight": 1.0}
+        train(recipe.replace(unlabelled), tmp_path / "b")
+    train(replace(recipe, epochs=1), tmp_path / "adapted")
+    with fails("starts from the coarse-to-fine model .*adapted, which is no teacher: name a plain ViT", UsageError):
+        train(replace(recipe, initial_weights=str(tmp_path / "adapted")), tmp_path / "c")
