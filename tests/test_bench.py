@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from conftest import Outcome
 from PIL import Image
 from torch import Tensor
 
-from cfvit import CoarseToFineOutput, CoarseToFineViT, Predictor, count_macs, load
+from cfvit import CoarseToFineViT, Predictor, count_macs, load
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
@@ -28,13 +29,22 @@ from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import (
     Contender,
     ForcedExits,
-    contenders_of,
+    own_contenders,
+    peers_of,
     prepare,
+    spread_evenly,
     whole_fine_batches,
     whole_images,
 )
-from cfvit.benchmark.measure import Batch, Plan, Row, compare_with_backbone, measure_batch, random_images
-from cfvit.benchmark.memory import peak_bytes
+from cfvit.benchmark.measure import (
+    Batch,
+    Plan,
+    Row,
+    compare_with_backbone,
+    measure_batch,
+    peak_bytes,
+    random_images,
+)
 from cfvit.benchmark.modes import Mode
 from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
@@ -53,6 +63,10 @@ from cfvit.data import open_images
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Timing
 from cfvit.inference.files import FileAnswer
+from cfvit.methods import base
+from cfvit.methods.cf_vit import CfViT
+from cfvit.methods.plain import Plain
+from cfvit.modeling.exit import goes_on
 
 Fails = Callable[..., AbstractContextManager[None]]
 Cli = Callable[..., Outcome]
@@ -65,11 +79,11 @@ NAMES = [
     "both stages",
     "predictor",
     "stream",
+    "cascade of two ViTs",
+    "EViT, keep 0.7",
+    "literal port",
     "ToMe, r=13",
     "ToMe, r=8",
-    "EViT, keep 0.7",
-    "cascade of two ViTs",
-    "literal port",
 ]
 
 
@@ -79,8 +93,14 @@ def model(make_model: Callable[..., CoarseToFineViT]) -> CoarseToFineViT:
 
 
 @pytest.fixture(scope="module")
-def methods(model: CoarseToFineViT) -> list[Contender]:
-    return contenders_of(model, peers=True)
+def contenders(model: CoarseToFineViT) -> list[Contender]:
+    return _all_contenders(model)
+
+
+def _all_contenders(model: CoarseToFineViT) -> list[Contender]:
+    peers, refusals = peers_of(model)
+    assert refusals == {}
+    return own_contenders(model) + peers
 
 
 @pytest.fixture
@@ -141,7 +161,11 @@ def test_a_stream_meets_its_share_evenly_and_in_whole_batches_of_the_fine_stage(
 @pytest.mark.parametrize(("count", "going"), [(1, 0), (1, 1), (8, 3), (7, 7), (7, 0)])
 def test_exits_are_forced_whatever_the_confidence(value: float, count: int, going: int) -> None:
     confidence = torch.full((count,), value)
-    on = ForcedExits.of(count, going, torch.device("cpu"))(confidence)
+    engine: Any = SimpleNamespace(model=None, weight=None, fine=None, coarse=lambda images: (None, confidence))
+    forced = ForcedExits(engine)
+    forced.going = spread_evenly(count, going, torch.device("cpu"))
+    on = goes_on(forced.coarse(torch.empty(count))[1], 0.5)
+    assert torch.equal(on, forced.going)
     assert on.sum() == going
     if going:
         gaps = on.nonzero().flatten().diff()
@@ -149,64 +173,52 @@ def test_exits_are_forced_whatever_the_confidence(value: float, count: int, goin
 
 
 def test_every_call_answers_by_what_it_names(
-    model: CoarseToFineViT, methods: list[Contender], make_images: Callable[..., Tensor]
+    model: CoarseToFineViT, contenders: list[Contender], make_images: Callable[..., Tensor]
 ) -> None:
     images = make_images(model, 4)
-    assert [method.name for method in methods] == NAMES
+    assert [contender.name for contender in contenders] == NAMES
     coarse, fine = model(images)
     on = torch.tensor([False, True, False, True])
-    by_name = {method.name: method for method in methods}
+    expected = torch.where(on[:, None], fine, coarse)
     for mode in ("eager", "accelerated"):
-        answers: dict[str, Any] = {name: method.build(mode)(images, [2])() for name, method in by_name.items()}
-        close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
-        torch.testing.assert_close(answers["backbone"], model.backbone(images), **close)
-        torch.testing.assert_close(answers["coarse stage"].logits, coarse, **close)
-        torch.testing.assert_close(answers["fine stage"], fine, **close)
-        torch.testing.assert_close(answers["both stages"], fine, **close)
-        assert (answers["predictor"].stage == 1).tolist() == on.tolist()
-        expected = torch.where(on[:, None], fine, coarse)
-        torch.testing.assert_close(answers["predictor"].logits, expected, **close)
-        torch.testing.assert_close(answers["literal port"], expected, **close)
+        answers: dict[str, Any] = {each.name: each.build(mode)(images, [2])() for each in contenders}
+        for name, logits in {"backbone": model.backbone(images), "coarse stage": coarse, "fine stage": fine}.items():
+            torch.testing.assert_close(_logits(answers[name]), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_logits(answers["both stages"]), fine, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(answers["predictor"].logits, expected, rtol=1e-4, atol=1e-4)
+        for name in ("predictor", "cascade of two ViTs", "literal port"):
+            assert (answers[name].stage == 1).tolist() == on.tolist()
         streamed = torch.cat([part.logits for part in answers["stream"]])
         order = torch.cat([part.index for part in answers["stream"]]).argsort()
-        torch.testing.assert_close(streamed[order], expected, **close)
-        torch.testing.assert_close(answers["cascade of two ViTs"][on], model.backbone(images)[on], **close)
+        torch.testing.assert_close(streamed[order], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_calls_answer_alike(
     model: CoarseToFineViT,
-    methods: list[Contender],
+    contenders: list[Contender],
     make_images: Callable[..., Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a compiler that traces and makes no code, which is what takes long."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     images = make_images(model, 4)
-    for method in methods:
-        if method.name in (
-            "coarse stage",
-            "fine stage",
-            "both stages",
-            "predictor",
-            "cascade of two ViTs",
-            "ToMe, r=13",
-        ):
-            eager, compiled = (method.build(mode)(images, [2])() for mode in ("eager", "compiled"))
+    for contender in contenders:
+        if contender.name not in ("backbone", "stream", "literal port", "ToMe, r=8", "EViT, keep 0.7"):
+            eager, compiled = (contender.build(mode)(images, [2])() for mode in ("eager", "compiled"))
             torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
 
 
 def _logits(answer: Any) -> Tensor:
-    """The last stage's, of whatever a method gives."""
-    if isinstance(answer, Tensor):
-        return answer
-    return answer.fine if isinstance(answer, CoarseToFineOutput) else answer.logits
+    """Of whatever a contender gives: logits, a prediction, or a stage's state or logits with its confidence."""
+    answer = answer[0] if isinstance(answer, tuple) else answer
+    return answer if isinstance(answer, Tensor) else answer.logits
 
 
 def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(
-    model: CoarseToFineViT, methods: list[Contender], make_images: Callable[..., Tensor]
+    model: CoarseToFineViT, contenders: list[Contender], make_images: Callable[..., Tensor]
 ) -> None:
     images, rule = make_images(model, 4), model.exit
-    runner = next(method for method in methods if method.name == "predictor").build("eager")
+    runner = next(each for each in contenders if each.name == "predictor").build("eager")
     one, three = runner(images, [1]), runner(images, [3])
     results: list[Any] = [call() for call in (one, three, one)]
     assert [int(result.stage.sum()) for result in results] == [1, 3, 1]
@@ -214,11 +226,9 @@ def test_one_predictor_serves_several_shares_and_leaves_the_model_as_it_was(
 
 
 def test_a_stream_sends_on_what_is_asked_of_each_batch(
-    model: CoarseToFineViT, methods: list[Contender], make_images: Callable[..., Tensor]
+    model: CoarseToFineViT, contenders: list[Contender], make_images: Callable[..., Tensor]
 ) -> None:
-    call = next(method for method in methods if method.name == "stream").build("eager")(
-        make_images(model, 2), [1, 0, 2]
-    )
+    call = next(each for each in contenders if each.name == "stream").build("eager")(make_images(model, 2), [1, 0, 2])
     for _ in range(2):
         answers: Any = call()
         hard = torch.cat([part.index[part.stage.cpu() == 1] for part in answers])
@@ -226,12 +236,52 @@ def test_a_stream_sends_on_what_is_asked_of_each_batch(
         assert sorted(hard.tolist()) == [1, 4, 5]
 
 
-def test_networks_are_prepared_once_for_all_batch_sizes(methods: list[Contender]) -> None:
-    assert methods[3].build("eager") is methods[3].build("eager")
+def test_networks_are_prepared_once_for_all_batch_sizes(
+    model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch, make_images: Callable[..., Tensor]
+) -> None:
+    made: list[object] = []
+    original = CfViT.engine
+
+    def engine(self: CfViT, network: Any, compile: bool | None = None) -> Any:
+        made.append(compile)
+        return original(self, network, compile)
+
+    monkeypatch.setattr(CfViT, "engine", engine)
+    contenders = own_contenders(model)
+    for count in (1, 2):
+        for contender in contenders:
+            contender.build("eager")(make_images(model, count), [1])()
+    assert made == [False]
+    assert contenders[0].build("eager") is contenders[0].build("eager")
 
 
 def test_eager_is_the_network_itself(model: CoarseToFineViT) -> None:
     assert prepare(model.backbone, "eager") is model.backbone
+
+
+def test_a_method_of_ones_own_is_timed_without_a_change_elsewhere(
+    model: CoarseToFineViT, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
+
+    @base.register("mean_colour")
+    class MeanColour(Plain):
+        title = "mean colour"
+
+        def build(self, config: Any, initial_weights: str | None = None, class_names: list[str] | None = None) -> Any:
+            network: Any = torch.nn.Linear(3, config.num_classes)
+            network.image_size = model.image_size
+            return network
+
+        def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+            return {"all": lambda images: network(images.mean(dim=(2, 3)))}
+
+    peers, _ = peers_of(model)
+    (own,) = (each for each in peers if each.name == "mean colour, all")
+    batch = measure_batch(model, [own_contenders(model)[0], own], random_images(model, 2), QUICK)
+    row = _by(batch.rows, "mean colour, all", "eager")
+    assert row.gmacs == 3 * model.config.num_classes / 1e9
+    assert timed["results"]["mean colour, all, eager, 0 on"][0].shape == (2, model.config.num_classes)
 
 
 # Rows
@@ -247,14 +297,14 @@ def _by(rows: Sequence[Row], name: str, mode: Mode, share: float | None = None) 
 
 
 def test_rows_follow_from_the_times_and_the_macs(
-    model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]
+    model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     drifting = [1.0, 1.01, 0.99, 1.0, 1.0, 1.01, 0.99, 1.0]
     factors = {"backbone, eager": 8, "backbone, accelerated": 4, "predictor, accelerated": 2, "matrix product": 0.5}
     timed["seconds"] = lambda name: [
         drift * next((factor for start, factor in factors.items() if name.startswith(start)), 1) for drift in drifting
     ]
-    batch = measure_batch(model, methods, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
+    batch = measure_batch(model, contenders, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
     macs = count_macs(model)
     assert [row.label for row in batch.rows][:9] == [
         "backbone",
@@ -296,11 +346,11 @@ def test_rows_follow_from_the_times_and_the_macs(
 
 
 def test_the_reference_and_the_port_are_there_once_in_eager_mode(
-    model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]
+    model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     plan = Plan(("eager", "accelerated"), (0.5,), 1, 1)
-    pairs = [(row.name, row.mode) for row in measure_batch(model, methods, random_images(model, 2), plan).rows]
-    everywhere = NAMES[:-1]
+    pairs = [(row.name, row.mode) for row in measure_batch(model, contenders, random_images(model, 2), plan).rows]
+    everywhere = [name for name in NAMES if name != "literal port"]
     assert sorted(pairs) == sorted(
         [("literal port", "eager"), *((name, mode) for name in everywhere for mode in ("eager", "accelerated"))]
     )
@@ -308,10 +358,10 @@ def test_the_reference_and_the_port_are_there_once_in_eager_mode(
 
 
 def test_single_images_are_a_mean_over_those_that_exit_and_those_that_go_on(
-    model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]
+    model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     timed["seconds"] = lambda name: [4.0 if name.endswith(", 1 on") else 1.0] * 100
-    batch = measure_batch(model, methods[:5], random_images(model, 1), Plan(("eager",), (0.25, 0.75), 100, 1))
+    batch = measure_batch(model, contenders[:5], random_images(model, 1), Plan(("eager",), (0.25, 0.75), 100, 1))
     assert [name for name in timed["calls"] if name.startswith("predictor")] == [
         "predictor, eager, 0 on",
         "predictor, eager, 1 on",
@@ -327,20 +377,20 @@ def test_single_images_are_a_mean_over_those_that_exit_and_those_that_go_on(
 
 
 def test_a_reference_that_drifts_makes_nothing_telling(
-    model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]
+    model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     timed["seconds"] = lambda name: [1.0] * 4 + [1.2] * 4 if name.startswith("backbone") else [1.0] * 8
-    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert not batch.steady
     assert not any(row.telling for row in batch.rows)
     assert "20% slower in one half" in doubts_of(batch)[0]
 
 
 def test_a_contender_whose_times_vary_is_not_told(
-    model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]
+    model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     timed["seconds"] = lambda name: [1.0, 1.2] * 4 if name.startswith("fine") else [1.0] * 8
-    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert [row.telling for row in batch.rows] == [True, True, False]
     (doubt,) = doubts_of(batch)
     assert "1 of 3 ratios" in doubt
@@ -362,9 +412,9 @@ def test_the_peak_is_what_a_call_holds_at_a_time(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", ""), "the profiler is silent"
 
 
-def test_few_rounds_tell_nothing(model: CoarseToFineViT, methods: list[Contender], timed: dict[str, Any]) -> None:
+def test_few_rounds_tell_nothing(model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]) -> None:
     timed["seconds"] = lambda name: [1.0] * 5
-    batch = measure_batch(model, methods[:3], random_images(model, 2), QUICK)
+    batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert not any(row.telling for row in batch.rows)
     assert "5 rounds are too few" in doubts_of(batch)[0]
 
@@ -378,7 +428,7 @@ def test_random_images_are_the_same_in_every_run_and_of_the_models_precision(mod
 
 def test_bfloat16_is_timed(make_model: Callable[..., CoarseToFineViT]) -> None:
     model = make_model().bfloat16().requires_grad_(False)
-    batch = measure_batch(model, contenders_of(model, peers=True), random_images(model, 2), QUICK)
+    batch = measure_batch(model, _all_contenders(model), random_images(model, 2), QUICK)
     assert len(batch.rows) == len(NAMES)
 
 
@@ -506,8 +556,10 @@ def _row(**changes: Any) -> Row:
         "mode": "accelerated",
         "images": "random",
         "scope": "computing",
+        "reference": "computing",
         "batch_size": 4,
         "fine_share": 0.25,
+        "macs": 1.2345e9,
         "gmacs": 1.2345,
         "rounds": 20,
         "images_per_round": 4,
@@ -620,10 +672,10 @@ def test_what_does_not_fit_into_memory_is_a_note_and_the_run_goes_on(
     model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
     def limit(images: int) -> None:
-        def measure(model: CoarseToFineViT, methods: Any, batch: Tensor, plan: Plan) -> Batch:
+        def measure(model: CoarseToFineViT, contenders: Any, batch: Tensor, plan: Plan) -> Batch:
             if len(batch) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
-            return measure_batch(model, methods, batch, plan)
+            return measure_batch(model, contenders, batch, plan)
 
         monkeypatch.setattr(run_module, "measure_batch", measure)
 
@@ -691,8 +743,12 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1))
-    assert {row.name for row in bench.batches[0].rows} == set(NAMES[:6])
-    assert any(note.startswith("without peers: ") for note in bench.notes)
+    assert {row.name for row in bench.batches[0].rows} == {*NAMES[:6], "cascade of two ViTs"}
+    assert [note.split(": ")[0] for note in bench.notes[1:4]] == [
+        "without EViT",
+        "without literal port",
+        "without ToMe",
+    ]
 
 
 # Command
@@ -712,7 +768,7 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
         (size, each["drift"] <= 1.05) for size, each in zip((1, 4), first["measured"], strict=True)
     ]
     assert all(each["matrix_gmacs_per_second"] > 0 for each in first["measured"])
-    names = ["backbone", *NAMES]
+    names = ["backbone", *(name for name in NAMES if name != "literal port"), "literal port"]
     assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
     macs = count_macs(load(colour_model))
     assert [row["macs_ratio"] for row in rows[-10:-7]] == [
@@ -751,10 +807,10 @@ def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
 def test_a_late_failure_leaves_the_report_of_what_was_measured(
     cfvit_main: Cli, colour_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(model: CoarseToFineViT, methods: Any, images: Tensor, plan: Plan) -> Batch:
+    def measure(model: CoarseToFineViT, contenders: Any, images: Tensor, plan: Plan) -> Batch:
         if len(images) == 2:
             raise CfvitError("too late")
-        return measure_batch(model, methods, images, plan)
+        return measure_batch(model, contenders, images, plan)
 
     monkeypatch.setattr(run_module, "measure_batch", measure)
     arguments = ("--model", colour_model, "--batch-sizes", "1", "2", "--rounds", "1", "--no-peers", "--mode", "eager")

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfvit import CoarseToFineViT, create_model
-from cfvit.benchmark.peers import EViT, ToMe
 from cfvit.inference.stream import placed
+from cfvit.methods.evit import ReorganisingViT
+from cfvit.methods.tome import MergingViT
 from cfvit.modeling.config import Objective
 from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
@@ -101,12 +102,11 @@ def test_the_loss_of_token_labels_stays_on_the_gpu() -> None:
         assert token_label_loss(output, class_target(labels(), None, 0.1, CLASSES), tokens, 1.0).device == GPU
 
 
-@pytest.mark.parametrize("make", [lambda backbone: ToMe(backbone, 2), lambda backbone: EViT(backbone, 0.7)])
-def test_peers_stay_on_the_gpu(make: Any) -> None:
+@pytest.mark.parametrize(("kind", "amount"), [(MergingViT, 2), (ReorganisingViT, 0.7)])
+def test_reduced_tokens_stay_on_the_gpu(kind: Any, amount: Any) -> None:
     model = create_model("deit_tiny_patch16_224", num_classes=CLASSES, coarse_grid=3, depth=4).eval()
     with FakeTensorMode(), torch.no_grad():
-        peer = make(on_gpu(model).backbone)
-        assert peer(images_of(model)).device == GPU
+        assert kind(on_gpu(model).backbone, amount)(images_of(model)).device == GPU
 
 
 def test_images_are_converted_where_the_weights_are_and_nobody_waits() -> None:

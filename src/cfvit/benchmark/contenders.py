@@ -1,44 +1,45 @@
-"""What is timed: ways of answering images, each prepared alike in a mode and with its cost counted."""
+"""What is timed: the operating points of methods, each prepared alike in a mode and with its cost counted."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfvit.benchmark.modes import Mode
-from cfvit.benchmark.peers import Cascade, EViT, LiteralPort, ToMe
+from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
+from cfvit.inference.engines import Engine
 from cfvit.inference.engines.compiling import compiled
 from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import FINE_BATCH, Predictor
-from cfvit.modeling import backbones
-from cfvit.modeling.cost import count_macs, macs_of
-from cfvit.modeling.exit import goes_on
-from cfvit.modeling.model import CoarseState, CoarseToFineViT
-from cfvit.modeling.tokens import coarse_image
+from cfvit.methods.base import Method, create_method, known_methods
+from cfvit.modeling.cost import count_macs
+from cfvit.modeling.model import CoarseToFineViT
 
 BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "fine stage", "both stages"
-PREDICTOR, STREAM, LITERAL_PORT = "predictor", "stream", "literal port"
+PREDICTOR, STREAM = "predictor", "stream"
 OWN = (BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES, PREDICTOR, STREAM)
 """All others are peers."""
+OWN_METHODS = ("plain", "cf_vit", "coarse_only")
+"""The methods whose networks are parts of the model itself."""
 NEAR = 0.02
-"""A share of a batch counts as met if whole images come as near as this."""
-
+"""Whole images of a batch may differ by this much from the share that goes on."""
 STREAM_GATHERS = 8
-"""A stream gathers fine batches of so many times the batch size, and of no more than it does by itself."""
+"""A stream gathers fine batches of so many times the batch size, and of no more than it does by default."""
+COMPILE: dict[Mode, bool | None] = {"eager": False, "accelerated": None, "compiled": True}
+"""The argument of engines and predictors in each mode."""
 
 Runner = Callable[[Tensor, Sequence[int]], Call]
 """From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them.
 
-There is one number but for a stream: that answers the images as often as there are numbers.
+There is one number, but for a stream: that answers the images as often as there are numbers.
 """
 
 
@@ -64,96 +65,133 @@ class Contender:
 
 
 def prepare(network: Any, mode: Mode, run: Callable[[Any], Callable[..., Any]] = lambda network: network) -> Any:
-    """The one place where networks are made ready, so that the backbone and its rivals are treated alike.
+    """Prepares a network without an exit, so that the backbone and its rivals are treated alike.
 
     Args:
-        run: from the network, made ready, to the function that is called, and that is compiled if any is.
+        run: from the prepared network to the function that is called, and that is compiled if any is.
     """
     fast = run(network if mode == "eager" else accelerate(network))
     return compiled(fast) if mode == "compiled" else fast
 
 
-def contenders_of(model: CoarseToFineViT, peers: bool) -> list[Contender]:
-    """The plain backbone, the stages, the predictor, and with ``peers`` its rivals on the same backbone.
+def own_contenders(model: CoarseToFineViT) -> list[Contender]:
+    """The plain backbone, the stages, the predictor and its stream, which share the model's weights.
 
     Args:
         model: in evaluation mode, on its device and in its precision.
-
-    Raises:
-        CfvitError: peers of a backbone that they are not written for.
     """
-    macs = count_macs(model)
+    macs, method, weight = count_macs(model), create_method("cf_vit"), next(model.parameters())
 
-    @cache  # each stage is compiled once for all
-    def coarse(mode: Mode) -> Callable[[Tensor], CoarseState]:
-        return prepare(model, mode, lambda network: network.coarse)
-
-    @cache
-    def fine(mode: Mode) -> Callable[[Tensor, CoarseState], Tensor]:
-        return prepare(model, mode, lambda network: network.fine)
+    @cache  # compiled once for all
+    def engine(mode: Mode) -> Engine:
+        return method.engine(model, COMPILE[mode])
 
     def fine_alone(mode: Mode) -> Runner:
-        def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-            state = coarse(mode)(images)
-            return lambda: fine(mode)(images, state)
+        def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
+            state, _ = engine(mode).coarse(images)
+            return lambda: engine(mode).fine(images, state)
 
         return prepare_call
 
     def both(mode: Mode) -> Runner:
-        return _runs(lambda images: fine(mode)(images, coarse(mode)(images)))
+        return runs(lambda images: engine(mode).fine(images, engine(mode).coarse(images)[0]))
 
-    own = [
-        Contender(BACKBONE, macs.backbone, None, lambda mode: _runs(prepare(model.backbone, mode))),
-        Contender(COARSE_STAGE, macs.coarse, None, lambda mode: _runs(coarse(mode))),
+    def stream_share(count: int, share: float) -> dict[tuple[int, ...], float]:
+        return {whole_fine_batches(count, share, fine_batch_of(weight, count)): 1.0}
+
+    return [
+        Contender(BACKBONE, macs.backbone, None, cache(lambda mode: runs(prepare(model.backbone, mode)))),
+        Contender(COARSE_STAGE, macs.coarse, None, lambda mode: runs(engine(mode).coarse)),
         Contender(FINE_STAGE, macs.fine, None, fine_alone),
         Contender(BOTH_STAGES, macs.both, None, both),
-        Contender(PREDICTOR, macs.coarse, macs.fine, lambda mode: _predicts(model, mode)),
-        Contender(
-            STREAM,
-            macs.coarse,
-            macs.fine,
-            lambda mode: _streams(model, mode),
-            share_out=lambda count, share: {whole_fine_batches(count, share, fine_batch_of(model, count)): 1.0},
-        ),
+        Contender(PREDICTOR, macs.coarse, macs.fine, lambda mode: predicts(engine(mode))),
+        Contender(STREAM, macs.coarse, macs.fine, lambda mode: streams(engine(mode)), share_out=stream_share),
     ]
-    methods = own + (_peers(model) if peers else [])
-    return [replace(method, build=cache(method.build)) for method in methods]  # one compilation for all batch sizes
 
 
-def _runs(network: Callable[[Tensor], Any]) -> Runner:
-    return lambda images, goings: lambda: network(images)
+def peers_of(model: CoarseToFineViT) -> tuple[list[Contender], dict[str, str]]:
+    """All methods besides the model's own, on the same backbone with random weights.
+
+    Returns:
+        The contenders and, by a method's title, why it cannot be built on this backbone.
+    """
+    contenders, refusals = [], {}
+    weight = next(model.parameters())
+    for name in known_methods():
+        if name in OWN_METHODS:
+            continue
+        method = create_method(name)
+        try:
+            network = method.build(model.config)
+        except CfvitError as error:
+            refusals[method.title] = str(error)
+        else:
+            network = network.eval().requires_grad_(False).to(weight.device, weight.dtype)
+            contenders += contenders_of(method, network)
+    return contenders, refusals
 
 
-def predictor_of(model: CoarseToFineViT, mode: Mode) -> Predictor:
-    """The predictor in a mode, at the model's own threshold."""
-    return Predictor(model, compile=_COMPILE[mode])
+def contenders_of(method: Method, network: Any) -> list[Contender]:
+    """The operating points of a method; where it has an exit, one contender that is told which images go on.
+
+    Args:
+        network: in evaluation mode, on its device and in its precision.
+    """
+    macs = method.macs(network)
+    if method.engine(network, False) is not None:
+        first, last = min(macs.values()), max(macs.values())
+        build = cache(lambda mode: predicts(method.engine(network, COMPILE[mode])))
+        return [Contender(method.title, first, last - first, build, method.modes)]
+
+    def build_point(mode: Mode, point: str) -> Runner:
+        return runs(prepare(network, mode, lambda fast: method.points(fast)[point]))
+
+    return [
+        Contender(f"{method.title}, {point}", cost, None, cache(partial(build_point, point=point)), method.modes)
+        for point, cost in macs.items()
+    ]
 
 
-_COMPILE: dict[Mode, bool | None] = {"eager": False, "accelerated": None, "compiled": True}
+def runs(network: Callable[[Tensor], Any]) -> Runner:
+    """Calls of a function that treats all images alike."""
+    return lambda images, counts: lambda: network(images)
 
 
-class ForcedPredictor(Predictor):
-    """A predictor that is told which images of a batch go on.
+class ForcedExits:
+    """An engine whose confidences are moved, so that the chosen images of a batch go on at a threshold of 0.5.
 
     Attributes:
-        exits: for the next batch.
+        going: which images of the next batch go on, ``[B]`` of bool.
     """
 
-    exits: ForcedExits
+    going: Tensor
 
-    def _goes_on(self, confidence: Tensor) -> Tensor:
-        return self.exits(confidence)
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.model, self.weight, self.fine = engine, engine.model, engine.weight, engine.fine
+
+    def coarse(self, images: Tensor) -> tuple[Any, Tensor]:
+        """The engine's coarse stage; confidences lie between -1, where they are not numbers, and 1."""
+        state, confidence = self.engine.coarse(images)
+        return state, torch.where(self.going, confidence - 2, confidence + 2)
 
 
-def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
-    predictor = ForcedPredictor(model, 0, compile=_COMPILE[mode])
+def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
+    """Which of ``count`` images go on if ``going`` of them do, evenly spread: ``[count]`` of bool."""
+    places = torch.arange(1, count + 1, device=device) * going // count
+    return places.diff(prepend=torch.zeros_like(places[:1])) > 0
 
-    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-        """All calls share the predictor, which may be compiled: each sets its own exits anew."""
-        (exits,) = ForcedExits.of_batches(images, goings)
+
+def predicts(engine: Engine) -> Runner:
+    """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew."""
+    forced = ForcedExits(engine)
+    predictor = Predictor(forced, 0.5)
+
+    def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
+        (count,) = counts
+        going = spread_evenly(len(images), count, images.device)
 
         def call() -> object:
-            predictor.exits = exits
+            forced.going = going
             return predictor(images)
 
         return call
@@ -161,123 +199,27 @@ def _predicts(model: CoarseToFineViT, mode: Mode) -> Runner:
     return prepare_call
 
 
-def fine_batch_of(model: CoarseToFineViT, batch_size: int) -> int:
-    """How many images of a timed stream the fine stage takes together."""
-    device = next(model.parameters()).device.type
-    return min(STREAM_GATHERS * batch_size, FINE_BATCH.get(device, FINE_BATCH["cuda"]))
+def streams(engine: Engine) -> Runner:
+    """Calls of a predictor's stream, which sets the exits of each batch anew."""
+    forced = ForcedExits(engine)
+    predictor = Predictor(forced, 0.5)
 
-
-def _streams(model: CoarseToFineViT, mode: Mode) -> Runner:
-    predictor = ForcedPredictor(model, 0, compile=_COMPILE[mode])
-
-    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-        """All calls share the predictor, which may be compiled: each batch sets its own exits anew."""
-        in_turn = ForcedExits.of_batches(images, goings)
+    def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
+        going = [spread_evenly(len(images), count, images.device) for count in counts]
 
         def batches() -> Iterator[Tensor]:
-            for exits in in_turn:  # a stream looks at a batch before it asks for the next one
-                predictor.exits = exits
+            for now in going:  # a stream looks at a batch before it asks for the next one
+                forced.going = now
                 yield images
 
-        return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(model, len(images))))
+        return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(engine.weight, len(images))))
 
     return prepare_call
 
 
-def _peers(model: CoarseToFineViT) -> list[Contender]:
-    """Their costs are counted on copies without data."""
-    meta = copy.deepcopy(model).to("meta").requires_grad_(False)
-    images = torch.empty(1, 3, *model.image_size, device="meta", dtype=next(model.parameters()).dtype)
-
-    def alike(name: str, make: Callable[[Any], nn.Module]) -> Contender:
-        cost = macs_of(lambda: make(meta.backbone)(images))
-        return Contender(name, cost, None, lambda mode: _runs(prepare(make(model.backbone), mode)))
-
-    return [
-        alike("ToMe, r=13", lambda backbone: ToMe(backbone, 13)),
-        alike("ToMe, r=8", lambda backbone: ToMe(backbone, 8)),
-        alike("EViT, keep 0.7", lambda backbone: EViT(backbone, 0.7)),
-        _cascade(model, meta, images),
-        _literal_port(model, meta, images),
-    ]
-
-
-def _cascade(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Contender:
-    small = small_backbone(model)
-    small_macs = macs_of(lambda: copy.deepcopy(small).to("meta")(coarse_image(images)))
-    large_macs = macs_of(lambda: meta.backbone(images))
-
-    def look_first(network: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        def look(images: Tensor) -> tuple[Tensor, Tensor]:
-            logits = network(coarse_image(images))
-            return logits, model.exit.coarse(logits)
-
-        return look
-
-    def build(mode: Mode) -> Runner:
-        """Prepares both networks once for all calls."""
-        networks = prepare(small, mode, look_first), prepare(model.backbone, mode)
-
-        def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-            cascade = Cascade(*networks, *ForcedExits.of_batches(images, goings))
-            return lambda: cascade(images)
-
-        return prepare_call
-
-    return Contender("cascade of two ViTs", small_macs, large_macs, build)
-
-
-def small_backbone(model: CoarseToFineViT) -> nn.Module:
-    """A plain ViT like the model's backbone for images at half the side, with weights of its own, at random."""
-    config, parameter = model.config, next(model.parameters())
-    with torch.device(parameter.device):
-        small = backbones.create_backbone(
-            config.backbone,
-            img_size=model.coarse_size,
-            num_classes=config.num_classes,
-            pretrained=False,
-            **config.timm_kwargs,
-        )
-    return small.eval().requires_grad_(False).to(parameter.dtype)
-
-
-def _literal_port(model: CoarseToFineViT, meta: CoarseToFineViT, images: Tensor) -> Contender:
-    literal = LiteralPort(meta, partial(goes_on, eta=0))
-    coarse_macs = macs_of(lambda: literal.coarse(images))
-    both_macs = macs_of(lambda: literal.fine(images, literal.coarse(images)))
-
-    def prepare_call(images: Tensor, goings: Sequence[int]) -> Call:
-        port = LiteralPort(model, *ForcedExits.of_batches(images, goings))
-        return lambda: port(images)
-
-    return Contender(LITERAL_PORT, coarse_macs, both_macs - coarse_macs, lambda mode: prepare_call, modes=("eager",))
-
-
-@dataclass(frozen=True, eq=False)
-class ForcedExits:
-    """Moves measured confidences so that the chosen images of a batch fall below any eta, and then decides by one.
-
-    Attributes:
-        going: which images go on, ``[B]`` of bool.
-    """
-
-    going: Tensor
-
-    @classmethod
-    def of(cls, count: int, going: int, device: torch.device) -> ForcedExits:
-        """For batches of ``count`` images of which ``going``, evenly spread, go on."""
-        places = torch.arange(1, count + 1, device=device) * going // count
-        return cls(places.diff(prepend=torch.zeros_like(places[:1])) > 0)
-
-    @classmethod
-    def of_batches(cls, images: Tensor, goings: Sequence[int]) -> list[ForcedExits]:
-        """For each batch in turn, of which so many images go on."""
-        made = {going: cls.of(len(images), going, images.device) for going in set(goings)}
-        return [made[going] for going in goings]
-
-    def __call__(self, confidence: Tensor) -> Tensor:
-        """Which images go on; confidences lie between -1, where they are not numbers, and 1."""
-        return goes_on(torch.where(self.going, confidence - 2, confidence + 2), eta=0.5)
+def fine_batch_of(weight: Tensor, batch_size: int) -> int:
+    """How many images of a timed stream the fine stage takes together, on the device of a weight."""
+    return min(STREAM_GATHERS * batch_size, FINE_BATCH.get(weight.device.type, FINE_BATCH["cuda"]))
 
 
 def whole_images(count: int, fine_share: float) -> dict[tuple[int, ...], float]:

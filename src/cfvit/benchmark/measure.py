@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, contenders_of, prepare
-from cfvit.benchmark.memory import peak_bytes
+from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, own_contenders, prepare
 from cfvit.benchmark.modes import Mode
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
@@ -52,21 +56,46 @@ class Plan:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """A contender at a batch size.
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is timed as one row.
 
     Attributes:
         name: of the contender.
         mode: in which it was prepared.
         images: `RANDOM` or `REAL`.
         scope: what was timed, `COMPUTING` or more.
-        batch_size: images of a call.
+        reference: the scope of the backbone and the predictor that it is compared with.
         fine_share: share of images that went on; None where all are treated alike.
+        macs: mean cost of an image in multiply-accumulates.
+        images_per_round: images that a round answered.
+        parts: the timed calls (`Batch.seconds`) of a round, and the weight of each; weights sum to 1.
+    """
+
+    name: str
+    mode: Mode
+    images: str
+    scope: str
+    reference: str
+    fine_share: float | None
+    macs: float
+    images_per_round: int
+    parts: Mapping[str, float]
+
+    def per_image(self, timings: Mapping[str, Timing]) -> Timing:
+        """Seconds of an image in each round, by the timings of its calls."""
+        totals = np.sum([weight * np.array(timings[name].totals) for name, weight in self.parts.items()], axis=0)
+        return Timing(tuple((total,) for total in (totals / self.images_per_round).tolist()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Entry):
+    """A contender at a batch size.
+
+    Attributes:
+        batch_size: images of a call.
         gmacs: mean cost of an image in 1e9 multiply-accumulates.
         rounds: number of rounds that were counted.
-        images_per_round: images that a round answered.
-        parts: the timed calls (`Batch.seconds`) of a round, and the weight of each.
         images_per_second: by the median round.
         mean_ms: mean milliseconds of a call; of a stream, of a batch.
         p50_ms, p95_ms, p99_ms: milliseconds of a call; None with too few calls, and for a stream, where hard images
@@ -83,16 +112,9 @@ class Row:
         steady: whether the reference was as fast in the first half of the rounds as in the second.
     """
 
-    name: str
-    mode: Mode
-    images: str
-    scope: str
     batch_size: int
-    fine_share: float | None
     gmacs: float
     rounds: int
-    images_per_round: int
-    parts: Mapping[str, float]
     images_per_second: float
     mean_ms: float
     p50_ms: float | None
@@ -172,34 +194,6 @@ class Batch:
         return f"{self.rows[0].images} images, batch size {self.batch_size}"
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What a row is made of.
-
-    Attributes:
-        name, mode, images, scope, fine_share: as of `Row`.
-        macs: mean cost of an image.
-        count: images of a round.
-        parts: names of timed calls, and the weight of each; weights sum to 1.
-        reference: the scope of the backbone and the predictor that it is compared with, if not its own.
-    """
-
-    name: str
-    mode: Mode
-    images: str
-    scope: str
-    fine_share: float | None
-    macs: float
-    count: int
-    parts: Mapping[str, float]
-    reference: str | None = None
-
-    def per_image(self, timings: Mapping[str, Timing]) -> Timing:
-        """Seconds of an image in each round, by the timings of its calls."""
-        totals = np.sum([weight * np.array(timings[name].totals) for name, weight in self.parts.items()], axis=0)
-        return Timing(tuple((total,) for total in (totals / self.count).tolist()))
-
-
 Compared = dict[tuple[str, str, str], Timing]
 """Seconds of an image by name, mode and scope, each at the first share."""
 
@@ -225,7 +219,19 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
             count, parts = len(images) * max(map(len, ways)), {name: ways[counts] for name, counts in names.items()}
             exact = None if share is None else sum(sum(counts) * weight for counts, weight in ways.items()) / count
             macs = contender.macs + (exact or 0) * (contender.fine_macs or 0)
-            entries.append(Entry(contender.name, mode, RANDOM, COMPUTING, exact, macs, count, parts))
+            entries.append(
+                Entry(
+                    name=contender.name,
+                    mode=mode,
+                    images=RANDOM,
+                    scope=COMPUTING,
+                    reference=COMPUTING,
+                    fine_share=exact,
+                    macs=macs,
+                    images_per_round=count,
+                    parts=parts,
+                )
+            )
     return measure(entries, calls, len(images), model, plan)
 
 
@@ -278,7 +284,7 @@ def row_of(
     steady: bool,
 ) -> Row:
     """The row of an entry, from the seconds of its calls and of those that it is compared with."""
-    timing, scope = entry.per_image(timings), entry.reference or entry.scope
+    timing, scope = entry.per_image(timings), entry.reference
     predictors = [rival for (name, _, where), rival in compared.items() if (name, where) == (PREDICTOR, scope)]
     predictor = compared.get((PREDICTOR, entry.mode, scope), next(iter(predictors), None))
     weighted = ((seconds, weight) for name, weight in entry.parts.items() for seconds in timings[name].calls)
@@ -286,16 +292,10 @@ def row_of(
     found = [None if entry.name == STREAM else percentile(seconds, share, weights) for share in (0.5, 0.95, 0.99)]
     p50, p95, p99 = (None if each is None else 1e3 * each for each in found)
     return Row(
-        name=entry.name,
-        mode=entry.mode,
-        images=entry.images,
-        scope=entry.scope,
+        **vars(entry),
         batch_size=batch_size,
-        fine_share=entry.fine_share,
         gmacs=entry.macs / 1e9,
         rounds=len(timing.rounds),
-        images_per_round=entry.count,
-        parts=entry.parts,
         images_per_second=1 / timing.median,
         mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
         p50_ms=p50,
@@ -329,7 +329,30 @@ def compare_with_backbone(model: CoarseToFineViT, batch_size: int, fine_share: f
     Args:
         fine_share: of images that go on.
     """
-    contenders = [each for each in contenders_of(model.eval(), peers=False) if each.name in (BACKBONE, PREDICTOR)]
+    contenders = [each for each in own_contenders(model.eval()) if each.name in (BACKBONE, PREDICTOR)]
     plan = Plan(("accelerated",), (fine_share,), rounds, math.inf)
     batch = measure_batch(model, contenders, random_images(model, batch_size), plan)
     return [row for row in batch.rows if row.mode == "accelerated"]
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors that a call holds at a time, on top of what lay there before.
+
+    On a GPU by the counters of torch's allocator, which leave out the memory that CUDA graphs keep; on a CPU by what
+    torch's profiler notes of each allocation, which leaves out what libraries take by themselves.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "100")  # else the profiler reports its start and missing GPUs
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    notes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in notes), initial=0))

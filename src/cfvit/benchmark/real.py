@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, predictor_of, prepare
+from cfvit.benchmark.contenders import BACKBONE, COMPILE, PREDICTOR, STREAM, prepare
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, measure
 from cfvit.benchmark.modes import Mode
 from cfvit.data.datasets import DataSource
@@ -121,10 +121,19 @@ def measure_real(model: CoarseToFineViT, source: DataSource, batch_size: int, pl
         for scope, call in made.items():
             key = f"{name}, {mode}, {scope}"
             calls[key] = call
-            cost, reference = macs.backbone if share is None else macs.expected(share), None
-            if scope not in SCOPES:
-                reference = DECODING
-            entries.append(Entry(name, mode, REAL, scope, share, cost, images.count, {key: 1.0}, reference))
+            entries.append(
+                Entry(
+                    name=name,
+                    mode=mode,
+                    images=REAL,
+                    scope=scope,
+                    reference=scope if scope in SCOPES else DECODING,
+                    fine_share=share,
+                    macs=macs.backbone if share is None else macs.expected(share),
+                    images_per_round=images.count,
+                    parts={key: 1.0},
+                )
+            )
 
     with ThreadPoolExecutor(READERS) as pool, TemporaryDirectory() as folder:
         inputs = images.inputs(eval_transform(model.data_config), pool)
@@ -134,7 +143,7 @@ def measure_real(model: CoarseToFineViT, source: DataSource, batch_size: int, pl
         for mode in dict.fromkeys(("eager", *plan.modes)):
             add(BACKBONE, mode, batch_calls(prepare(model.backbone, mode), inputs, weight))
             if mode in plan.modes:
-                predictor = predictor_of(model, mode)
+                predictor = Predictor(model, compile=COMPILE[mode])
                 stages = torch.cat([predictor(batch).stage for batch in images.resident])
                 share = float((stages == FINE).float().mean())
                 add(

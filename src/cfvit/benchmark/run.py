@@ -9,9 +9,8 @@ from dataclasses import replace
 import torch
 
 from cfvit.benchmark.conditions import conditions_of
-from cfvit.benchmark.contenders import contenders_of
+from cfvit.benchmark.contenders import own_contenders, peers_of
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
-from cfvit.benchmark.peers import why_no_peers
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
 from cfvit.data.datasets import DataSource
@@ -52,11 +51,11 @@ def run_bench(
         raise CfvitError("real images are answered at the model's own eta and it has none: cfvit calibrate chooses it")
     model = model.eval().requires_grad_(False)
     parameter = next(model.parameters())
-    refusal = why_no_peers(model) if peers else None
-    contenders = contenders_of(model, peers and refusal is None)
+    others, refusals = peers_of(model) if peers else ([], {})
+    contenders = own_contenders(model) + others
     notes = {
         "the weights are random: speed does not depend on them, and shares of exits are forced": random_weights,
-        f"without peers: {refusal}": refusal is not None,
+        **{f"without {title}: {refusal}": True for title, refusal in refusals.items()},
         "acceleration changes nothing on this device and precision: accelerated is eager": "accelerated" in plan.modes
         and accelerate(model.backbone) is model.backbone,
         f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}": parameter.device.type != "cpu"

@@ -6,10 +6,12 @@ know it by its name and speak to this protocol alone.
 
 from __future__ import annotations
 
+import copy
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.modeling.config import ModelConfig, Objective
+from cfvit.modeling.cost import macs_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,10 @@ class Method(ABC):
 
     name: ClassVar[str]
     """As recipes and the command line spell it."""
+    title: ClassVar[str]
+    """As tables spell it; by default the name."""
+    modes: ClassVar[tuple[Any, ...] | None] = None
+    """The only modes that its speed is measured in; None for any."""
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
@@ -98,12 +105,26 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
-        """Logits ``[B, classes]`` at each operating point, by its name, cheapest first."""
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        """The operating points by name, cheapest first: each is from images ``[B, 3, S, S]`` to logits."""
 
-    @abstractmethod
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        """Logits ``[B, classes]`` at each operating point."""
+        return {name: answer(images) for name, answer in self.points(network).items()}
+
     def macs(self, network: Any) -> dict[str, int]:
         """What an image costs at each operating point, in multiply-accumulates."""
+        meta = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+        image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
+        return {name: macs_of(partial(answer, image)) for name, answer in self.points(meta).items()}
+
+    def engine(self, network: Any, compile: bool | None = None) -> Any:
+        """The `cfvit.inference.engines.Engine` of a network with an exit between two stages; None for others.
+
+        Args:
+            compile: as of `cfvit.Predictor`.
+        """
+        return None
 
     def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
         """Sets when the network exits early, if it does, and returns what was chosen.
@@ -136,7 +157,7 @@ class Method(ABC):
 
 
 METHODS: dict[str, type[Method]] = {}
-"""The methods that are known, by name."""
+"""The methods of the files that are imported, by name; see `known_methods`."""
 
 Class = TypeVar("Class", bound=type[Method])
 
@@ -146,9 +167,19 @@ def register(name: str) -> Callable[[Class], Class]:
 
     def known(cls: Class) -> Class:
         cls.name, METHODS[name] = name, cls
+        cls.title = vars(cls).get("title", name)
         return cls
 
     return known
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """All methods, by name: those of the files of this package, and others that are registered."""
+    import cfvit.methods
+
+    for module in pkgutil.iter_modules(cfvit.methods.__path__):
+        import_module(f"cfvit.methods.{module.name}")
+    return dict(sorted(METHODS.items()))
 
 
 def create_method(name: str, objective: Objective | None = None) -> Method:
@@ -157,10 +188,7 @@ def create_method(name: str, objective: Objective | None = None) -> Method:
     Raises:
         UsageError: there is none of that name.
     """
-    import cfvit.methods
-
-    for module in pkgutil.iter_modules(cfvit.methods.__path__):
-        import_module(f"cfvit.methods.{module.name}")
-    if name not in METHODS:
-        raise UsageError(f"there is no method {name!r}: choose among {', '.join(sorted(METHODS))}")
-    return METHODS[name](Objective() if objective is None else objective)
+    methods = known_methods()
+    if name not in methods:
+        raise UsageError(f"there is no method {name!r}: choose among {', '.join(sorted(methods))}")
+    return methods[name](Objective() if objective is None else objective)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from cfvit.calibration import choose_threshold
 from cfvit.checkpoints import initialise, load, save
+from cfvit.inference.engines import Engine
+from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.methods.base import Batch, Method, register
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.cost import count_macs
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
 from cfvit.modeling.model import CoarseToFineOutput, CoarseToFineViT, TokenOutput
 
@@ -30,9 +33,14 @@ class _BothStages(nn.Module):
         return self.model(images, informative_ratio=split)
 
 
-def build_model(config: ModelConfig, initial_weights: str | None, class_names: list[str] | None) -> CoarseToFineViT:
+def build_model(
+    config: ModelConfig,
+    initial_weights: str | None,
+    class_names: list[str] | None,
+    kind: type[CoarseToFineViT] = CoarseToFineViT,
+) -> CoarseToFineViT:
     """A coarse-to-fine model with random or trained weights."""
-    model = CoarseToFineViT(config)
+    model = kind(config)
     model.class_names = class_names
     if initial_weights is not None:
         initialise(model, initial_weights)
@@ -45,7 +53,7 @@ class CfViT(Method):
 
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> CoarseToFineViT:
+    ) -> Any:
         return build_model(config, initial_weights, class_names)
 
     def in_training(self, network: CoarseToFineViT) -> nn.Module:
@@ -61,12 +69,14 @@ class CfViT(Method):
         target = token_target(labels.fine, labels.coarse, output, labels.mixed, labels.columns)
         return token_label_loss(output, batch.target, target, self.objective.token_label_weight)
 
-    def answers(self, network: CoarseToFineViT, images: Tensor) -> dict[str, Tensor]:
-        return network(images)._asdict()
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"coarse": lambda images: network.coarse(images).logits, "fine": lambda images: network(images).fine}
 
-    def macs(self, network: CoarseToFineViT) -> dict[str, int]:
-        macs = count_macs(network)
-        return {"coarse": macs.coarse, "fine": macs.both}
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        return network(images)._asdict()  # both in one pass
+
+    def engine(self, network: Any, compile: bool | None = None) -> Engine:
+        return TorchEngine(network, compile)
 
     def choose_exit(
         self, network: CoarseToFineViT, logits: dict[str, Tensor], labels: Tensor, max_drop: float
@@ -74,7 +84,7 @@ class CfViT(Method):
         network.threshold = choose_threshold(logits["coarse"], logits["fine"], labels, max_drop)
         return {"threshold": network.threshold}
 
-    def load(self, network: CoarseToFineViT, folder: Path) -> CoarseToFineViT:
+    def load(self, network: Any, folder: Path) -> Any:
         return load(folder)
 
     def save(self, network: CoarseToFineViT, folder: Path) -> None:

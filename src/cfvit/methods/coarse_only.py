@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from cfvit.methods.base import Batch, Method, register
 from cfvit.methods.cf_vit import build_model
 from cfvit.methods.plain import single_answer_loss
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
 
 
@@ -45,11 +45,8 @@ class CoarseOnly(Method):
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         return single_answer_loss(running(batch.images), batch, self)
 
-    def answers(self, network: CoarseToFineViT, images: Tensor) -> dict[str, Tensor]:
-        return {"coarse": network.coarse(images).logits}
-
-    def macs(self, network: CoarseToFineViT) -> dict[str, int]:
-        return {"coarse": count_macs(network).coarse}
+    def points(self, network: CoarseToFineViT) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"coarse": lambda images: network.coarse(images).logits}
 
     def choose_exit(
         self, network: CoarseToFineViT, logits: dict[str, Tensor], labels: Tensor, max_drop: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from cfvit.files import atomic_write
 from cfvit.methods.base import Batch, Method, register
 from cfvit.methods.cf_vit import build_model
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.cost import macs_of
 from cfvit.modeling.losses import classification_loss, distillation_loss
 from cfvit.modeling.model import CoarseToFineViT
 
@@ -33,13 +32,8 @@ class Plain(Method):
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         return single_answer_loss(running(batch.images), batch, self)
 
-    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
-        return {"plain": network(images)}
-
-    def macs(self, network: Any) -> dict[str, int]:
-        meta = copy.deepcopy(network).to("meta").eval()
-        image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
-        return {"plain": macs_of(lambda: meta(image))}
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"plain": network}
 
     def save(self, network: Any, folder: Path) -> None:
         """In timm's own format, which it reads as ``local-dir:FOLDER``."""

@@ -1,0 +1,42 @@
+"""Fusing inattentive patches: the plain network where all are kept, and what fusing computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfvit import CoarseToFineViT, create_model
+from cfvit.methods.evit import ReorganisingViT, fuse_inattentive
+
+
+def test_if_all_are_kept_it_is_timms_network(
+    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+) -> None:
+    model = make_model().requires_grad_(False)
+    images = make_images(model, 5)
+    torch.testing.assert_close(ReorganisingViT(model.backbone, 1.0)(images), model.backbone(images))
+
+
+def test_fusing_changes_the_answer_and_is_the_same_for_any_batch(
+    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+) -> None:
+    model = make_model().requires_grad_(False)
+    images, fusing = make_images(model, 5), ReorganisingViT(model.backbone, 0.6)
+    answer = fusing(images)
+    assert (answer - model.backbone(images)).abs().max() > 1e-3
+    torch.testing.assert_close(torch.cat([fusing(image[None]) for image in images]), answer)
+
+
+def test_the_least_attended_are_fused_by_their_attention() -> None:
+    tokens = torch.tensor([[9.0], [1.0], [4.0], [6.0], [8.0]])[None]
+    attention = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+    assert fuse_inattentive(tokens, attention, 2).flatten().tolist() == pytest.approx([9, 4, 8, 0.1 * 1 + 0.2 * 6])
+    assert fuse_inattentive(tokens, attention, 4) is tokens
+
+
+def test_the_places_are_those_of_the_paper() -> None:
+    with torch.device("meta"):
+        assert ReorganisingViT(create_model("deit_tiny_patch16_224").backbone, 0.7).places == (3, 6, 9)
