@@ -17,9 +17,11 @@ import pytest
 import torch
 from conftest import Outcome
 from PIL import Image
+from safetensors.torch import save_file
 
 from cfvit import CoarseToFineViT, load
 from cfvit.benchmark.conditions import conditions_of
+from cfvit.data import EvalImages
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
 from cfvit.paper import rows
@@ -516,6 +518,90 @@ def test_figures_of_a_given_model(
 
 def _ends(sweep: list[Any]) -> Iterator[Any]:
     return (point for point in sweep if point.threshold in (0.0, 1.0))
+
+
+@pytest.fixture
+def plain_weights(colour_model: Path, tmp_path: Path) -> Path:
+    """Weights of the plain ViT that the model of the colours was made from."""
+    weights = load(colour_model).backbone.state_dict()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "plain.safetensors")
+    return tmp_path / "plain.safetensors"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_table_2_of_a_given_model_is_in_pairs_with_its_plain_vit(
+    colour_model: Path,
+    colours: Path,
+    plain_weights: Path,
+    make_colours: Callable[..., Path],
+    tmp_path: Path,
+    cfvit_main: Main,
+) -> None:
+    held = make_colours("held", per_class=20, seed=7)
+    (tmp_path / "reds.txt").write_text("red\n")
+    given = ["--model", colour_model, "--plain", plain_weights, "--calibration-data", held, "--data", colours]
+    options = ["--part", tmp_path / "reds.txt", "--no-speed", "--workers", "0", "--out", tmp_path / "out"]
+    outcome = cfvit_main("reproduce", "table2", *given, *options, "--json")
+    assert outcome.status == 0, outcome.err
+    table = {row["row"]: row["measures"] for row in map(json.loads, outcome.out)}
+    etas = ("for 0.5 points below parity", "at parity", "0.75", "1")
+    points = ["plain ViT", *(f"CF-ViT, eta {eta}" for eta in etas)]
+    names = [f"{point}{part}" for part in ("", ", reds", ", other classes") for point in points]
+    assert [name for name in table if "published" not in name] == names
+
+    model = load(colour_model)
+    source = labelled_images(model, str(colours))
+    images = EvalImages(source, model.data_config)
+    batch, labels = torch.stack([images[i][0] for i in range(33)]), torch.tensor([images[i][1] for i in range(33)])
+    with torch.inference_mode():
+        plain, (coarse, fine) = model.backbone(batch).argmax(-1), model(batch)
+    sure = coarse.softmax(-1).amax(-1) >= 0.75
+    answers = {"plain ViT": plain, "CF-ViT, eta 1": fine.argmax(-1)}
+    answers["CF-ViT, eta 0.75"] = torch.where(sure, coarse.argmax(-1), fine.argmax(-1))
+    red = labels == source.class_names.index("red")
+    for name, classes in answers.items():
+        for part, kept in (("", red | ~red), (", reds", red), (", other classes", ~red)):
+            row = table[f"{name}{part}"]
+            accuracy = row["accuracy"]
+            right = (classes == labels)[kept].double().mean()
+            assert accuracy["ours"] == pytest.approx(100 * float(right))
+            assert accuracy["interval"][0] <= accuracy["ours"] <= accuracy["interval"][1]
+            bias = (classes == source.class_names.index("red"))[~red].double().mean()
+            assert ("bias" in row) == (part != ", reds")
+            assert part == ", reds" or row["bias"]["ours"] == pytest.approx(100 * float(bias))
+            if name != "plain ViT":
+                base = table[f"plain ViT{part}"]["accuracy"]["ours"]
+                assert row["difference"]["ours"] == pytest.approx(accuracy["ours"] - base)
+                assert row["agreement"]["ours"] == pytest.approx(100 * float((classes == plain)[kept].double().mean()))
+                spent = row["gmacs"]["ours"] / table["plain ViT"]["gmacs"]["ours"]
+                assert row["saving"]["ours"] == pytest.approx(100 * (1 - spent))
+    text = (tmp_path / "out" / "table2.md").read_text()
+    for part in (f"eta chosen on {held}", "eta is chosen on 60 images, and the 33 test images", "reds: 11 images"):
+        assert part in text
+    header = (tmp_path / "out" / "table2.csv").read_text().splitlines()[0]
+    assert "accuracy,accuracy_spread,accuracy_paper,accuracy_low,accuracy_high" in header
+
+
+@pytest.mark.usefixtures("no_training")
+def test_a_comparison_that_would_mislead_is_refused(
+    colour_model: Path, colours: Path, plain_weights: Path, make_colours: Callable[..., Path], tmp_path: Path,
+    cfvit_main: Main,
+) -> None:  # fmt: skip
+    held = make_colours("held", per_class=2, seed=7)
+    (tmp_path / "greys.txt").write_text("grey\n")
+    given = {"--model": colour_model, "--plain": plain_weights, "--calibration-data": held, "--data": colours}
+    for changes, status, message in (
+        ({"--calibration-data": colours}, 1, "33 images to score on are also among those to choose eta on"),
+        ({"--plain": colour_model}, 0, ""),
+        ({"--part": tmp_path / "greys.txt"}, 2, "greys.txt names 'grey', which is no class of the data"),
+        ({"--calibration-data": None}, 2, "--plain and --calibration-data go together"),
+        ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides the images of table2"),
+    ):
+        words = [word for pair in {**given, **changes}.items() if pair[1] is not None for word in pair]
+        options = ["--no-speed", "--workers", "0", "--out", tmp_path / "out"]
+        outcome = cfvit_main("reproduce", "table2", *words, *options)
+        assert outcome.status == status, outcome.err
+        assert status == 0 or message in outcome.err[-1]
 
 
 def test_figure_1a_of_a_plain_vit_of_timms(

@@ -32,6 +32,17 @@ def reproduce(
         str | None,
         Parameter(help="train nothing: a saved folder, .pth or bundled name; for fig1a and fig1b also a timm ViT"),
     ] = None,
+    plain: Annotated[
+        str | None,
+        Parameter(help="for table2 of a model: the plain ViT to compare with, a file of weights or a timm ViT"),
+    ] = None,
+    calibration_data: Annotated[
+        str | None, Parameter(help="for table2 of a model: images that eta is chosen on; --data is only scored")
+    ] = None,
+    part: Annotated[
+        tuple[Path, ...],
+        Parameter(help="for table2 of a model: file that names a class on each line, for rows of these classes alone"),
+    ] = (),
     out: Annotated[Path, Parameter(help="folder for tables, pictures and runs")] = Path("reproduction"),
     seeds: Annotated[
         tuple[int, ...] | None,
@@ -73,6 +84,9 @@ def reproduce(
         seeds=chosen,
         budget=None if budget is None else parse_budget(budget),
         model=model,
+        plain=plain,
+        calibration_data=calibration_data,
+        parts=part,
         speed=speed,
         command=shlex.join(["cfvit", *sys.argv[1:]]),
     )

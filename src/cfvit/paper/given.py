@@ -11,15 +11,17 @@ from typing import Any
 import timm
 from timm.data.config import resolve_model_data_config
 
-from cfvit.checkpoints import CONFIG_FILE, load
+from cfvit.calibration.overlap import shared_images
+from cfvit.checkpoints import CONFIG_FILE, initialise, load
 from cfvit.data import EvalImages
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import labelled_images
+from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import create_method
 from cfvit.methods.plain import backbone_of
 from cfvit.modeling.model import CoarseToFineViT, create_model
-from cfvit.paper.runs import Result, score
+from cfvit.paper.runs import Result, Scored, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
@@ -67,6 +69,79 @@ def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     seen = replace(scored, logits={})  # Figure 1 needs to know which images can be read, and no answers
     backbone = Result("plain", create_method("plain").macs(network), seen, None, lambda: (network, images))
     return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
+
+
+def compared(
+    name: str, plain: str, calibration_data: str, recipe: Recipe, part_files: Sequence[Path]
+) -> tuple[dict[str, list[Result]], dict[str, frozenset[int]]]:
+    """A coarse-to-fine model and a plain ViT, scored on images to choose eta on and on the recipe's validation images.
+
+    Args:
+        plain: a file of backbone weights, a timm model, or ``local-dir:FOLDER``.
+        part_files: see `read_part`.
+
+    Returns:
+        Results by the run whose place they take, and the class indices of each part by its file's name.
+
+    Raises:
+        CfvitError: models or data that do not go together, or images that are in both data sets.
+    """
+    device = best_device()
+    model = load(name).eval().to(device)
+    if is_plain_vit(plain):
+        other = _plain_vit(plain)
+    else:
+        other = CoarseToFineViT(model.config)
+        initialise(other, plain)
+    sizes = [(each.config.num_classes, each.image_size) for each in (model, other)]
+    if sizes[0] != sizes[1]:
+        ours, theirs = (f"{classes} classes and images of {size[0]} x {size[1]}" for classes, size in sizes)
+        raise CfvitError(f"{name} has {ours}, {plain} has {theirs}: give the plain ViT that the model was made from")
+    network = backbone_of(other.eval().to(device))
+    fast, fast_plain = accelerate(model), accelerate(network)
+    data = recipe.val_data or recipe.data[0], calibration_data
+    sources = [labelled_images(model, each) for each in data]
+    parts = {path.stem: read_part(path, sources[0].class_names) for path in part_files}
+    if shared := shared_images(sources[0], sources[1], range(len(sources[1]))):
+        raise CfvitError(
+            f"{len(shared)} images to score on are also among those to choose eta on, {sources[0].name(shared[0][0])} "
+            "first: give other --calibration-data"
+        )
+    # opened anew, since a tar that was read here is not fit for loading processes
+    images = [EvalImages(labelled_images(model, each), model.data_config) for each in data]
+    test, held = (
+        score(lambda batch: {**fast(batch)._asdict(), "plain": fast_plain(batch)}, recipe, each) for each in images
+    )
+
+    def part(scored: Scored, *points: str) -> Scored:
+        return replace(scored, logits={point: scored.logits[point] for point in points})
+
+    cf_vit, alone = create_method("cf_vit"), create_method("plain")
+    two_stages = part(test, "coarse", "fine"), part(held, "coarse", "fine")
+    ours = Result(cf_vit.name, cf_vit.macs(model), *two_stages, lambda: (model, images[0]), rule=model.exit)
+    one = part(test, "plain"), part(held, "plain")
+    base = Result(alone.name, alone.macs(network), *one, lambda: (network, images[0]))
+    return {DEFAULT: [ours], PLAIN: [base]}, parts
+
+
+def read_part(path: Path, class_names: Sequence[str]) -> frozenset[int]:
+    """Indices of the classes that a file names, one on each line; ImageNet's classes also by their identifiers.
+
+    Raises:
+        UsageError: the file cannot be read, or names something that is no class.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} ({first_line(error)}): give a file with a class on each line") from error
+    places = {name: index for index, name in enumerate(class_names)}
+    for line, name in zip(lines, readable_class_names(lines), strict=True):
+        if name not in places:
+            near = ", ".join(repr(known) for known in class_names[:3])
+            raise UsageError(f"{path} names {line!r}, which is no class of the data: give such as {near}")
+    if not lines:
+        raise UsageError(f"{path} names no class: give a file with a class on each line")
+    return frozenset(places[name] for name in readable_class_names(lines))
 
 
 def _plain_vit(name: str) -> CoarseToFineViT:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from cfvit.calibration import Accuracy, rank_images
@@ -48,7 +49,7 @@ Draw = Callable[[Path, str], object]
 
 CURVE_THRESHOLDS = tuple(i / 50 for i in range(51))
 COUNT_THRESHOLDS = tuple(i / 20 for i in range(21))
-PARITY = "parity"
+PARITY, NEAR_PARITY = "parity", "near parity"
 EXAMPLES = 6
 ATTENTION_PICTURES = 4
 FALLBACK_ETA = 0.5
@@ -60,11 +61,12 @@ SPEED_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: the mean over seeds, highest less lowest of them, and the paper's; None where there is none."""
+    """One figure: the mean over seeds, highest less lowest of them, the paper's, and a 95% interval of ours."""
 
     ours: float | None
     spread: float = 0.0
     paper: float | None = None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,12 @@ HEADINGS: Mapping[str, tuple[str, int]] = {
     "accuracy": ("top-1 %", 2),
     "coarse": ("coarse top-1 %", 2),
     "fine": ("fine top-1 %", 2),
+    "difference": ("points above the plain ViT", 2),
+    "agreement": ("same answer as the plain ViT %", 1),
+    "bias": ("answers with a class of a part %", 1),
     "exit_share": ("exit share %", 1),
     "gmacs": ("GMACs", 4),
+    "saving": ("MACs saved %", 1),
     "gmacs_as_paper": ("GMACs as the paper counts", 4),
     "images_per_second": ("images/s", 1),
     "speedup": ("speed-up", 2),
@@ -148,14 +154,18 @@ def _stages(result: Result) -> tuple[Tensor, Tensor, Tensor, StageMacs]:
     return scored.logits["coarse"], scored.logits["fine"], scored.labels, macs
 
 
-def parity_threshold(result: Result, plain: Result) -> float | None:
-    """The cheapest eta whose accuracy on the hold-out is at least the plain ViT's there; None if none is."""
+def parity_threshold(result: Result, plain: Result, below: float = 0.0) -> float | None:
+    """The cheapest eta whose accuracy on the hold-out is at least the plain ViT's there; None if none is.
+
+    Args:
+        below: points that may be lost.
+    """
     assert result.holdout is not None
     assert plain.holdout is not None
     logits, macs = result.holdout.logits, _stages(result)[-1]
     trade = rank_images(logits["coarse"], logits["fine"], result.holdout.labels)
     try:
-        return choose_eta(Accuracy(top1(plain.holdout)), trade, macs)
+        return choose_eta(Accuracy(top1(plain.holdout) - below), trade, macs)
     except CfvitError:  # out of reach
         return None
 
@@ -203,6 +213,7 @@ class Sources:
         class_names: of the validation data.
         speed: whether images per second are measured.
         plain: what stands for the plain ViT of Figure 1, to begin a title.
+        parts: of a comparison: class indices by name of the part; all other classes are a part of their own.
     """
 
     results: Mapping[str, Sequence[Result]]
@@ -211,6 +222,7 @@ class Sources:
     class_names: Sequence[str]
     speed: bool = False
     plain: str = "A plain ViT"
+    parts: Mapping[str, frozenset[int]] = field(default_factory=dict)
 
     def of(self, run: str) -> Sequence[Result]:
         """The seeds of a run."""
@@ -307,7 +319,7 @@ class OperatingPoint:
     Attributes:
         name: the row's.
         run: name of the run.
-        eta: a number, ``"parity"``, or None for a plain ViT.
+        eta: a number, ``"parity"``, ``"near parity"`` or None for a plain ViT.
         published: the paper's row, or None.
     """
 
@@ -318,8 +330,8 @@ class OperatingPoint:
 
     def threshold(self, result: Result, plain: Result | None) -> float | None:
         """The eta of a result at this point; None where the plain ViT's accuracy is out of reach or not known."""
-        if self.eta == PARITY:
-            return None if plain is None else parity_threshold(result, plain)
+        if self.eta in (PARITY, NEAR_PARITY):
+            return None if plain is None else parity_threshold(result, plain, 0.5 if self.eta == NEAR_PARITY else 0.0)
         return None if self.eta is None else float(self.eta)
 
 
@@ -347,17 +359,24 @@ def operating_row(
     return _row(point.name, _columns(reached), len(reached), point.published, "; ".join(reasons) or None)
 
 
-def _operating_points(study: Study, sources: Sources) -> Made:
-    family, points = family_of(sources.recipe.backbone), []
+def points_of(study: Study, family: str) -> list[OperatingPoint]:
+    """The operating points of Tables 2 and 3, beside the paper's rows of a family."""
+    points = []
     for variant in study.variants:
         if variant.run == PLAIN:
             points.append(OperatingPoint(variant.label, PLAIN, None, study.row(family, "plain")))
             continue
         for eta in study.etas:
             text = eta if isinstance(eta, str) else f"{eta:g}"
+            label = {PARITY: "at parity", NEAR_PARITY: "for 0.5 points below parity"}.get(text, text)
             published = None if variant.run == LARGER_GRID else study.row(family, text)
-            label = f"{variant.label}, eta {'at parity' if eta == PARITY else text}"
-            points.append(OperatingPoint(label, variant.run, eta, published))
+            points.append(OperatingPoint(f"{variant.label}, eta {label}", variant.run, eta, published))
+    return points
+
+
+def _operating_points(study: Study, sources: Sources) -> Made:
+    family = family_of(sources.recipe.backbone)
+    points = points_of(study, family)
     plains = {result.seed: result for result in sources.of(PLAIN)}
     rows = [operating_row(point, sources.of(point.run), plains, sources.missing.get(point.run)) for point in points]
     notes = [
@@ -390,6 +409,77 @@ def _operating_points(study: Study, sources: Sources) -> Made:
     draw = partial(draw_curves, title=study.title, ours=curves, published=_published_curves(study, family))
     kept = {point.run: speeds[point.name] for point in points if point.name in speeds and point.eta in (None, PARITY)}
     return Made(rows, draw, tuple(notes), kept)
+
+
+def _comparison(study: Study, sources: Sources) -> Made:
+    """Operating points of one model in pairs with its plain ViT, on all images and on parts of them."""
+    made = _operating_points(study, sources)
+    result, plain = sources.of(DEFAULT)[0], sources.of(PLAIN)[0]
+    points = points_of(study, family_of(sources.recipe.backbone))
+    labels = result.validation.labels
+    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
+    for name, classes in sources.parts.items():
+        parts[name] = torch.isin(labels, torch.tensor(sorted(classes)))
+    listed = torch.tensor(sorted(frozenset().union(*sources.parts.values())), dtype=torch.long)
+    if sources.parts:
+        parts["other classes"] = ~torch.isin(labels, listed)
+    rows = []
+    for name, kept in ((name, kept) for name, kept in parts.items() if kept.any()):
+        ours, base = _restricted(result, kept), _restricted(plain, kept)
+        for point, row in zip(points, made.rows, strict=False):
+            if name:
+                point = replace(point, name=f"{point.name}, {name}", published=None)
+                row = operating_row(point, [base if point.eta is None else ours], {None: plain}, None)
+            eta = point.threshold(result, plain)
+            if eta is not None or point.eta is None:
+                row = replace(
+                    row, cells={**row.cells, **_paired(base if point.eta is None else ours, base, eta, listed)}
+                )
+            rows.append(row)
+    count, chosen = len(labels), len(result.holdout.labels) if result.holdout is not None else 0
+    notes = (
+        f"eta is chosen on {chosen:,} images, and the {count:,} test images are scored once. Brackets are 95% "
+        "intervals by the bootstrap over images (percentiles of 2,000 samples); differences are of the same images.",
+        *(f"{name}: {int(kept.sum()):,} images." for name, kept in parts.items() if name),
+    )
+    return replace(made, rows=rows + made.rows[len(points) :], notes=made.notes + notes)
+
+
+def _restricted(result: Result, kept: Tensor) -> Result:
+    """The same with a part of the validation images."""
+    scored = result.validation
+    logits = {point: values[kept] for point, values in scored.logits.items()}
+    return replace(result, validation=Scored(logits, scored.labels[kept], scored.indices[kept]))
+
+
+def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) -> dict[str, Cell]:
+    """Figures of a result at an eta that need the plain ViT's answers to the same images.
+
+    Args:
+        eta: None for the plain ViT itself.
+        listed: class indices of all parts that have a name.
+    """
+    labels, base = result.validation.labels, plain.validation.logits["plain"].argmax(-1)
+    answers, gmacs = base, MEASURES["gmacs"](plain)
+    if eta is not None:
+        coarse, fine, _, _ = _stages(result)
+        answers = torch.where(goes_on(result.rule.coarse(coarse), eta), fine.argmax(-1), coarse.argmax(-1))
+
+    def mean(values: Tensor) -> Cell:
+        percent = 100 * values.double().numpy()
+        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", random_state=0)
+        low, high = drawn.confidence_interval
+        return Cell(float(percent.mean()), interval=(float(low), float(high)))
+
+    cells = {"accuracy": mean(answers == labels)}
+    outside = ~torch.isin(labels, listed)
+    if len(listed) and outside.any():
+        cells["bias"] = Cell(100 * float(torch.isin(answers[outside], listed).double().mean()))
+    if eta is not None:
+        cells["difference"] = mean((answers == labels).double() - (base == labels).double())
+        cells["agreement"] = Cell(100 * float((answers == base).double().mean()))
+        cells["saving"] = Cell(100 * (1 - at(result, eta).gmacs / gmacs))
+    return cells
 
 
 def _published_row(published: Published) -> Row:
@@ -572,6 +662,7 @@ def _examples(study: Study, sources: Sources) -> Made:
 _KINDS: Mapping[str, Callable[[Study, Sources], Made]] = {
     "ablation": _ablation,
     "operating_points": _operating_points,
+    "comparison": _comparison,
     "curves": _curves,
     "counts": _counts,
     "patches": _patches,

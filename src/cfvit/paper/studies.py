@@ -110,7 +110,7 @@ class Variant:
     published: Published | None = None
 
 
-Kind = Literal["ablation", "operating_points", "curves", "patches", "attention", "counts", "examples"]
+Kind = Literal["ablation", "operating_points", "comparison", "curves", "patches", "attention", "counts", "examples"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Study:
         kind: how its rows are made from the runs.
         variants: what is compared.
         measures: columns of an ablation, see `cfvit.paper.rows.MEASURES`.
-        etas: of the rows of an ``operating_points`` study: numbers, or ``"parity"``.
+        etas: of the operating points: numbers, ``"parity"``, or ``"near parity"``.
         published: the paper's rows of Tables 2 and 3.
         notes: what a reader of the paper's figures has to know.
     """

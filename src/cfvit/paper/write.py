@@ -16,10 +16,21 @@ from rich.table import Table
 from cfvit.benchmark.conditions import Conditions, conditions_of
 from cfvit.errors import UsageError
 from cfvit.files import atomic_write, require_writable
-from cfvit.paper.given import is_plain_vit, results_of_model, suitable_studies
-from cfvit.paper.rows import HEADINGS, MEASURES, Cell, Made, Row, Sources, at, make, parity_threshold
+from cfvit.paper.given import compared, is_plain_vit, results_of_model, suitable_studies
+from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, at, make, parity_threshold
 from cfvit.paper.runs import Budget, Missing, Run, Runs, duration, logged_pace, require_splits
-from cfvit.paper.studies import ALL, COARSE_GRID, PAPER, PAPERS_METHOD, PLAIN, SETTING, Study, find_studies, runs_needed
+from cfvit.paper.studies import (
+    ALL,
+    COARSE_GRID,
+    DEFAULT,
+    PAPER,
+    PAPERS_METHOD,
+    PLAIN,
+    SETTING,
+    Study,
+    find_studies,
+    runs_needed,
+)
 from cfvit.plots.style import require_matplotlib
 from cfvit.processes import best_device
 from cfvit.training.recipe import RECIPES, Recipe
@@ -43,6 +54,9 @@ class Request:
         seeds: every run is repeated with each.
         budget: seconds in which to train; None for no limit.
         model: a trained model to use instead of runs, or None.
+        plain: the plain ViT that table 2 compares the model with; only with ``model`` and ``calibration_data``.
+        calibration_data: labelled images that eta is chosen on.
+        parts: files that name the classes of a part of the data, for rows of their own.
         speed: whether table 2 measures images per second.
         command: as it was given, for the record.
     """
@@ -54,6 +68,9 @@ class Request:
     seeds: tuple[int, ...]
     budget: float | None = None
     model: str | None = None
+    plain: str | None = None
+    calibration_data: str | None = None
+    parts: tuple[Path, ...] = ()
     speed: bool = True
     command: str = ""
 
@@ -79,7 +96,7 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
             "cfvit reproduce is one process: train single runs by torchrun -m cfvit train into "
             f"{out / RUNS_FOLDER}/NAME-seedK, where they are found"
         )
-    if not recipe.data:
+    if not any(recipe.data):
         raise UsageError("no data: name what to train and to score on with --data")
     studies = find_studies(request.name)
     for name, value in PAPERS_METHOD.items():
@@ -88,6 +105,11 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
             raise UsageError(
                 f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
             )
+    given = [request.plain is not None, request.calibration_data is not None]
+    if any(given) and (not all(given) or request.model is None or request.name != "table2"):
+        raise UsageError("--plain and --calibration-data go together, with --model and for table2 alone")
+    if request.parts and not all(given):
+        raise UsageError("--part divides the images of table2 with --model, --plain and --calibration-data: give these")
     require_writable(out / RUNS_FILE)
     conditions = conditions_of(dtype_of(recipe, best_device()), request.command)
     if request.model is not None:
@@ -137,31 +159,39 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
 def _reproduce_with_model(
     request: Request, model: str, studies: Sequence[Study], conditions: Conditions, show: Show
 ) -> None:
-    """Studies that need no more than one trained model."""
-    plain, recipe = is_plain_vit(model), request.recipe
-    suited = suitable_studies(studies, model, skip_others=request.name == ALL)
-    results = results_of_model(model, recipe)
-    shown = results[COARSE_GRID][0]
-    images = shown.open()[1]
+    """Studies that need no more than one trained model, or for Table 2 that and a plain ViT."""
+    recipe, of_plain = request.recipe, is_plain_vit(model)
+    data, parts, scored_on = recipe.val_data or recipe.data[0], dict[str, frozenset[int]](), ""
+    if request.plain is None or request.calibration_data is None:
+        suited = suitable_studies(studies, model, skip_others=request.name == ALL)
+        results = results_of_model(model, recipe)
+    else:
+        variants = tuple(variant for variant in studies[0].variants if variant.run in (PLAIN, DEFAULT))
+        suited = [replace(studies[0], kind="comparison", etas=(NEAR_PARITY, *studies[0].etas), variants=variants)]
+        results, parts = compared(model, request.plain, request.calibration_data, recipe, request.parts)
+        scored_on = f", beside the plain ViT {request.plain}; eta chosen on {request.calibration_data}"
+    shown = results.get(DEFAULT, results.get(COARSE_GRID, []))[0]
+    network, images = shown.open()
     account = _account(
         conditions,
-        data=recipe.val_data or recipe.data[0],
+        data=data,
         images=f"{len(shown.validation.labels):,} scored",
-        recipe=f"none, the model {model} as it was given",
+        recipe=f"none, the model {model} as it was given{scored_on}",
         epochs="0",
         seeds="none",
     )
-    # a given model has a backbone of its own, whatever the recipe's is
     sources = Sources(
         results,
         {},
-        replace(recipe, backbone=shown.open()[0].config.backbone),
+        replace(recipe, backbone=network.config.backbone),
         images.source.class_names,
-        plain="A plain ViT" if plain else "The backbone of a CF-ViT, run alone,",
+        speed=request.speed,
+        plain="A plain ViT" if of_plain else "The backbone of a CF-ViT, run alone,",
+        parts=parts,
     )
     for study in suited:
         made = make(study, sources)
-        if PLAIN in study.runs and not plain:
+        if study.kind in ("patches", "attention") and not of_plain:
             note = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
             made = replace(made, notes=(*made.notes, note))
         write_study(study, made, request.out, account)
@@ -239,12 +269,16 @@ def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str])
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line for each row; of each measure ours, the spread over seeds, and the paper's."""
     measures = _columns_of(rows)
-    figures = [f"{measure}{kind}" for measure in measures for kind in ("", "_spread", "_paper")]
+    sure = {name for row in rows for name, cell in row.cells.items() if cell.interval is not None}
+    kinds = ("", "_spread", "_paper", "_low", "_high")
+    figures = [f"{measure}{kind}" for measure in measures for kind in kinds[: 5 if measure in sure else 3]]
     lines = []
     for row in rows:
         values: list[float | None] = []
-        for cell in (row.cells.get(measure, Cell(None)) for measure in measures):
+        for measure in measures:
+            cell = row.cells.get(measure, Cell(None))
             values += [cell.ours, None if cell.ours is None else cell.spread, cell.paper]
+            values += (cell.interval or (None, None)) if measure in sure else ()
         lines.append([row.name, *map(_plain, values), row.seeds, row.place, row.missing or ""])
     _write_lines(path, ["row", *figures, "seeds", "place", "missing"], lines)
 
@@ -277,6 +311,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         columns.append([text])
         for row, cell in zip(rows, cells, strict=True):
             spread = f" (spread {cell.spread:.{digits}f})" if row.seeds > 1 else ""
+            spread = " [{:.1f}, {:.1f}]".format(*cell.interval) if cell.interval else spread
             columns[-1].append("-" if cell.ours is None else f"{cell.ours:.{digits}f}{spread}")
         if any(cell.paper is not None for cell in cells):
             columns.append(["paper", *("-" if cell.paper is None else f"{cell.paper:g}" for cell in cells)])
@@ -306,7 +341,11 @@ def as_json(study: Study, row: Row) -> dict[str, Any]:
         "study": study.name,
         "row": row.name,
         "seeds": row.seeds,
-        "measures": {name: asdict(cell) for name, cell in row.cells.items() if _has_figure(cell)},
+        "measures": {
+            name: {kind: value for kind, value in asdict(cell).items() if kind != "interval" or value is not None}
+            for name, cell in row.cells.items()
+            if _has_figure(cell)
+        },
         "place": row.place or None,
         "missing": row.missing,
     }
