@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cfvit.errors import UsageError
 from cfvit.methods.base import METHODS, Batch, Method, create_method, register
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.cost import count_macs, macs_of
+from cfvit.modeling.cost import count_macs
 from cfvit.modeling.losses import classification_loss
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe
@@ -51,11 +51,8 @@ def dummy() -> Iterator[str]:
             assert batch.target is not None
             return classification_loss(running(batch.images), batch.target)
 
-        def answers(self, network: MeanColour, images: Tensor) -> dict[str, Tensor]:
-            return {"colour": network(images)}
-
-        def macs(self, network: MeanColour) -> dict[str, int]:
-            return {"colour": macs_of(lambda: network(torch.zeros(1, 3, *network.image_size)))}
+        def points(self, network: MeanColour) -> dict[str, Callable[[Tensor], Tensor]]:
+            return {"colour": network}
 
         def save(self, network: MeanColour, folder: Path) -> None:
             save_file(network.state_dict(), folder / "model.safetensors")
