@@ -16,12 +16,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cfvit import CoarseToFineViT, checkpoints, load, save
 from cfvit.checkpoints import bundled_models, initialise, load_authors_checkpoint
+from cfvit.evaluation.metrics import labelled_images
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Reuse
 from cfvit.modeling.weights import read_weights
@@ -489,3 +491,60 @@ def test_plain_vits_are_refused_with_what_they_are_for(tmp_path: Path, fails: Ca
     (tmp_path / "config.json").write_text('{"architecture": "deit_tiny_patch16_224"}')
     with fails("holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"):
         load(tmp_path)
+
+
+# The order of an authors' model's classes
+
+
+def _numbered(root: Path) -> Path:
+    """Folders ``0`` to ``11`` of one image each, whose colour says which."""
+    for number in range(12):
+        (root / str(number)).mkdir(parents=True)
+        Image.new("L", (32, 32), 20 * number).save(root / str(number) / "1.png")
+    return root
+
+
+def test_authors_models_number_classes_as_torchvision_does(
+    make_model: Make, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = _write_authors(tmp_path / "a.pth", _authors_weights(make_model(**WIDE, num_classes=12)))
+    data = _numbered(tmp_path / "data")
+    save(load(path), tmp_path / "converted")
+    for model in (load(path), load(tmp_path / "converted")):
+        source = labelled_images(model, str(data))
+        assert source.class_names == sorted(map(str, range(12)))
+        colours = [int(np.asarray(source.read(i)[0]).max()) // 20 for i in range(12)]
+        assert [source.class_names[source.read(i)[1]] for i in range(12)] == list(map(str, colours))
+    assert not recwarn.list
+
+
+def test_a_model_that_does_not_say_its_order_is_told(make_model: Make, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="does not say how its classes are numbered: they are taken in natural order"):
+        source = labelled_images(make_model(num_classes=12), str(_numbered(tmp_path / "data")))
+    assert source.class_names == list(map(str, range(12)))
+
+
+@pytest.mark.parametrize(("data_set", "named"), [(None, True), ("IMNET", True), ("CARS", False), ("INAT", False)])
+def test_a_thousand_classes_are_imagenets_unless_the_file_says_otherwise(
+    data_set: str | None, named: bool, make_model: Make, tmp_path: Path
+) -> None:
+    weights = _authors_weights(make_model(**WIDE, num_classes=1000))
+    options = {} if data_set is None else {"args": argparse.Namespace(data_set=data_set)}
+    loaded = load(_write_authors(tmp_path / "a.pth", weights, **options))
+    assert (loaded.class_names is not None, loaded.class_order) == (named, None if named else "torchvision")
+
+
+def test_authors_lvvit_files_of_timms_saver_load(
+    make_model: Make, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    model = make_model(backbone="lvvit_small_patch16_224", embed_dim=64, num_heads=1, mlp_ratio=3.0, depth=2)
+    content = {
+        "epoch": 3,
+        "arch": "cf_lvvit_small",
+        "state_dict": _authors_weights(model),
+        "args": argparse.Namespace(),
+    }
+    torch.save(content, tmp_path / "lvvit.pth.tar")
+    loaded = load(tmp_path / "lvvit.pth.tar")
+    assert loaded.data_config["crop_pct"] == 0.9
+    assert loaded.get_parameter("backbone.aux_head.weight").equal(model.get_parameter("backbone.aux_head.weight"))

@@ -859,7 +859,7 @@ def test_a_teacher_of_other_classes_is_refused(
     folder = make_colours(per_class=1)
     source = open_data(str(folder))
     named = dataclasses.replace(colours_teacher, class_names=["blue", "red", "green"])
-    with fails("class 'green' of the data is 'red' for teacher tiny"):
+    with fails("teacher tiny has other classes, class 1 is 'green' here, 'red' there: give one trained"):
         make_token_labels(source, named, tmp_path / "maps", workers=0)
     shutil.copytree(folder / "red", folder / "yellow")
     with fails("teacher tiny has 3 classes, the data 4"):

@@ -173,7 +173,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         ) from error
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CfvitError(f"{folder} is damaged ({first_line(error)}): save or copy the model again") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, CfvitError) as error:
         raise CfvitError(
             f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
         ) from error

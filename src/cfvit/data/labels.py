@@ -50,3 +50,10 @@ def difference_of_classes(names: Sequence[str], others: Sequence[str]) -> str | 
         if ours != theirs:
             return f"class {index} is {pair[0]!r} here, {pair[1]!r} there"
     return None
+
+
+def have_one_order(names: Sequence[str]) -> bool:
+    """Whether classes in natural order are in torchvision's too, by characters, or are ImageNet's, which have one."""
+    if list(names) == sorted(names):
+        return True
+    return set(names) <= set(readable_class_names(ImageNetInfo().label_names()))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from cfvit.calibration.tradeoff import NO_ANSWER, answers_of, rank_images
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
+from cfvit.data.labels import have_one_order
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import StageMacs, count_macs
@@ -91,7 +92,7 @@ def labelled_images(model: CoarseToFineViT, data: str) -> DataSource:
             f"{data} has {len(source.class_names)} classes, the model has {model.config.num_classes} without names: "
             "give data with all of its classes"
         )
-    if model.class_order is None and source.class_names != open_data(data, "validation", "torchvision").class_names:
+    if model.class_order is None and not have_one_order(source.class_names):
         warnings.warn(
             "the model does not say how its classes are numbered: they are taken in natural order, 2 before 10, and "
             "torchvision has another; if the accuracy is near chance, name the model's classes",

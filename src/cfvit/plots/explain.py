@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,10 +84,11 @@ class PictureFolder:
     def __call__(self, paths: list[Path], images: Tensor) -> None:
         """Explains a batch of normalised images ``[B, 3, S, S]`` that were read from ``paths``."""
         for path, explanation in zip(paths, explain(self.model, images, self.threshold), strict=True):
-            name, number = path.stem, 1
+            stem = os.fsencode(path.stem)[:200].decode(errors="ignore")  # a longer name could not be written
+            name, number = stem, 1
             while name in self.taken:
                 number += 1
-                name = f"{path.stem}-{number}"
+                name = f"{stem}-{number}"
             self.taken.add(name)
             draw_explanation(explanation, self.folder / f"{name}.png")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from cfvit.checkpoints import CONFIG_FILE
+from cfvit.data.labels import difference_of_classes, have_one_order
 from cfvit.errors import CfvitError
 from cfvit.modeling.backbones import in_timms_keys, require_fit
 from cfvit.modeling.weights import read_weights
@@ -64,12 +66,17 @@ class Teacher:
                 f"teacher {self.name} has {self.model.num_classes} classes, the data {len(class_names)}: "
                 "give a teacher trained on the classes of the data"
             )
-        for ours, theirs in zip(class_names, self.class_names or class_names, strict=True):
-            if ours != theirs:
-                raise CfvitError(
-                    f"class {ours!r} of the data is {theirs!r} for teacher {self.name}: "
-                    "give one trained on the classes of the data"
-                )
+        difference = None if self.class_names is None else difference_of_classes(class_names, self.class_names)
+        if difference is not None:
+            raise CfvitError(
+                f"teacher {self.name} has other classes, {difference}: give one trained on the classes of the data"
+            )
+        if self.class_names is None and not have_one_order(class_names):
+            warnings.warn(
+                f"teacher {self.name} does not say how its classes are numbered: they are taken in natural order, "
+                "2 before 10, and torchvision has another; if it teaches nonsense, give a folder with label_names",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def answer(self, images: Tensor) -> Tensor:
