@@ -106,11 +106,10 @@ def test_failures_keep_their_place_among_images_that_wait_for_the_fine_stage(
 ) -> None:
     missing = [tmp_path / f"{i}.png" for i in range(len(photos))]
     paths = [path for pair in zip(photos, missing, strict=True) for path in pair]
-    macs = count_macs(predictor.model)
-    alone = {result.path: result for path in photos for result in classify_files([path], predictor, macs=macs)}
+    alone = {result.path: result for path in photos for result in classify_files([path], predictor)}
     stages = [result.stage for result in alone.values() if isinstance(result, FileAnswer)]
     assert 0 < sum(stages) < len(photos) == len(stages)
-    results = list(classify_files(paths, predictor, 4, macs=macs))
+    results = list(classify_files(paths, predictor, 4))
     assert [result.path for result in results] == paths
     for result in results:
         if isinstance(result, FileAnswer):

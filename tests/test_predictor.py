@@ -247,7 +247,7 @@ def test_any_engine_predicts_and_streams(model: CoarseToFineViT) -> None:
     assert answer.stage.tolist() == [FINE, COARSE] * 3
     (streamed,) = predictor.stream([images], fine_batch=3, ordered=True)
     assert torch.equal(streamed.logits, answer.logits)
-    with pytest.raises(CfvitError, match="compile is True: leave it out with an engine"):
+    with pytest.raises(CfvitError, match="compile is True: leave it out"):
         Predictor(_Means(model), 0.5, compile=True)
 
 

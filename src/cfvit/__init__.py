@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cfvit.calibration import Calibration, calibrate
     from cfvit.checkpoints import bundled_models, load, save
     from cfvit.data import eval_transform, open_image
+    from cfvit.deploy.export import export
     from cfvit.errors import CfvitError
     from cfvit.inference.predictor import Predictor
     from cfvit.inference.stream import Prediction
@@ -33,6 +34,7 @@ __all__ = [
     "count_macs",
     "create_model",
     "eval_transform",
+    "export",
     "load",
     "open_image",
     "save",
@@ -41,6 +43,7 @@ __all__ = [
 _HOMES = {
     "calibration": ("Calibration", "calibrate"),
     "checkpoints": ("bundled_models", "load", "save"),
+    "deploy.export": ("export",),
     "data": ("eval_transform", "open_image"),
     "errors": ("CfvitError",),
     "inference": ("Prediction", "Predictor"),

@@ -173,7 +173,6 @@ def stream_calls(
     predictor: Predictor, inputs: dict[str, Inputs], weight: Tensor, paths: Sequence[Path], batch_size: int
 ) -> dict[str, Call]:
     """By scope, a call that answers all batches of a round, or all files."""
-    macs = count_macs(predictor.model)
 
     def call(scope: str, batches: Inputs) -> Call:
         def answer() -> list[Tensor]:
@@ -183,7 +182,7 @@ def stream_calls(
         return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]
 
     def read(scaled: bool) -> Call:
-        return lambda: list(classify_files(paths, predictor, batch_size, macs=macs, scaled_decode=scaled))
+        return lambda: list(classify_files(paths, predictor, batch_size, scaled_decode=scaled))
 
     calls = {scope: call(scope, batches) for scope, batches in inputs.items()}
     return calls | {FILES: read(False), SCALED: read(True)}

@@ -44,27 +44,32 @@ def predict(
     status is 1 at the end.
     """
     from cfvit.data import find_images
+    from cfvit.inference.engines.exported import is_exported
     from cfvit.inference.files import FileAnswer, classify_files
     from cfvit.inference.predictor import Predictor
-    from cfvit.modeling.cost import count_macs
     from cfvit.processes import best_device
 
     if explain is not None and scaled_decode:
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
-    predictor = Predictor(load_model(model, calibration).to(best_device()), threshold)
+    if is_exported(model):
+        if scaled_decode or calibration is not None:
+            option = "--scaled-decode" if scaled_decode else "--calibration"
+            raise UsageError(f"{option} is for models in torch, and {model} is an exported one: leave it out")
+        predictor = Predictor(model, threshold)
+    else:
+        predictor = Predictor(load_model(model, calibration).to(best_device()), threshold)
     files = find_images(paths)
     watch = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
-    macs = count_macs(predictor.model)
     width = max(len(str(path)) for path in files)
     answers: list[FileAnswer] = []
-    for result in classify_files(files, predictor, batch_size, macs=macs, scaled_decode=scaled_decode, **watch):
+    for result in classify_files(files, predictor, batch_size, scaled_decode=scaled_decode, **watch):
         if isinstance(result, FileAnswer):
             answers.append(result)
             _print_answer(result, width, predictor.model.exit.measure, json)
         else:
             _tell_failure(result, json)
     if answers:
-        say(_summary(answers, macs.backbone / 1e9, predictor.threshold))
+        say(_summary(answers, predictor.macs.backbone / 1e9, predictor.threshold))
     return int(len(answers) < len(files))
 
 
@@ -74,7 +79,7 @@ def _pictures(folder: Path, files: Sequence[Path], predictor: Predictor) -> Pict
 
     if any(file.resolve().parent == folder.resolve() for file in files):
         raise UsageError(f"--explain {folder} holds images that are to be read: choose another folder for the pictures")
-    return PictureFolder(folder, predictor.model, predictor.threshold)
+    return PictureFolder(folder, predictor.engine, predictor.threshold)
 
 
 def _print_answer(answer: FileAnswer, width: int, measure: Measure, as_json: bool) -> None:

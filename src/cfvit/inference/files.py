@@ -18,7 +18,6 @@ from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.errors import first_line
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import FINE, copied_ahead
-from cfvit.modeling.cost import StageMacs, count_macs
 
 READERS = 4
 
@@ -55,20 +54,17 @@ def classify_files(
     predictor: Predictor,
     batch_size: int = 32,
     watch: Callable[[list[Path], Tensor], None] = lambda paths, images: None,
-    macs: StageMacs | None = None,
     scaled_decode: bool = False,
 ) -> Iterator[FileAnswer | FileFailure]:
     """Classifies files, yielding in their order; hard images of several batches go on together.
 
     Args:
         watch: called with the paths and the normalised images of each batch, those that could be read.
-        macs: the model's cost, counted if it is not given.
         scaled_decode: decode JPEGs for the coarse stage at a half, a quarter or an eighth of their size, where that is
             enough for it, and in full only those that go on. Quicker for large photos; the coarse stage sees slightly
             other pixels. ``watch`` then gets images of ``model.coarse_size``.
     """
-    model = predictor.model
-    macs = macs or count_macs(model)
+    model, macs = predictor.model, predictor.macs
     with ThreadPoolExecutor(READERS) as pool:
         files = _Files(paths, pool, watch, model, scaled_decode)
         answers = predictor.stream(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import Tensor
 
 from cfvit.errors import CfvitError
 from cfvit.inference.engines import Engine
+from cfvit.inference.engines.exported import ExportedEngine, ExportedModel
 from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.inference.stream import COARSE, FINE, Prediction, Stream, StreamedPrediction, in_order, placed
 from cfvit.modeling.batches import check_images
+from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 
@@ -32,7 +36,7 @@ class Predictor:
     make a new predictor: the old one may answer by old weights, new ones or some of both.
 
     Args:
-        model: the model, which is left as it is, or an `Engine` that runs one.
+        model: the model, which is left as it is; or the folder of an exported one; or an `Engine` that runs one.
         threshold: eta in [0, 1]; by default the model's calibrated one. Either is compared with the
             confidence that ``model.exit`` measures, the highest softmax probability unless the
             model was calibrated for another.
@@ -46,22 +50,23 @@ class Predictor:
         threshold: eta.
 
     Raises:
-        CfvitError: a threshold that is no number in [0, 1], or none given and none calibrated; another ``compile``.
+        CfvitError: a threshold that is no number in [0, 1], or none given and none calibrated; another ``compile``; a
+            folder without an exported model.
     """
 
     def __init__(
         self,
-        model: CoarseToFineViT | Engine,
+        model: CoarseToFineViT | str | Path | Engine,
         threshold: float | None = None,
         *,
         compile: bool | None = None,
     ) -> None:
         if isinstance(model, CoarseToFineViT):
             self.engine: Engine = TorchEngine(model, compile)
-        elif compile is None:
-            self.engine = model
+        elif compile is not None:
+            raise CfvitError(f"compile is {compile!r}: leave it out, it is for models in torch alone")
         else:
-            raise CfvitError(f"compile is {compile!r}: leave it out with an engine, which is for models in torch")
+            self.engine = ExportedEngine(model) if isinstance(model, (str, Path)) else model
         self.model: Any = self.engine.model
         eta = self.model.threshold if threshold is None else threshold
         if eta is None:
@@ -71,6 +76,11 @@ class Predictor:
         if not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
             raise CfvitError(f"threshold is {eta!r}: give a number between 0 (coarse only) and 1 (always fine)")
         self.threshold = float(eta)
+
+    @cached_property
+    def macs(self) -> StageMacs:
+        """What an image costs."""
+        return self.model.macs if isinstance(self.model, ExportedModel) else count_macs(self.model)
 
     def _goes_on(self, confidence: Tensor) -> Tensor:
         return goes_on(confidence, self.threshold)

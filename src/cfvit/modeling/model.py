@@ -216,7 +216,7 @@ class CoarseToFineViT(nn.Module):
             embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
         if positions is not None:
             embedding = embedding + anatomy.patch_positions(backbone, positions)
-        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
         tokens = anatomy.enter(backbone, torch.cat([prefix, embedding], dim=1))
 
         depth = len(backbone.blocks)
@@ -247,7 +247,7 @@ class CoarseToFineViT(nn.Module):
             CfvitError: images of another shape or number than the state's, a ratio out of range.
         """
         check_images(images, self.image_size)
-        if len(images) != len(state.logits):
+        if images.shape[0] != state.logits.shape[0]:
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
         return self.backbone.forward_head(self._fine_tokens(images, state, informative, others))
@@ -269,7 +269,7 @@ class CoarseToFineViT(nn.Module):
         children = anatomy.embed_children(backbone, images, informative, sources)
         if positions is not None:
             children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
-        prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+        prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
         parts = self._reuse(state, prefix, children, gather_tokens(state.embedding, others), informative, others)
         tokens = torch.cat(parts, dim=1)
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.inference.stream import FINE
+from cfvit.inference.engines import Engine
+from cfvit.inference.engines.pytorch import TorchEngine
+from cfvit.inference.stream import FINE, placed
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells
@@ -41,31 +43,35 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(model: CoarseToFineViT, images: Tensor, threshold: float) -> list[Explanation]:
-    """Runs both stages on normalised images ``[B, 3, S, S]``, on any device, and keeps what a picture needs."""
-    parameter = next(model.parameters())
-    images = images.to(parameter.device, parameter.dtype)
-    state = model.coarse(images)
-    fine = model.fine(images, state)
-    sure, fine_sure = model.exit.coarse(state.logits), model.exit.fine(fine)
-    rows, columns = model.grid
-    chosen, _ = rank_cells(state.class_attention, num_informative(model.config.informative_ratio, rows * columns))
+def explain(model: CoarseToFineViT | Engine, images: Tensor, threshold: float) -> list[Explanation]:
+    """Runs both stages on normalised images ``[B, 3, S, S]``, on any device, and keeps what a picture needs.
+
+    Args:
+        model: in torch, or an engine whose states have a ``class_attention``.
+    """
+    engine = TorchEngine(model) if isinstance(model, CoarseToFineViT) else model
+    about = engine.model
+    images = placed(images, engine.weight)
+    state, sure = engine.coarse(images)
+    fine, fine_sure = engine.fine(images, state)
+    rows, columns = about.grid
+    chosen, _ = rank_cells(state.class_attention, num_informative(about.config.informative_ratio, rows * columns))
     split = torch.zeros_like(state.class_attention, dtype=torch.bool).scatter(1, chosen, True)
-    mean, std = (torch.tensor(model.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(about.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     return [
         Explanation(
             image=pixels[i],
             attention=state.class_attention[i].reshape(rows, columns).cpu().numpy(),
             split=split[i].reshape(rows, columns).cpu().numpy(),
-            answers=(_answer(model, state.logits[i], sure[i]), _answer(model, fine[i], fine_sure[i])),
+            answers=(_answer(about, state.logits[i], sure[i]), _answer(about, fine[i], fine_sure[i])),
             stage=int(goes_on(sure[i], threshold)),
         )
         for i in range(len(images))
     ]
 
 
-def _answer(model: CoarseToFineViT, logits: Tensor, confidence: Tensor) -> tuple[str, float]:
+def _answer(model: Any, logits: Tensor, confidence: Tensor) -> tuple[str, float]:
     return model.label_of(int(logits.argmax())), float(confidence)
 
 
@@ -76,7 +82,7 @@ class PictureFolder:
         CfvitError: matplotlib is not installed, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, model: CoarseToFineViT, threshold: float) -> None:
+    def __init__(self, folder: Path, model: CoarseToFineViT | Engine, threshold: float) -> None:
         require_matplotlib()
         self.folder, self.model, self.threshold = folder, model, threshold
         self.taken: set[str] = set()

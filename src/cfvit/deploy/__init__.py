@@ -1,0 +1,1 @@
+"""From a model to a service: what is needed to run it elsewhere."""

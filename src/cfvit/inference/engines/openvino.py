@@ -1,0 +1,23 @@
+"""Graphs in OpenVINO's format, run by OpenVINO."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino
+
+
+class OpenVinoGraph:
+    """One graph; see `cfvit.inference.engines.exported.Graph`. Threads may share it."""
+
+    def __init__(self, path: Path) -> None:
+        options = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would take bfloat16
+        self._compiled = openvino.Core().compile_model(path, "CPU", options)
+        self.inputs = tuple(each.any_name for each in self._compiled.inputs)
+        self._outputs = [each.any_name for each in self._compiled.outputs]
+
+    def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        answers = self._compiled.create_infer_request().infer(dict(given))  # a request is for one thread
+        return {name: answers[name] for name in self._outputs}

@@ -1,0 +1,283 @@
+"""Exported models answer as torch does, in every batch size, and stand alone."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from conftest import Outcome
+from torch import Tensor
+
+from cfvit import (
+    CfvitError,
+    CoarseState,
+    CoarseToFineViT,
+    Predictor,
+    count_macs,
+    eval_transform,
+    export,
+    load,
+    open_image,
+)
+from cfvit.deploy import export as export_module
+from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine, Format, graph_file, graph_kind
+from cfvit.plots.explain import explain
+
+Fails = Callable[..., AbstractContextManager[None]]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@pytest.fixture(scope="module")
+def model(colour_model: Path) -> CoarseToFineViT:
+    return load(colour_model)
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def folder(request: pytest.FixtureRequest, model: CoarseToFineViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export in each format. Only to be read."""
+    folder = tmp_path_factory.mktemp("exported") / request.param
+    export(model, folder, format=request.param)
+    return folder
+
+
+def _images(model: CoarseToFineViT, count: int, seed: int = 7) -> Tensor:
+    return torch.randn(count, 3, *model.image_size, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_folder_says_what_the_model_is(folder: Path, model: CoarseToFineViT) -> None:
+    about = ExportedEngine(folder).model
+    same = ("config", "image_size", "grid", "data_config", "class_names", "exit", "threshold")
+    assert {name: getattr(about, name) for name in same} == {name: getattr(model, name) for name in same}
+    assert about.macs == count_macs(model)
+    assert about.difference < 1e-4
+    assert {"cfvit", "torch"} < about.versions.keys()
+    suffixes = {"onnx": [".onnx"], "openvino": [".bin", ".xml"]}[about.format]
+    graphs = [f"{stage}{suffix}" for stage in ("coarse", "fine", "whole") for suffix in suffixes]
+    assert sorted(file.name for file in folder.iterdir()) == sorted([*graphs, EXPORT_FILE, "example.py"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 5, 32])
+@pytest.mark.parametrize("eta", [0, None, 1])
+def test_an_exported_model_answers_as_the_one_in_torch(
+    count: int, eta: float | None, folder: Path, model: CoarseToFineViT
+) -> None:
+    images = _images(model, count)
+    expected, answer = Predictor(model, eta, compile=False)(images), Predictor(folder, eta)(images)
+    assert torch.equal(answer.stage, expected.stage)
+    torch.testing.assert_close(answer.logits, expected.logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(answer.confidence, expected.confidence, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+@pytest.mark.parametrize("eta", [0, None, 1])
+def test_the_whole_graph_answers_as_the_two_do(count: int, eta: float | None, folder: Path) -> None:
+    predictor = Predictor(folder, eta)
+    images = _images(predictor.model, count)
+    whole = graph_kind(predictor.model.format)(graph_file(folder, "whole", predictor.model.format))
+    answer = whole({"images": images.numpy(), "eta": torch.tensor(predictor.threshold).numpy()})
+    expected = predictor(images)
+    assert answer["stage"].tolist() == expected.stage.tolist()
+    torch.testing.assert_close(torch.from_numpy(answer["logits"]), expected.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(answer["confidence"]), expected.confidence, atol=1e-5, rtol=0)
+
+
+def test_in_onnx_eta_need_not_be_given(folder: Path, model: CoarseToFineViT) -> None:
+    format, images = ExportedEngine(folder).model.format, _images(model, 5)
+    whole = graph_kind(format)(graph_file(folder, "whole", format))
+    assert whole.inputs == {"onnx": ("images",), "openvino": ("images", "eta")}[format]
+    given = {"images": images.numpy(), "eta": torch.tensor(model.threshold).numpy()}
+    answer = whole({name: given[name] for name in whole.inputs})
+    assert answer["stage"].tolist() == Predictor(model)(images).stage.tolist()
+
+
+def test_cells_of_equal_rank_are_split_as_in_torch(folder: Path, model: CoarseToFineViT) -> None:
+    images = _images(model, 8)
+    with torch.inference_mode():
+        state = model.coarse(images)
+        for steps in (0, 1, 3):
+            rank = (steps * state.class_attention / state.class_attention.amax(dim=1, keepdim=True)).round()
+            tied = CoarseState(state.logits, state.tokens, state.embedding, rank, state.class_token)
+            logits, _ = ExportedEngine(folder).fine(images, tied)
+            torch.testing.assert_close(logits, model.fine(images, tied), atol=1e-4, rtol=0)
+
+
+def test_an_exported_model_streams(folder: Path, model: CoarseToFineViT) -> None:
+    images = _images(model, 24)
+    expected = Predictor(model)(images)
+    for ordered in (False, True):
+        answers = list(Predictor(folder).stream(images.split(5), fine_batch=4, ordered=ordered))
+        index = torch.cat([answer.index for answer in answers])
+        assert sorted(index.tolist()) == list(range(24))
+        logits = torch.cat([answer.logits for answer in answers])
+        torch.testing.assert_close(logits, expected.logits[index], atol=1e-4, rtol=0)
+
+
+def test_files_are_answered_as_by_torch(
+    folder: Path, colour_model: Path, colours: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    answers = [cfvit_main("predict", colours / "val", "--model", given, "--json") for given in (folder, colour_model)]
+    assert [outcome.status for outcome in answers] == [0, 0]
+    exported, torchs = ([json.loads(line) for line in outcome.out] for outcome in answers)
+    assert len(exported) == 33
+    for one, other in zip(exported, torchs, strict=True):
+        assert one.pop("confidence") == pytest.approx(other.pop("confidence"), abs=1e-4)
+        assert one == other
+    assert answers[0].err[-1] == answers[1].err[-1]
+
+
+@pytest.mark.parametrize("option", [["--scaled-decode"], ["--calibration", "calibration.json"]])
+def test_options_for_models_in_torch_are_refused(
+    option: list[str], folder: Path, colours: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    outcome = cfvit_main("predict", colours / "val", "--model", folder, *option)
+    assert outcome.status == 2
+    assert outcome.err == [f"cfvit: {option[0]} is for models in torch, and {folder} is an exported one: leave it out"]
+
+
+def test_pictures_are_drawn_from_an_exported_model(folder: Path, model: CoarseToFineViT) -> None:
+    images = _images(model, 3)
+    pairs = zip(explain(ExportedEngine(folder), images, 0.5), explain(model, images, 0.5), strict=True)
+    for one, other in pairs:
+        assert (one.split == other.split).all()
+        assert [label for label, _ in one.answers] == [label for label, _ in other.answers]
+
+
+def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, colours: Path) -> None:
+    photo = colours / "val" / "red" / "0.png"
+    code = (
+        "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'torchvision', 'timm', 'cfvit']); "
+        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, folder / "example.py", photo], capture_output=True, text=True, check=True
+    )
+    label, confidence, stage = said.stdout.split()
+    predictor = Predictor(folder)
+    expected = predictor(eval_transform(predictor.model.data_config)(open_image(photo))[None])
+    assert label == predictor.model.label_of(int(expected.logits.argmax()))
+    assert float(confidence) == pytest.approx(float(expected.confidence), abs=1e-3)
+    assert stage == ("coarse", "fine")[int(expected.stage)]
+    assert len((folder / "example.py").read_text().splitlines()) < 30
+
+
+def test_an_exported_predictor_can_be_pickled(folder: Path, model: CoarseToFineViT) -> None:
+    images, predictor = _images(model, 2), Predictor(folder)
+    assert torch.equal(pickle.loads(pickle.dumps(predictor))(images).logits, predictor(images).logits)
+
+
+def test_other_shapes_are_refused(folder: Path, fails: Fails) -> None:
+    with fails(r"images of shape \[1, 3, 8, 8\]: give normalised \[B, 3, 32, 32\]"):
+        Predictor(folder)(torch.zeros(1, 3, 8, 8))
+
+
+def test_compiling_is_for_torch(folder: Path, fails: Fails) -> None:
+    with fails("compile is True: leave it out"):
+        Predictor(folder, compile=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"backbone": "lvvit_tiny_patch16_224", "patch_size": 16, "coarse_grid": 2, "feature_reuse": "class_token"},
+        {"backbone": "eva02_tiny_patch14_224", "coarse_grid": (2, 3), "selection": "negative"},
+    ],
+)
+def test_other_models_can_be_exported(
+    changes: dict[str, Any], make_model: Callable[..., CoarseToFineViT], tmp_path: Path
+) -> None:
+    model = make_model(**{"depth": 2, **changes})
+    assert export(model, tmp_path, images=_images(model, 3)).difference < 1e-4
+    assert "0.5" in (tmp_path / "example.py").read_text()  # an eta, where the model has none
+
+
+def _copying(folder: Path) -> Callable[[CoarseToFineViT, Path, Format], None]:
+    """Takes the graphs of another export, where making them anew would take long."""
+
+    def write(model: CoarseToFineViT, made: Path, format: Format) -> None:
+        for file in folder.iterdir():
+            (made / file.name).write_bytes(file.read_bytes())
+
+    return write
+
+
+def test_graphs_that_differ_from_torch_are_not_written(
+    folder: Path, model: CoarseToFineViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    monkeypatch.setattr(export_module, "_write_graphs", _copying(folder))
+    changed, format = pickle.loads(pickle.dumps(model)), ExportedEngine(folder).model.format
+    with torch.no_grad():
+        changed.get_parameter("backbone.pos_embed")[0, 1:] *= 2  # which the fine stage alone reads
+    with fails("the exported graphs differ from torch by .*, more than 0.001: not written"):
+        export(changed, tmp_path / "new", format=format)
+    assert list((tmp_path / "new").iterdir()) == []
+    export(model, tmp_path / "new", format=format)
+    assert ExportedEngine(tmp_path / "new").model.difference < 1e-4
+
+
+def test_what_cannot_be_exported_is_told(
+    make_model: Callable[..., CoarseToFineViT], tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fails("splits random cells cannot be exported"):
+        export(make_model(selection="random"), tmp_path)
+    format: Any = "tensorrt"
+    with fails("format is 'tensorrt': give one of onnx, openvino"):
+        export(make_model(), tmp_path, format=format)
+
+    def missing(name: str) -> str:
+        if name == "onnxscript":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(export_module, "version", missing)
+    with fails(r"exporting to openvino needs onnxscript: install cfvit\[openvino\]"):
+        export(make_model(), tmp_path, format="openvino")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("format", "runtime"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_a_runtime_that_is_missing_is_told(
+    format: Format, runtime: str, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    monkeypatch.setitem(sys.modules, runtime, None)
+    monkeypatch.delitem(sys.modules, f"cfvit.inference.engines.{format}", raising=False)
+    with fails(rf"models exported to {format} need {runtime}: install cfvit\[{format}\]"):
+        graph_kind(format)
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format": "tensorrt"}'])
+def test_a_folder_without_an_exported_model_is_told(text: str, tmp_path: Path, fails: Fails) -> None:
+    with fails(f"{tmp_path} holds no exported model"):
+        Predictor(tmp_path)
+    (tmp_path / EXPORT_FILE).write_text(text)
+    with fails(f"{EXPORT_FILE} cannot be used"):
+        Predictor(tmp_path)
+
+
+def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes() if file.name == EXPORT_FILE else b"")
+    with pytest.raises(CfvitError, match="is damaged"):
+        Predictor(tmp_path)
+
+
+def test_from_the_command_line(
+    folder: Path,
+    colour_model: Path,
+    tmp_path: Path,
+    cfvit_main: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(export_module, "_write_graphs", _copying(folder))
+    outcome = cfvit_main("export", colour_model, tmp_path / "exported", "--format", ExportedEngine(folder).model.format)
+    assert outcome.status == 0, outcome.err
+    assert "differs from torch by" in outcome.err[-1]
+    assert Predictor(tmp_path / "exported").threshold == load(colour_model).threshold
