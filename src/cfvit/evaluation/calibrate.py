@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import cfvit
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
 from cfvit.calibration.calibrated import ADD_CLASSES, check_images, missing_classes
 from cfvit.calibration.choice import require_reachable
@@ -115,7 +115,7 @@ def calibrate_model(
         class_names=model.class_names,
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    origin = Origin(data, now, cfvit.__version__, fitted_on, weights_digest(model))
+    origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
     return dataclasses.replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-import cfvit
 from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
@@ -75,7 +75,7 @@ def make_token_labels(
     _require_countable_classes(source)
     _require_outside(source, out)
     require_own_maps(source)
-    _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, cfvit.__version__))
+    _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, version("cfvit")))
     unreadable: list[tuple[str, str]] = []
     with _progress() as progress:
         indices = progress.track(range(len(source)), description="finding label maps")
