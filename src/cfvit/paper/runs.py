@@ -362,7 +362,7 @@ class Runs:
         return Record(
             name=folder.name,
             method=recipe.method,
-            grid="x".join(map(str, recipe.grid)),
+            grid="x".join(map(str, dict.fromkeys(recipe.grid))),  # 7 for 7 x 7
             seed=recipe.seed,
             epochs=recipe.epochs - shared,
             conditions=asdict(self.conditions),
