@@ -555,10 +555,10 @@ def test_folders_that_are_no_teachers_are_refused(
 ) -> None:
     with fails(f"teacher local-dir:{colour_model} is no plain timm model, its config.json names no architecture: give"):
         load_teacher(f"local-dir:{colour_model}", 3)
-    with fails(f"teacher {colour_model} is a folder: give it as local-dir:{colour_model}$"):
+    with fails(f"teacher local-dir:{colour_model} is no plain timm model"):
         load_teacher(str(colour_model), 3)
     monkeypatch.chdir(colour_model.parent)
-    with fails("teacher model is a folder: give it as local-dir:model$"):
+    with fails("teacher local-dir:model is no plain timm model"):
         load_teacher("model", 3)
     (tmp_path / "config.json").write_text("{")
     with fails(f"teacher local-dir:{tmp_path} cannot be had"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -45,12 +47,15 @@ class Reporter:
             disable=not active or not self.console.is_terminal,
         )
         if active:
-            _forget_later_lines(out / LOG_FILE, step)
+            self._forget_later_lines(out / LOG_FILE, step)
             try:
                 self.log = (out / LOG_FILE).open("a")
             except OSError as error:
                 raise CfvitError(f"cannot write {out / LOG_FILE}: {error.strerror}") from error
-            self.board = _tensorboard(out, step)
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)
 
     def __enter__(self) -> Reporter:
         self.progress.start()
@@ -102,6 +107,18 @@ class Reporter:
             scores = "  ".join(f"{name} {value:.2f}" for name, value in values.items() if name.endswith(shown))
             self.say(f"epoch {int(values['epoch']) + 1}: {scores}")
 
+    def _forget_later_lines(self, path: Path, step: int) -> None:
+        def step_of(line: str) -> float:
+            try:
+                return json.loads(line)["step"]
+            except (json.JSONDecodeError, KeyError, TypeError):
+                return math.inf  # a line that a kill cut short
+
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if step_of(line) <= step]
+            with atomic_write(path) as file:
+                file.write_text("".join(line + "\n" for line in lines))
+
     def _write(self, event: str, values: dict[str, float]) -> None:
         if self.log is None:
             return
@@ -114,25 +131,3 @@ class Reporter:
             for name, value in values.items():
                 if name not in ("step", "epoch"):
                     self.board.add_scalar(f"{event}/{name}", value, values["step"])
-
-
-def _forget_later_lines(path: Path, step: int) -> None:
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-        with atomic_write(path) as file:
-            file.write_text("".join(line + "\n" for line in lines))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")  # a line that a kill cut short
-
-
-def _tensorboard(out: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step + 1 if step else None)

@@ -71,7 +71,19 @@ def train(
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
         with Reporter(out, process.leads, trained.step) as reporter:
-            reporter.say(_description(recipe, images, trained, process))
+            dtype = dtype_of(recipe, process.device)
+            reporter.say(
+                f"training {recipe.method} on {recipe.backbone}: {process.device.type.upper()}, "
+                f"{process.world} process{'es' * (process.world > 1)}, {str(dtype).removeprefix('torch.')}, "
+                f"{len(images.train):,} images, {steps_per_epoch(recipe, len(images.train), process.world):,} steps an "
+                f"epoch, {recipe.epochs} epochs, from step {trained.step:,}"
+            )
+            if (
+                process.device.type == "cpu"
+                and dtype is torch.bfloat16
+                and not getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+            ):
+                reporter.say("this processor emulates bfloat16, which takes many times as long as --precision float32")
             with _stop_signal(process, stop, reporter) as stopping:
                 return _run(recipe, out, images, trained, process, reporter, stopping)
 
@@ -93,17 +105,6 @@ def _require_same_classes(
                     f"class {index} of the data is {here!r}, and {there!r} for {where}: "
                     "give the data with the same class folders"
                 )
-
-
-def _description(recipe: Recipe, images: Data, trained: Trained, process: Process) -> str:
-    """What a run runs on, in a line."""
-    dtype = str(dtype_of(recipe, process.device)).removeprefix("torch.")
-    steps = steps_per_epoch(recipe, len(images.train), process.world)
-    where = process.device.type.upper() + (f", {process.world} processes" if process.world > 1 else "")
-    return (
-        f"training {recipe.method} on {recipe.backbone}: {where}, {dtype}, {len(images.train):,} images, "
-        f"{steps:,} steps an epoch, {recipe.epochs} epochs, from step {trained.step:,}"
-    )
 
 
 def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict[str, Any] | None:
@@ -196,7 +197,17 @@ def _run(
     stopping: Callable[[], bool],
 ) -> dict[str, float]:
     steps = steps_per_epoch(recipe, len(images.train), process.world)
-    loader, sampler = _training_loader(recipe, images, process)
+    sampler = TrainSampler(images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world)
+    loader: DataLoader[Any] = DataLoader(
+        images.train,
+        recipe.batch_size,
+        sampler=sampler,
+        num_workers=recipe.workers,
+        pin_memory=process.device.type == "cuda",
+        drop_last=True,
+        persistent_workers=recipe.workers > 0,
+        worker_init_fn=leave_signals_to_the_run,
+    )
     pace = Pace(recipe, trained, process)
     figures: dict[str, float] = {}
     all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
@@ -234,22 +245,6 @@ def _run(
         if epoch + 1 < recipe.epochs and stopping():
             raise _stopped(trained)
     return figures or _evaluate_and_save(recipe, out, images, trained, process)
-
-
-def _training_loader(recipe: Recipe, images: Data, process: Process) -> tuple[DataLoader[Any], TrainSampler]:
-    """Augmented batches, and what decides their order."""
-    sampler = TrainSampler(images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world)
-    loader = DataLoader(
-        images.train,
-        recipe.batch_size,
-        sampler=sampler,
-        num_workers=recipe.workers,
-        pin_memory=process.device.type == "cuda",
-        drop_last=True,
-        persistent_workers=recipe.workers > 0,
-        worker_init_fn=leave_signals_to_the_run,
-    )
-    return loader, sampler
 
 
 def _stopped(trained: Trained) -> Stopped:

@@ -197,18 +197,16 @@ class Recipe(ModelConfig, Objective):
     def to_yaml(self) -> str:
         """All fields, each with what it is for."""
         help_of = field_help(type(self))
-        return "".join(
-            f"{name}: {_yaml_on_one_line(value)}  # {help_of[name]}\n" for name, value in self.to_dict().items()
-        )
+
+        def on_one_line(value: Any) -> str:
+            return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
+
+        return "".join(f"{name}: {on_one_line(value)}  # {help_of[name]}\n" for name, value in self.to_dict().items())
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that can be chosen, in plain values."""
         values = {name: getattr(self, name) for name in field_help(type(self)) if name not in self.follows}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _yaml_on_one_line(value: Any) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).removesuffix("...\n").strip()
 
 
 DEIT = Recipe()
@@ -362,23 +360,17 @@ def load_recipe(name: str, config: Path | None = None, overrides: Mapping[str, A
         raise UsageError(f"no recipe {name!r}: choose among {', '.join(RECIPES)}")
     recipe = RECIPES[name]
     if config is not None:
-        recipe = recipe.replace(_read_yaml(config))
+        try:
+            content = yaml.safe_load(config.read_text())
+        except OSError as error:
+            raise UsageError(f"cannot read {config}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"{config} is not YAML ({reason}): write one 'field: value' per line") from error
+        if not isinstance(content or {}, dict):
+            raise UsageError(f"{config} holds a {type(content).__name__}: write one 'field: value' per line")
+        recipe = recipe.replace(content or {})
     return recipe.replace(overrides or {})
-
-
-def _read_yaml(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"{path} is not YAML ({reason}): write one 'field: value' per line") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}: write one 'field: value' per line")
-    return content
 
 
 def read_value(text: str) -> Any:

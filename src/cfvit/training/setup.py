@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -147,9 +147,15 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
     if recipe.hold_decoded:
         source = hold(source, recipe.workers, process.leads)
         validation = validation and hold(validation, recipe.workers, process.leads)
+    if recipe.token_labels is None:
+        create = partial(create_transform, is_training=True)
+        train = TrainImages(source, splits.kept, _train_transform(recipe, model.data_config, create))
+    else:
+        transform = _train_transform(recipe, model.data_config, LabelledTransform)
+        train = LabelledImages(source, splits.kept, transform, Path(recipe.token_labels))
     evaluated = partial(EvalImages, data_config=model.data_config, rank=process.rank, world=process.world)
     data = Data(
-        train=_train_images(recipe, source, splits.kept, model),
+        train=train,
         holdout=evaluated(source, indices=splits.held) if splits.held else None,
         validation=evaluated(validation) if validation else None,
     )
@@ -171,14 +177,6 @@ def _classes_without_labels(recipe: Recipe) -> list[str]:
     if names is None and count == len(imagenet):
         names = readable_class_names(imagenet)
     return [str(index) for index in range(count)] if names is None else names
-
-
-def _train_images(recipe: Recipe, source: DataSource, kept: Sequence[int], model: Any) -> TrainImages:
-    if recipe.token_labels is None:
-        create = partial(create_transform, is_training=True)
-        return TrainImages(source, kept, _train_transform(recipe, model.data_config, create))
-    transform = _train_transform(recipe, model.data_config, LabelledTransform)
-    return LabelledImages(source, kept, transform, Path(recipe.token_labels))
 
 
 def _train_transform(recipe: Recipe, data_config: dict[str, Any], create: Callable[..., Any]) -> Any:

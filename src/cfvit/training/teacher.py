@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfvit.checkpoints import CONFIG_FILE
 from cfvit.data.labels import difference_of_classes, have_one_order
@@ -119,11 +119,31 @@ class Teacher:
         """
         features = self.model.forward_features(images)
         dims = features.ndim if isinstance(features, Tensor) else 0
-        if dims == 4:
-            return _read_map(self.model, features)
-        if dims == 3:
-            return _read_tokens(self.model, features, images.shape[-2], images.shape[-1])
-        raise CfvitError("its features are neither a map nor tokens")
+        model = self.model
+        if dims == 4:  # the head at each place of the map, as if that were a map of one place
+            channels_last = features.shape[-1] == model.num_features != features.shape[1]
+            places = features if channels_last else features.permute(0, 2, 3, 1)
+            batch, rows, cols, dim = places.shape
+            places = places.reshape(-1, 1, 1, dim) if channels_last else places.reshape(-1, dim, 1, 1)
+            logits = model.forward_head(places)
+        elif dims == 3:
+            # In sequences of one patch each, the patch also stands for the class token and the like, so that it alone
+            # counts, however the model pools.
+            has_class_token = getattr(model, "cls_token", None) is not None
+            prefix = getattr(model, "num_prefix_tokens", int(has_class_token))
+            patches = features[:, prefix:]
+            batch, count, dim = patches.shape
+            height, width = images.shape[-2:]
+            rows, cols = round(math.sqrt(count * height / width)), round(math.sqrt(count * width / height))
+            if rows * cols != count:
+                raise CfvitError(f"its {count} tokens do not tile an image of {height} x {width}")
+            if getattr(model, "aux_head", None) is not None:
+                logits = model.aux_head(patches)
+            else:
+                logits = model.forward_head(patches.reshape(-1, 1, dim).expand(-1, prefix + 1, -1))
+        else:
+            raise CfvitError("its features are neither a map nor tokens")
+        return logits.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def _prepared(self, images: Tensor) -> Tensor:
@@ -139,35 +159,6 @@ class Teacher:
         if images.shape[-2:] == size:
             return images
         return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-
-def _read_map(model: Any, features: Tensor) -> Tensor:
-    """The head at each place of a feature map, as if that were a map of one place: ``-> [B, C, h, w]``."""
-    channels_last = features.shape[-1] == model.num_features != features.shape[1]
-    places = features if channels_last else features.permute(0, 2, 3, 1)
-    batch, rows, cols, dim = places.shape
-    logits = model.forward_head(places.reshape(-1, 1, 1, dim) if channels_last else places.reshape(-1, dim, 1, 1))
-    return logits.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2)
-
-
-def _read_tokens(model: Any, tokens: Tensor, height: int, width: int) -> Tensor:
-    """The head at each patch token, or the one that a model has for them: ``[B, T, D] -> [B, C, h, w]``.
-
-    In the sequences of one patch each that the head gets, the patch also stands for the class token
-    and the like, so that it alone counts, however the model pools.
-    """
-    has_class_token = getattr(model, "cls_token", None) is not None
-    prefix = getattr(model, "num_prefix_tokens", int(has_class_token))
-    patches = tokens[:, prefix:]
-    batch, count, dim = patches.shape
-    rows, cols = round(math.sqrt(count * height / width)), round(math.sqrt(count * width / height))
-    if rows * cols != count:
-        raise CfvitError(f"its {count} tokens do not tile an image of {height} x {width}")
-    if getattr(model, "aux_head", None) is not None:
-        logits = model.aux_head(patches)
-    else:
-        logits = model.forward_head(patches.reshape(-1, 1, dim).expand(-1, prefix + 1, -1))
-    return logits.reshape(batch, rows, cols, -1).permute(0, 3, 1, 2)
 
 
 def load_teacher(
@@ -192,17 +183,6 @@ def load_teacher(
     Raises:
         CfvitError: no such model, weights that cannot be had or do not fit.
     """
-    name = _timms_name(name)
-    model = _build(name, num_classes, weights)
-    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
-    config = resolve_model_data_config(model)
-    names = model.pretrained_cfg.get("label_names")
-    names = None if names is None else list(names)
-    return Teacher(name, model, config, config if student is None else student, names)
-
-
-def _timms_name(name: str) -> str:
-    """The name that timm knows: of a folder with its prefix. Says what to give instead of a model of ours."""
     if not timm.is_model(name) and Path(name).is_dir():
         name = f"local-dir:{name}"
     source, _, folder = name.partition(":")
@@ -215,25 +195,21 @@ def _timms_name(name: str) -> str:
             f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
             "give a folder written by timm or by cfvit train --method plain"
         )
-    return name
-
-
-def _build(name: str, num_classes: int, weights: Path | None) -> Any:
     try:
-        if weights is None:
-            return timm.create_model(name, pretrained=True)
-        model = timm.create_model(name, num_classes=num_classes)
+        options: dict[str, Any] = {"pretrained": True} if weights is None else {"num_classes": num_classes}
+        create: Any = timm.create_model
+        model = create(name, **options)
     except Exception as error:  # timm, the Hub and the architectures raise whatever they like
         reason = " ".join(str(error).split())[:200]
         raise CfvitError(
             f"teacher {name} cannot be had ({reason}): give a timm model, local-dir:FOLDER, or a file of its weights"
         ) from error
-    _fill_strictly(model, weights, name)
-    return model
-
-
-def _fill_strictly(model: nn.Module, path: Path, name: str) -> None:
-    """Loads weights, positions of plain ViTs resampled; all must fit, the head too."""
-    own, weights = model.state_dict(), in_timms_keys(model, read_weights(path))
-    require_fit(own, weights, f"{path} does not fit the teacher {name}")
-    model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in weights.items()})
+    if weights is not None:
+        own, read = model.state_dict(), in_timms_keys(model, read_weights(weights))
+        require_fit(own, read, f"{weights} does not fit the teacher {name}")
+        model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in read.items()})
+    model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
+    config = resolve_model_data_config(model)
+    names = model.pretrained_cfg.get("label_names")
+    names = None if names is None else list(names)
+    return Teacher(name, model, config, config if student is None else student, names)

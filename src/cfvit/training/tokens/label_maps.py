@@ -102,18 +102,16 @@ def label_path_of(root: Path, source: DataSource, index: int) -> Path:
         CfvitError: data whose images have no names.
     """
     name = source.name(index)
-    return label_path(root, Path(name).parent.name or _class_of(source, index), name)
-
-
-def _class_of(source: DataSource, index: int) -> str:
-    """The class of an image without a folder, as in a tar per class."""
-    reader: Any = getattr(source.dataset, "reader", None)
-    try:
-        return reader.class_idx_to_name[int(reader.targets[index])]
-    except (AttributeError, KeyError, IndexError) as error:
-        raise CfvitError(
-            f"{source.name(index)} has no class folder, by which label maps are kept: give an image folder or a tar"
-        ) from error
+    folder = Path(name).parent.name
+    if not folder:  # as in a tar per class
+        reader: Any = getattr(source.dataset, "reader", None)
+        try:
+            folder = reader.class_idx_to_name[int(reader.targets[index])]
+        except (AttributeError, KeyError, IndexError) as error:
+            raise CfvitError(
+                f"{name} has no class folder, by which label maps are kept: give an image folder or a tar"
+            ) from error
+    return label_path(root, folder, name)
 
 
 def require_own_maps(source: DataSource) -> None:
@@ -229,7 +227,13 @@ class LabelledImages(TrainImages):
 
     def __init__(self, source: DataSource, indices: Sequence[int], transform: LabelledTransform, root: Path) -> None:
         require_own_maps(source)
-        _require_same_classes(source, root)
+        origin = read_origin(root)
+        differs = origin and difference_of_classes(origin.class_names, source.class_names)
+        if differs:
+            raise CfvitError(
+                f"the label maps in {root} have {differs}: "
+                "make maps of this data with cfvit token-labels and another --out"
+            )
         super().__init__(source, _with_maps(source, indices, root), transform)
         self.root = root
         self.shape = self._read_map(self.indices[0]).shape if self.indices else None
@@ -251,15 +255,6 @@ class LabelledImages(TrainImages):
 
     def _read_map(self, index: int) -> Tensor:
         return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
-
-
-def _require_same_classes(source: DataSource, root: Path) -> None:
-    origin = read_origin(root)
-    differs = origin and difference_of_classes(origin.class_names, source.class_names)
-    if differs:
-        raise CfvitError(
-            f"the label maps in {root} have {differs}: make maps of this data with cfvit token-labels and another --out"
-        )
 
 
 def _with_maps(source: DataSource, indices: Sequence[int], root: Path) -> list[int]:
@@ -292,7 +287,9 @@ def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classe
     Returns:
         As `pool_scores`.
     """
-    return pool_scores(_all_scores(maps, num_classes), grid, windows)
+    batch, _, _, height, width = maps.shape
+    scores = torch.zeros(batch, num_classes, height, width, device=maps.device)
+    return pool_scores(scores.scatter_(1, maps[:, 1].long(), maps[:, 0].float()), grid, windows)
 
 
 def pool_scores(scores: Tensor, grid: tuple[int, int], windows: Tensor | None = None) -> Tensor:
@@ -313,22 +310,12 @@ def pool_scores(scores: Tensor, grid: tuple[int, int], windows: Tensor | None = 
     if windows is None:
         windows = torch.tensor([[0.0, 0.0, 1.0, 1.0, 0.0]]).expand(len(scores), -1)
     windows = windows.to(scores.device, torch.float32)
-    boxes = _boxes(windows, scores.shape[-2], scores.shape[-1])
+    height, width = scores.shape[-2:]
+    top, left, tall, wide = windows[:, :4].unbind(1)
+    image = torch.arange(len(windows), device=windows.device, dtype=windows.dtype)
+    corners = [image, left * width, top * height, (left + wide) * width, (top + tall) * height]
+    boxes = torch.stack(corners, dim=1)  # as torchvision has them
     pooled = roi_align(scores.float(), boxes, grid, aligned=True)
     flipped = windows[:, 4, None, None, None] > 0.5
     pooled = torch.where(flipped, pooled.flip(-1), pooled)  # [B, C, rows, cols]
     return pooled.flatten(2).transpose(1, 2).softmax(dim=-1)
-
-
-def _all_scores(maps: Tensor, num_classes: int) -> Tensor:
-    """Scores of all classes, 0 for those that are not stored: ``[B, 2, k, h, w] -> [B, C, h, w]``."""
-    batch, _, _, height, width = maps.shape
-    scores = torch.zeros(batch, num_classes, height, width, device=maps.device)
-    return scores.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
-
-
-def _boxes(windows: Tensor, height: int, width: int) -> Tensor:
-    """Windows as torchvision's boxes on a map, ``(image, left, top, right, bottom)``: ``[B, 5]``."""
-    top, left, tall, wide = windows[:, :4].unbind(1)
-    image = torch.arange(len(windows), device=windows.device, dtype=windows.dtype)
-    return torch.stack([image, left * width, top * height, (left + wide) * width, (top + tall) * height], dim=1)

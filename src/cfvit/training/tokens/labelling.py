@@ -8,7 +8,6 @@ import math
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,18 +71,45 @@ def make_token_labels(
             another call.
     """
     teacher.require_classes(source.class_names)
-    _require_countable_classes(source)
-    _require_outside(source, out)
+    if len(source.class_names) > MAX_CLASSES:
+        raise CfvitError(
+            f"{len(source.class_names)} classes are more than label maps can hold, {MAX_CLASSES}: "
+            "train with the teacher itself"
+        )
+    root = getattr(getattr(source.dataset, "reader", None), "root", None)
+    if root and out.resolve().is_relative_to(Path(root).resolve()):
+        raise CfvitError(f"{out} lies within the data, where its folders would be classes: choose another folder")
     require_own_maps(source)
     _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, version("cfvit")))
     unreadable: list[tuple[str, str]] = []
-    with _progress() as progress:
+    shape = (2, min(TOP_SCORES, len(source.class_names)), size, size)
+
+    def is_there(index: int) -> bool:
+        """Whether an image has its map; a damaged one and one of another shape are made again."""
+        try:
+            return read_label_map(label_path_of(out, source, index), len(source.class_names)).shape == shape
+        except CfvitError:
+            return False
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         indices = progress.track(range(len(source)), description="finding label maps")
-        missing = [index for index in indices if not _is_there(source, index, out, size)]
+        missing = [index for index in indices if not is_there(index)]
         images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
         loader = eval_loader(images, batch_size, workers, teacher.device)
-        for batch in progress.track(loader, description="making label maps"):
-            unreadable += _label_batch(source, teacher, out, size, *batch)
+        for pixels, targets, places in progress.track(loader, description="making label maps"):
+            readable = targets != UNREADABLE
+            if readable.any():
+                maps = to_label_maps(teacher.dense(pixels[readable].to(teacher.device)), size).cpu()
+                for index, label_map in zip(places[readable].tolist(), maps, strict=True):
+                    _write(label_path_of(out, source, index), label_map)
+            for index in places[~readable].tolist():
+                try:
+                    source.read(index)
+                    reason = "could not be read a moment ago"
+                except ImageError as error:
+                    reason = str(error)
+                unreadable.append((source.name(index), reason))
     return LabelCounts(len(missing) - len(unreadable), len(source) - len(missing), unreadable)
 
 
@@ -121,39 +147,6 @@ def to_label_maps(logits: Tensor, size: int) -> Tensor:
     return maps
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, transient=True, disable=not console.is_terminal)
-
-
-def _label_batch(
-    source: DataSource, teacher: Teacher, out: Path, size: int, images: Tensor, targets: Tensor, indices: Tensor
-) -> list[tuple[str, str]]:
-    """Writes the maps of the readable images; names of the others, and why."""
-    readable = targets != UNREADABLE
-    if readable.any():
-        maps = to_label_maps(teacher.dense(images[readable].to(teacher.device)), size).cpu()
-        for index, label_map in zip(indices[readable].tolist(), maps, strict=True):
-            _write(label_path_of(out, source, index), label_map)
-    return [(source.name(index), _reason(source, index)) for index in indices[~readable].tolist()]
-
-
-def _require_countable_classes(source: DataSource) -> None:
-    count = len(source.class_names)
-    if count > MAX_CLASSES:
-        raise CfvitError(
-            f"{count} classes are more than label maps can hold, {MAX_CLASSES}: train with the teacher itself"
-        )
-
-
-def _require_outside(source: DataSource, out: Path) -> None:
-    """Refuses maps that would turn up among the classes of the data."""
-    reader: Any = getattr(source.dataset, "reader", None)
-    root = getattr(reader, "root", None)
-    if root and out.resolve().is_relative_to(Path(root).resolve()):
-        raise CfvitError(f"{out} lies within the data, where its folders would be classes: choose another folder")
-
-
 def _claim(out: Path, origin: MapsOrigin) -> None:
     """Writes down what the maps in a folder will be made of, or compares it with what is written there."""
     was = read_origin(out)
@@ -163,37 +156,16 @@ def _claim(out: Path, origin: MapsOrigin) -> None:
         with atomic_write(out / ORIGIN_FILE) as file:
             file.write_text(json.dumps(asdict(origin), indent=2) + "\n")
         return
-    differs = _difference(was, origin)
+    differs = None
+    if was.weights_sha256 != origin.weights_sha256:
+        which = f"not {origin.teacher}" if was.teacher != origin.teacher else "with other weights"
+        differs = f"are by teacher {was.teacher}, {which}"
+    elif was.size != origin.size:
+        differs = f"are of {was.size} x {was.size} places, not {origin.size}"
+    elif classes := difference_of_classes(was.class_names, origin.class_names):
+        differs = f"have {classes}"
     if differs:
         raise CfvitError(f"the label maps in {out} {differs}: give another --out, or remove the folder")
-
-
-def _difference(was: MapsOrigin, now: MapsOrigin) -> str | None:
-    """How maps that are there differ from those to be made, or None."""
-    if was.weights_sha256 != now.weights_sha256:
-        which = f"not {now.teacher}" if was.teacher != now.teacher else "with other weights"
-        return f"are by teacher {was.teacher}, {which}"
-    if was.size != now.size:
-        return f"are of {was.size} x {was.size} places, not {now.size}"
-    classes = difference_of_classes(was.class_names, now.class_names)
-    return classes and f"have {classes}"
-
-
-def _is_there(source: DataSource, index: int, out: Path, size: int) -> bool:
-    """Whether an image has its map; a damaged one and one of another shape are made again."""
-    path, classes = label_path_of(out, source, index), len(source.class_names)
-    try:
-        return read_label_map(path, classes).shape == (2, min(TOP_SCORES, classes), size, size)
-    except CfvitError:
-        return False
-
-
-def _reason(source: DataSource, index: int) -> str:
-    try:
-        source.read(index)
-    except ImageError as error:
-        return str(error)
-    return "could not be read a moment ago"
 
 
 def _write(path: Path, label_map: Tensor) -> None:
