@@ -423,7 +423,7 @@ def test_random_images_are_the_same_in_every_run_and_of_the_models_precision(mod
     images = random_images(model, 3)
     assert images.shape == (3, 3, *model.image_size)
     assert torch.equal(images, random_images(model, 3))
-    assert random_images(load("deit_tiny_imagenette").bfloat16(), 1).dtype == torch.bfloat16
+    assert random_images(load("deit_tiny_imagenet").bfloat16(), 1).dtype == torch.bfloat16
 
 
 def test_bfloat16_is_timed(make_model: Callable[..., CoarseToFineViT]) -> None:

@@ -215,7 +215,7 @@ def test_wrong_usage(
     [
         (["predict", "nowhere.png"], "nowhere.png: no such file"),
         (["predict", "empty"], "empty: a folder without images"),
-        (["predict", "photo.png", "--model", "nowhere"], "no model 'nowhere'.*deit_tiny_imagenette"),
+        (["predict", "photo.png", "--model", "nowhere"], "no model 'nowhere'.*deit_tiny_imagenet"),
         (["predict", "photo.png", "--model", "empty"], "empty is no saved model"),
         (["predict", "photo.png", "--model", "photo.png"], "photo.png is "),
         (["eval", "--data", "nowhere"], "no data at nowhere"),

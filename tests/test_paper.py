@@ -400,7 +400,7 @@ def test_a_recipe_that_a_variant_contradicts_is_a_missing_run(recipe: Recipe, tm
         (["table4", "--data", ""], 2, "no data: name what to train"),
         (["table6", "--informative-ratio", "0.6"], 2, "informative_ratio is 0.6: the studies set it themselves"),
         (["table4", "--holdout", "0"], 2, "holdout is 0.0: eta is chosen on the hold-out"),
-        (["table4", "--model", "deit_tiny_imagenette"], 2, "table4 needs more than one trained model"),
+        (["table4", "--model", "deit_tiny_imagenet"], 2, "table4 needs more than one trained model"),
         (["fig5", "--model", "deit_tiny_patch16_224"], 2, "fig5 needs more than a plain ViT"),
         (["fig5", "--model", "nothing"], 1, "no model 'nothing'"),
         (["fig1a", "--model", "local-dir:nothing"], 1, "timm's model local-dir:nothing cannot be had"),

@@ -144,7 +144,7 @@ def test_values_that_cannot_be_are_refused(
     part[path[-1]] = value
     (model / "calibration.json").write_text(json.dumps(content))
     outcome = cfvit_main(
-        "eval", "--data", colours, "--against", model / "calibration.json", "--model", "deit_tiny_imagenette"
+        "eval", "--data", colours, "--against", model / "calibration.json", "--model", "deit_tiny_imagenet"
     )
     assert "calibration.json cannot be used" in error(outcome, 1)
 

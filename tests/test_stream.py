@@ -465,7 +465,7 @@ def test_lower_precision(make_model: Callable[..., CoarseToFineViT], many: Tenso
 
 @pytest.mark.parametrize("accelerated", [None, False])
 def test_the_bundled_model_streams_what_it_answers(accelerated: bool | None) -> None:
-    model = load("deit_tiny_imagenette").float()
+    model = load("deit_tiny_imagenet").float()
     smooth = torch.randn(8, 3, 7, 7, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(smooth, model.image_size, mode="bilinear")
     with torch.inference_mode():

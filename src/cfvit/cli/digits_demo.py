@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cfvit.benchmark.measure import Row, compare_with_backbone
-from cfvit.checkpoints import bundled_models, load
+from cfvit.checkpoints import load
 from cfvit.data import EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
@@ -29,6 +29,7 @@ from cfvit.training.recipe import DIGITS
 
 TEST_SHARE = 0.25
 BENCH_BATCH = 256
+PHOTO_MODEL, PHOTO_BATCH = "deit_tiny_imagenet", 8
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _train_both(digits: Path, scratch: Path, epochs: int | None, console: Consol
     plain = train(recipe.replace({"method": "plain"}), scratch / "plain")
     console.print("Training the coarse-to-fine ViT by the same recipe ...")
     train(recipe, scratch / "coarse_to_fine")
-    return load(scratch / "coarse_to_fine"), plain["validation_backbone_top1"]
+    return load(scratch / "coarse_to_fine"), plain["validation_plain_top1"]
 
 
 def _score(model: CoarseToFineViT, digits: Path) -> Evaluation:
@@ -205,18 +206,25 @@ def _explain_digits(model: CoarseToFineViT, digits: Path, folder: Path) -> None:
 
 
 def _classify_photos(folder: Path, console: Console) -> None:
-    """scikit-learn's sample photos, read by a bundled model, if there is one."""
-    if not bundled_models():
-        console.print("\nNo bundled model here: no photos to classify.")
-        return
-    name = bundled_models()[0]
-    model = load(name)
+    """scikit-learn's sample photos, read by the bundled model, and what that costs beside the plain ViT."""
+    model = load(PHOTO_MODEL)
     predictor = Predictor(model)
-    console.print(f"\nscikit-learn's sample photos, read by the bundled {name} ({', '.join(model.class_names or [])}):")
+    console.print(
+        f"\nscikit-learn's sample photos, read by {PHOTO_MODEL}, which knows {model.config.num_classes:,} classes:"
+    )
     pictures = PictureFolder(folder, model, predictor.threshold)
     photos = find_images([Path(file) for file in _sklearn_datasets().load_sample_images().filenames])
-    for answer in classify_files(photos, predictor, watch=pictures):
-        if isinstance(answer, FileAnswer):
-            stage = ("coarse", "fine")[answer.stage]
-            console.print(f"  {answer.path.name}: {answer.label} ({answer.confidence:.0%}, {stage} stage)")
+    answers = [answer for answer in classify_files(photos, predictor, watch=pictures) if isinstance(answer, FileAnswer)]
+    for answer in answers:
+        stage = ("coarse", "fine")[answer.stage]
+        console.print(
+            f"  {answer.path.name}: {answer.label} ({answer.confidence:.0%}, {stage} stage, {answer.gmacs:.2f} GMACs)"
+        )
+    fine_share = sum(answer.stage for answer in answers) / len(answers)
+    plain, *_, adaptive = compare_with_backbone(model, PHOTO_BATCH, fine_share)
+    console.print(
+        f"  With {fine_share:.0%} of the photos in the fine stage, a photo takes {adaptive.gmacs:.2f} GMACs "
+        f"({plain.gmacs:.2f} by the plain ViT) and "
+        f"{1e3 / adaptive.images_per_second:.1f} ms ({1e3 / plain.images_per_second:.1f}), in batches of {PHOTO_BATCH}."
+    )
     console.print(f"  What it looked at is in {folder}.")

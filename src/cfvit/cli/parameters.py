@@ -16,7 +16,7 @@ from cfvit.training.recipe import Recipe, read_value
 if TYPE_CHECKING:
     from cfvit.modeling.model import CoarseToFineViT
 
-DEFAULT_MODEL = "deit_tiny_imagenette"
+DEFAULT_MODEL = "deit_tiny_imagenet"
 Threshold = Annotated[
     float | None,
     Parameter(
