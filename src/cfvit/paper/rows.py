@@ -467,7 +467,7 @@ def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) ->
 
     def mean(values: Tensor) -> Cell:
         percent = 100 * values.double().numpy()
-        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", random_state=0)
+        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", rng=0)
         low, high = drawn.confidence_interval
         return Cell(float(percent.mean()), interval=(float(low), float(high)))
 
