@@ -7,7 +7,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from importlib import resources
 from pathlib import Path
@@ -251,7 +251,11 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
     read = None if source == "timm" else _plain_weights(source)
     if read is None and source != "timm":
         trained = load(source)
-        weights, keep, names = _resampled(trained, model), set[str](), trained.class_names
+        weights, keep, names = trained.state_dict(), set[str](), trained.class_names
+        for name, scale in (("coarse_pos_embed", 1), ("backbone.pos_embed", 2)):
+            if name in weights:
+                old, new = ((scale * grid[0], scale * grid[1]) for grid in (trained.grid, model.grid))
+                weights[name] = anatomy.resample_positions(trained.backbone, weights[name], old, new)
     else:
         weights = CoarseToFineViT(model.config, True if read is None else read).state_dict()
         keep = {name for name in weights if name.startswith("feature_reuse.")}
@@ -315,15 +319,6 @@ def _is_backbone_folder(path: Path) -> bool:
         return False
 
 
-def _resampled(source: CoarseToFineViT, target: CoarseToFineViT) -> dict[str, Tensor]:
-    weights = source.state_dict()
-    for name, scale in (("coarse_pos_embed", 1), ("backbone.pos_embed", 2)):
-        if name in weights:
-            old, new = ((scale * grid[0], scale * grid[1]) for grid in (source.grid, target.grid))
-            weights[name] = anatomy.resample_positions(source.backbone, weights[name], old, new)
-    return weights
-
-
 _AUTHORS_PREFIXES = {
     "pos_embed_list.0": "coarse_pos_embed",
     "pos_embed_list.1": "backbone.pos_embed",
@@ -359,7 +354,9 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
     weights, options = read.tensors, read.besides.get("args")
     kind = "CF-LV-ViT" if any(name.startswith("patch_embed.conv") for name in weights) else "CF-DeiT"
     model = CoarseToFineViT(_authors_config(weights, path, kind))
-    load_strictly(model, {_our_name(name): tensor for name, tensor in weights.items()}, str(path), _authors_name)
+    ours = {_respelled(name, _AUTHORS_PREFIXES): tensor for name, tensor in weights.items()}
+    theirs = {prefix: name for name, prefix in _AUTHORS_PREFIXES.items()}
+    load_strictly(model, ours, str(path), lambda name: _respelled(name, theirs))
     model.data_config.update(crop_pct=_AUTHORS_CROPS[kind], interpolation="bicubic")
     wnids = ImageNetInfo().label_names()
     data_set = str(getattr(options, "data_set", "IMNET"))
@@ -370,14 +367,9 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
     return model.eval()
 
 
-def _our_name(name: str) -> str:
-    theirs, ours = next(pair for pair in _AUTHORS_PREFIXES.items() if name.startswith(pair[0]))
-    return ours + name.removeprefix(theirs)
-
-
-def _authors_name(name: str) -> str:
-    theirs, ours = next(pair for pair in _AUTHORS_PREFIXES.items() if name.startswith(pair[1]))
-    return theirs + name.removeprefix(ours)
+def _respelled(name: str, prefixes: Mapping[str, str]) -> str:
+    old, new = next(pair for pair in prefixes.items() if name.startswith(pair[0]))
+    return new + name.removeprefix(old)
 
 
 def _authors_config(weights: dict[str, Tensor], path: str | Path, kind: str) -> ModelConfig:
@@ -395,21 +387,17 @@ def _authors_config(weights: dict[str, Tensor], path: str | Path, kind: str) -> 
         if weights[key].ndim != dims or 0 in weights[key].shape:
             raise CfvitError(f"{path} does not fit a {kind}: {key} is {list(weights[key].shape)}")
     name = backbones_by_width.get(dim, backbones_by_width[384])
-    return ModelConfig(
-        backbone=name,
-        num_classes=weights["head.weight"].shape[0],
-        coarse_grid=math.isqrt(max(1, weights["pos_embed_list.0"].numel() // dim - 1)),
-        timm_kwargs=_unlike(name, weights, dim, stem_stride=2 if kind == "CF-LV-ViT" else 1),
-    )
-
-
-def _unlike(name: str, weights: dict[str, Tensor], dim: int, stem_stride: int) -> dict[str, int]:
-    """What a file's model has otherwise than timm's model ``name``, as timm's keyword arguments."""
     with torch.device("meta"):
         usual: Any = timm.create_model(name)
     blocks = [int(found.group(1)) for key in weights if (found := re.match(r"blocks\.(\d+)\.", key))]
     depth = min(1 + max(blocks), 99) if blocks else len(usual.blocks)
-    patch = stem_stride * weights["patch_embed.proj.weight"].shape[-1]
+    patch = (2 if kind == "CF-LV-ViT" else 1) * weights["patch_embed.proj.weight"].shape[-1]
     differs = {"embed_dim": dim, "num_heads": dim // _HEAD_DIM} if dim != usual.embed_dim else {}
     differs |= {"depth": depth} if depth != len(usual.blocks) else {}
-    return differs | ({"patch_size": patch} if patch != usual.patch_embed.patch_size[0] else {})
+    differs |= {"patch_size": patch} if patch != usual.patch_embed.patch_size[0] else {}
+    return ModelConfig(
+        backbone=name,
+        num_classes=weights["head.weight"].shape[0],
+        coarse_grid=math.isqrt(max(1, weights["pos_embed_list.0"].numel() // dim - 1)),
+        timm_kwargs=differs,
+    )

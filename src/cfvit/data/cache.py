@@ -138,7 +138,10 @@ def hold(source: DataSource, workers: int, leads: bool = True) -> HeldSource:
         for _ in range(len(source)):
             image, target = next_batch(items)
             with _telling_what_was_held(held, len(source)):
-                held.append(_append(pixels, image, target))
+                if isinstance(image, str):
+                    held.append(_Held(target, failure=image))
+                else:
+                    held.append(_Held(target, pixels.append(image), *image.shape[:2]))
             advance(1)
     with _telling_what_was_held(held, len(source)):
         pixels.seal()
@@ -159,11 +162,3 @@ def _telling_what_was_held(held: Sequence[_Held], count: int) -> Iterator[None]:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _append(pixels: _Pixels, image: np.ndarray | str, target: int) -> _Held:
-    """Holds an image, or the reason why there is none."""
-    if isinstance(image, str):
-        return _Held(target, failure=image)
-    height, width, _ = image.shape
-    return _Held(target, pixels.append(image), height, width)

@@ -73,7 +73,11 @@ def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None)
                     upright = ImageOps.exif_transpose(image)
                 except Exception:  # damaged EXIF, of which the pixels know nothing
                     upright = image
-                return to_rgb(_brightened(upright) if deep else upright, _highest_of(image))
+                tags = getattr(image, "tag_v2", {})  # a TIFF's MaxSampleValue and BitsPerSample
+                bits, highest = tags.get(258, (16,))[0], tags.get(281)
+                highest = highest[0] if isinstance(highest, tuple) else highest
+                highest = highest or (2**bits - 1 if 8 < bits < 16 else None)
+                return to_rgb(_brightened(upright) if deep else upright, highest)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -105,14 +109,6 @@ def _room_for(pixels: int) -> Iterator[None]:
         with _decoding:
             _free_pixels[0] += pixels
             _decoding.notify_all()
-
-
-def _highest_of(image: Image.Image) -> int | None:
-    """The highest value of a sample as a TIFF says it, by ``MaxSampleValue`` or ``BitsPerSample``; else None."""
-    tags = getattr(image, "tag_v2", {})
-    highest, bits = tags.get(281), tags.get(258)
-    value = highest if highest else 2 ** bits[0] - 1 if bits and 8 < bits[0] < 16 else None
-    return int(value[0] if isinstance(value, tuple) else value) if value else None
 
 
 def _brightened(image: Image.Image) -> Image.Image:

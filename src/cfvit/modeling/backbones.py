@@ -70,7 +70,11 @@ def create_backbone(
     _skeleton(name, **timm_kwargs)
     options: dict[str, Any] = {"img_size": img_size, "num_classes": num_classes, **timm_kwargs}
     if pretrained is True:
-        model = _with_timm_weights(name, options)
+        try:
+            model = cast(Backbone, timm.create_model(name, pretrained=True, **options))
+        except (RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CfvitError(f"timm's weights of {name} cannot be had ({reason}): give a local file instead") from error
     else:
         model = cast(Backbone, timm.create_model(name, **options))
     if not isinstance(pretrained, bool):
@@ -81,14 +85,6 @@ def create_backbone(
     if getattr(rope, "aug_active", False):
         rope.aug_active = False  # drawn anew for each stage, it would move the two grids apart
     return model
-
-
-def _with_timm_weights(name: str, options: dict[str, Any]) -> Backbone:
-    try:
-        return cast(Backbone, timm.create_model(name, pretrained=True, **options))
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CfvitError(f"timm's weights of {name} cannot be had ({reason}): give a local file instead") from error
 
 
 def _fill(model: Backbone, weights: Weights, name: str) -> None:
@@ -121,7 +117,8 @@ def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """
     if not isinstance(model, VisionTransformer | Eva):
         return weights.tensors
-    if weights.activation == "quick_gelu" and not isinstance(_activation(model), QuickGELU):
+    activation = getattr(getattr(model.blocks[0], "mlp", None), "act", None)
+    if weights.activation == "quick_gelu" and not isinstance(activation, QuickGELU):
         raise CfvitError(
             f"{weights.source} computes with QuickGELU and {type(model).__name__} does not: "
             "choose a ..._quickgelu_... model"
@@ -142,10 +139,6 @@ def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     if own is not None and given is not None and alike and given.ndim == 3 and given.shape[::2] == own.shape[::2]:
         tensors["pos_embed"] = _resampled_positions(model, given, weights)
     return tensors
-
-
-def _activation(model: Any) -> nn.Module | None:
-    return getattr(getattr(model.blocks[0], "mlp", None), "act", None)
 
 
 def _resampled_positions(model: Backbone, positions: Tensor, weights: Weights) -> Tensor:

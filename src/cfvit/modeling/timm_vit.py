@@ -296,7 +296,13 @@ def _attend(attention: Any, x: Tensor, rope: Tensor | None, prefix: int) -> tupl
     query, key, value = _project(attention, x)
     query, key = attention.q_norm(query), attention.k_norm(key)
     if rope is not None:
-        query, key = (_rotate(attention, part, rope, prefix).type_as(value) for part in (query, key))
+        half = getattr(attention, "rotate_half", False)
+        query, key = (
+            torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2).type_as(
+                value
+            )
+            for part in (query, key)
+        )
     groups = getattr(attention, "num_kv_groups", 1)
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -322,8 +328,3 @@ def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = F.linear(x, attention.qkv.weight, torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]))
     query, key, value = qkv.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return query, key, value
-
-
-def _rotate(attention: Any, part: Tensor, rope: Tensor, prefix: int) -> Tensor:
-    half = getattr(attention, "rotate_half", False)
-    return torch.cat([part[:, :, :prefix], apply_rot_embed_cat(part[:, :, prefix:], rope, half=half)], dim=2)

@@ -218,7 +218,14 @@ def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tenso
     tensors = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
     if any(name.startswith(("feature_reuse.", "coarse_pos_embed")) for name in tensors):
         raise CfvitError(f"{path} holds a coarse-to-fine model's weights: give its folder, {path.parent}")
-    while (part := next((p for p in _PARTS if _is_of_a_vit(tensors, p)), None)) is not None:
+    while True:
+        below = {
+            part: {_WRAPPED.sub("", n.removeprefix(part)) for n in tensors if n.startswith(part)} for part in _PARTS
+        }
+        whole = (part for part, names in below.items() if names and (len(names) == len(tensors) or names & _OF_A_VIT))
+        part = next(whole, None)
+        if part is None:
+            return tensors
         left_out = [name for name in tensors if not name.startswith(part)]
         tensors = {_WRAPPED.sub("", n.removeprefix(part)): t for n, t in tensors.items() if n.startswith(part)}
         if left_out:
@@ -227,15 +234,6 @@ def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tenso
                 f"({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}) are left out",
                 stacklevel=4,
             )
-    return tensors
-
-
-def _is_of_a_vit(tensors: Mapping[str, Tensor], part: str) -> bool:
-    """Whether the weights below a prefix are those of a ViT, or all are below it, and timm has no such name."""
-    if not any(name.startswith(part) for name in tensors):
-        return False
-    whole = all(name.startswith(part) for name in tensors)
-    return whole or any(_WRAPPED.sub("", name.removeprefix(part)) in _OF_A_VIT for name in tensors if part in name)
 
 
 _OF_A_VIT = {"cls_token", "patch_embed.proj.weight", "backbone.cls_token", "encoder.cls_token", "model.cls_token"}

@@ -103,14 +103,8 @@ def label_path_of(root: Path, source: DataSource, index: int) -> Path:
     """
     name = source.name(index)
     folder = Path(name).parent.name
-    if not folder:  # as in a tar per class
-        reader: Any = getattr(source.dataset, "reader", None)
-        try:
-            folder = reader.class_idx_to_name[int(reader.targets[index])]
-        except (AttributeError, KeyError, IndexError) as error:
-            raise CfvitError(
-                f"{name} has no class folder, by which label maps are kept: give an image folder or a tar"
-            ) from error
+    if not folder:
+        raise CfvitError(f"{name} has no class folder, by which label maps are kept: give an image folder or a tar")
     return label_path(root, folder, name)
 
 
