@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import pytest
 import timm
 import torch
 from conftest import COLOURS, Outcome
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cfvit import StageMacs, calibrate
 from cfvit.calibration import Saving
@@ -74,6 +75,19 @@ def place(
     shutil.copy(colours / "val" / "blue" / "1.png", tmp_path / "photos")
     backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64)
     save_file(backbone.state_dict(), tmp_path / "my_vit.safetensors")
+    (tmp_path / "WEIGHTS").mkdir()
+    described = {"architecture": "test_vit", "label_names": list(COLOURS)}
+    (tmp_path / "WEIGHTS" / "config.json").write_text(json.dumps(described))
+    shutil.copy(tmp_path / "my_vit.safetensors", tmp_path / "WEIGHTS" / "model.safetensors")
+    ours = load_file(colour_model / "model.safetensors").items()
+    plain = {name.removeprefix("backbone."): tensor for name, tensor in ours if name.startswith("backbone.")}
+    save_file(plain, tmp_path / "plain_of_model.safetensors")
+    for name in ("PHOTOS", "MORE_PHOTOS"):
+        shutil.copytree(colours / "train" / "red", tmp_path / name)
+    for colour in COLOURS:
+        (tmp_path / "CALIBRATION" / colour).mkdir(parents=True)
+        for i in range(4, 8):
+            shutil.copy(colours / "val" / colour / f"{i}.png", tmp_path / "CALIBRATION" / colour)
     teacher = timm.create_model("resnet10t", num_classes=len(COLOURS))
     save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
     for image in sorted((tmp_path / "DATA" / "train").rglob("*.png")):
@@ -103,6 +117,9 @@ def _in_small(words: Sequence[str]) -> list[str]:
     elif command == "reproduce":
         arguments = [{"2h": "1s"}.get(word, word) for word in arguments]
         arguments += [*TINY_BACKBONE, *TINY_TRAINING]
+        if "--plain" in arguments:
+            arguments[arguments.index("--plain") + 1] = "plain_of_model.safetensors"
+            arguments += ["--no-speed"]
     elif command == "bench":
         if "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
