@@ -134,6 +134,24 @@ def test_files_are_answered_as_by_torch(
     assert answers[0].err[-1] == answers[1].err[-1]
 
 
+def test_an_exported_model_is_scored_as_the_one_in_torch(
+    folder: Path, colour_model: Path, colours: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    arguments = ("eval", "--data", colours, "--json", "--workers", 0)
+    exported, torchs = (cfvit_main(*arguments, "--model", given) for given in (folder, colour_model))
+    assert exported.status == torchs.status == 0
+    for one, other in zip(exported.out, torchs.out, strict=True):
+        assert json.loads(one) == json.loads(other)
+
+
+def test_a_report_of_an_exported_model_is_refused(
+    folder: Path, colours: Path, tmp_path: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    outcome = cfvit_main("eval", "--data", colours, "--model", folder, "--report", tmp_path)
+    assert outcome.status == 2
+    assert outcome.err == [f"cfvit: --report is for models in torch, and {folder} is an exported one: leave it out"]
+
+
 @pytest.mark.parametrize("option", [["--scaled-decode"], ["--calibration", "calibration.json"]])
 def test_options_for_models_in_torch_are_refused(
     option: list[str], folder: Path, colours: Path, cfvit_main: Callable[..., Outcome]

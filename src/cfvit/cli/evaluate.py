@@ -61,11 +61,19 @@ def evaluate(
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
         return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
     from cfvit.evaluation.metrics import evaluate_model, labelled_images
+    from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, is_exported
     from cfvit.plots.report import require_report, write_report
     from cfvit.processes import join_processes
 
     name = model or DEFAULT_MODEL
-    network = load_model(name, calibration)
+    if is_exported(name):
+        if report is not None or calibration is not None:
+            option = "--report" if report is not None else "--calibration"
+            raise UsageError(f"{option} is for models in torch, and {name} is an exported one: leave it out")
+        engine = ExportedEngine(name)
+        network = engine.model
+    else:
+        engine = network = load_model(name, calibration)
     eta = network.threshold
     if report is not None and eta is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
@@ -73,7 +81,7 @@ def evaluate(
     with join_processes() as process:
         if report is not None and process.leads:
             require_report(report / REPORT_FILE)
-        result = evaluate_model(network, source, thresholds, batch_size, workers, process)
+        result = evaluate_model(engine, source, thresholds, batch_size, workers, process)
         if process.leads:
             _print_evaluation(result, as_json=json)
             report_unreadable(result.unreadable)
@@ -82,7 +90,7 @@ def evaluate(
                     f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
                     "numbers and count as wrong: check the weights"
                 )
-            if report is not None and eta is not None:
+            if report is not None and eta is not None and not isinstance(network, ExportedModel):
                 write_report(
                     report / REPORT_FILE,
                     model=network,

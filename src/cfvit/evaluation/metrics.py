@@ -16,7 +16,9 @@ from cfvit.calibration.tradeoff import NO_ANSWER, answers_of, rank_images
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
 from cfvit.data.labels import have_one_order
 from cfvit.errors import CfvitError
+from cfvit.inference.engines.exported import ExportedEngine, ExportedModel
 from cfvit.inference.engines.packing import accelerate
+from cfvit.inference.stream import placed
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
@@ -78,7 +80,7 @@ def collect(
     return Collected(tuple(stage[readable] for stage in logits), labels[readable], indices[readable], unreadable)
 
 
-def labelled_images(model: CoarseToFineViT, data: str) -> DataSource:
+def labelled_images(model: CoarseToFineViT | ExportedModel, data: str) -> DataSource:
     """Opens data to score a model on, its validation split where it has one, with the model's class indices.
 
     Raises:
@@ -244,7 +246,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    model: CoarseToFineViT,
+    model: CoarseToFineViT | ExportedEngine,
     source: DataSource,
     thresholds: Sequence[float],
     batch_size: int,
@@ -256,20 +258,26 @@ def evaluate_model(
     Raises:
         CfvitError: not one image could be read.
     """
-    model = model.eval().to(process.device)
-    network = accelerate(model)
-    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
-    macs = count_macs(model)
+    if isinstance(model, ExportedEngine):
+        engine, about, macs = model, model.model, model.model.macs
+
+        def network(images: Tensor) -> tuple[Tensor, Tensor]:
+            images = placed(images, engine.weight)
+            state, _ = engine.coarse(images)
+            return state.logits, engine.fine(images, state)[0]
+    else:
+        about, network, macs = model, accelerate(model.eval().to(process.device)), count_macs(model)
+    collected, unreadable = collect_with_progress(network, about.data_config, source, batch_size, workers, process)
     coarse, fine = collected.logits
-    own = () if model.threshold is None else (model.threshold,)
+    own = () if about.threshold is None else (about.threshold,)
     etas = sorted({*thresholds, *own})
     logits = {"coarse": coarse, "fine": fine}
     stages = score_points(logits, collected.labels, {"coarse": macs.coarse, "fine": macs.both})
     return Evaluation(
         images=len(collected.labels),
         stages=stages,
-        sweep=sweep(coarse, fine, collected.labels, macs, etas, model.exit),
-        calibrated=model.threshold,
+        sweep=sweep(coarse, fine, collected.labels, macs, etas, about.exit),
+        calibrated=about.threshold,
         backbone_gmacs=macs.backbone / 1e9,
         unreadable=unreadable,
         collected=collected,
