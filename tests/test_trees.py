@@ -333,6 +333,14 @@ def test_pictures_of_other_suffixes_are_told_with_their_count(tmp_path: Path) ->
         assert len(open_images(root)) == 1
 
 
+def test_a_link_back_to_where_it_lies_is_no_split(tmp_path: Path, fails: Fails) -> None:
+    root = _write(tmp_path / "in" / "data", "a.png")
+    (root / "train").symlink_to("..")
+    for data in (root, _tar(root, tmp_path / "data.tar")):
+        with fails("has no sub-folders"):
+            open_data(str(data))
+
+
 # Photos without classes
 
 

@@ -244,7 +244,8 @@ def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
     name, entered = None, False
     if path.is_dir():
         tars = {tar.stem: tar for tar in path.glob("*.tar") if tar.is_file()}
-        folders = {p.name: p for p in path.iterdir() if p.is_dir()}
+        here = path.resolve()  # a link back to where it lies is no split
+        folders = {p.name: p for p in path.iterdir() if p.is_dir() and not here.is_relative_to(p.resolve())}
         there = _SPLIT_NAMES & {*folders, *tars}
         name = _split_among(there, {name for name in there if name in tars or holds_folders(folders[name])}, split)
         path = path if name is None else tars.get(name, folders.get(name, path))
