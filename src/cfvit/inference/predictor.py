@@ -82,9 +82,6 @@ class Predictor:
         """What an image costs."""
         return self.model.macs if isinstance(self.model, ExportedModel) else count_macs(self.model)
 
-    def _goes_on(self, confidence: Tensor) -> Tensor:
-        return goes_on(confidence, self.threshold)
-
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Prediction:
         """Classifies normalised images ``[B, 3, S, S]``, B >= 0, on any device.
@@ -95,7 +92,7 @@ class Predictor:
         check_images(images, self.model.image_size)  # also where no image goes on
         images = placed(images, self.engine.weight)
         state, confidence = self.engine.coarse(images)
-        hard = self._goes_on(confidence).nonzero().flatten()
+        hard = goes_on(confidence, self.threshold).nonzero().flatten()
         if 0 < len(hard) == len(images):
             return Prediction(*self.engine.fine(images, state), torch.full_like(hard, FINE))
         logits, stage = state.logits, torch.full_like(confidence, COARSE, dtype=torch.long)
@@ -148,5 +145,5 @@ class Predictor:
         for name, value in (("fine_batch", fine_batch), ("patience", patience)):
             if value < 1:
                 raise CfvitError(f"{name} is {value}: give at least 1, or leave it out")
-        answers = Stream(self.engine, self._goes_on, fine_batch, patience, whole, on_error).answers(batches)
+        answers = Stream(self.engine, self.threshold, fine_batch, patience, whole, on_error).answers(batches)
         return in_order(answers) if ordered else answers

@@ -12,6 +12,7 @@ from torch import Tensor
 from cfvit.errors import CfvitError
 from cfvit.inference.engines import Engine
 from cfvit.modeling.batches import Rows, check_images
+from cfvit.modeling.exit import goes_on
 
 FAILED, COARSE, FINE = -1, 0, 1
 
@@ -81,11 +82,11 @@ class Stream:
 
     Attributes:
         engine: what runs the stages.
-        goes_on: from confidences ``[B]`` to which images need the fine stage.
+        threshold: eta.
     """
 
     engine: Engine
-    goes_on: Callable[[Tensor], Tensor]
+    threshold: float
     fine_batch: int
     patience: int
     whole: Callable[[list[int]], Tensor] | None
@@ -130,7 +131,7 @@ class Stream:
         check_images(images, model.image_size if self.whole is None else model.coarse_size)
         images = placed(images, self.engine.weight)
         state, confidence = self.engine.coarse(images)
-        on = self.goes_on(confidence).cpu()  # the only wait for the device
+        on = goes_on(confidence, self.threshold).cpu()  # the only wait for the device
         places = [which.nonzero().flatten() for which in (~on, on)]
         easy, hard = (rows.to(images.device, non_blocking=True) for rows in places)
         answered = StreamedPrediction(
