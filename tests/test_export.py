@@ -280,6 +280,12 @@ def test_a_folder_without_an_exported_model_is_told(text: str, tmp_path: Path, f
         Predictor(tmp_path)
 
 
+def test_an_exported_model_is_no_model_in_torch(tmp_path: Path, fails: Fails) -> None:
+    (tmp_path / EXPORT_FILE).write_text("{}")
+    with fails("holds an exported model, which cfvit.Predictor, predict and eval take"):
+        load(tmp_path)
+
+
 def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes() if file.name == EXPORT_FILE else b"")

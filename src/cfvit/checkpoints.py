@@ -25,6 +25,7 @@ from cfvit.calibration.records import CALIBRATION_FILE, parse_record, read_calib
 from cfvit.data.labels import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
+from cfvit.inference.engines.exported import is_exported
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
@@ -156,6 +157,10 @@ def _bundled_folder() -> Path:
 
 
 def _load_folder(folder: Path) -> CoarseToFineViT:
+    if is_exported(folder):
+        raise CfvitError(
+            f"{folder} holds an exported model, which cfvit.Predictor, predict and eval take: load another"
+        )
     if _is_backbone_folder(folder):
         raise CfvitError(
             f"{folder} holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"
