@@ -47,6 +47,35 @@ PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", 
 STATE = [f.name for f in fields(CoarseState)]
 
 
+_EXAMPLE = Template('''\
+"""Classifies a photo without torch or cfvit: python example.py PHOTO"""
+import json, sys, numpy as np, $package
+from pathlib import Path
+from PIL import Image, ImageOps
+
+here = Path(__file__).parent
+about = json.loads((here / "$about").read_text())
+(height, width), data = about["image_size"], about["data_config"]
+photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
+scale = max(int(height / data["crop_pct"]) / photo.height, int(width / data["crop_pct"]) / photo.width)
+photo = photo.resize([int(side * scale + 1e-6) for side in photo.size], Image.Resampling[data["interpolation"].upper()])
+left, top = round((photo.width - width) / 2), round((photo.height - height) / 2)
+pixels = np.asarray(photo.crop((left, top, left + width, top + height)), np.float32) / 255
+images = ((pixels - data["mean"]) / data["std"]).astype(np.float32).transpose(2, 0, 1)[None]
+eta = np.array($eta, np.float32)
+$run
+label = int(logits[0].argmax())
+print((about["class_names"] or range(label + 1))[label], f"{float(confidence[0]):.4f}", ("coarse", "fine")[stage[0]])
+''')
+
+_RUN = {
+    "onnx": """session = onnxruntime.InferenceSession(here / "whole.onnx")
+logits, confidence, stage = session.run(None, {"images": images, "eta": eta})""",
+    "openvino": """whole = openvino.compile_model(here / "whole.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+logits, confidence, stage = whole({"images": images, "eta": eta}).values()""",
+}
+
+
 class _Stage(nn.Module):
     """What is exported of a model: tensors in, tensors out."""
 
@@ -166,6 +195,9 @@ def export(
 
 
 def _write_graphs(model: CoarseToFineViT, folder: Path, format: Format) -> None:
+    """Writes the three graphs and the example."""
+    import onnx
+
     images = torch.zeros(2, 3, *model.image_size)
     with torch.no_grad():
         state = model.coarse(images)
@@ -195,8 +227,12 @@ def _write_graphs(model: CoarseToFineViT, folder: Path, format: Format) -> None:
         if format == "openvino":
             _to_openvino(path)
         elif stage == "whole" and model.threshold is not None:
-            _set_default(path, "eta", np.float32(model.threshold))
-    (folder / "example.py").write_text(_example(model, format))
+            whole = onnx.load(path)
+            whole.graph.initializer.append(onnx.numpy_helper.from_array(eta.numpy(), "eta"))  # its value if not given
+            onnx.save(whole, path)
+    default = "0.5" if model.threshold is None else 'about["exit"]["eta"]'
+    text = _EXAMPLE.substitute(package=PACKAGES[format][-1], about=EXPORT_FILE, eta=default, run=_RUN[format])
+    (folder / "example.py").write_text(text)
 
 
 @contextlib.contextmanager
@@ -218,15 +254,6 @@ def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = Fal
 
     whole: Any = opset18.Shape(self, start=dim, end=None if dim == -1 else dim + 1)
     return opset18.TopK(self, whole, axis=dim, largest=int(descending), sorted=1)
-
-
-def _set_default(path: Path, name: str, value: Any) -> None:
-    """Gives an input of a graph a value that it has if none is given."""
-    import onnx
-
-    graph = onnx.load(path)
-    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(value), name))
-    onnx.save(graph, path)
 
 
 def _to_openvino(path: Path) -> None:
@@ -322,37 +349,3 @@ def _difference(got: Tensor, right: Tensor) -> float:
     if right.numel() == 0:
         return 0.0
     return float((got - right).abs().max() / max(1.0, float(right.abs().max())))
-
-
-_EXAMPLE = Template('''\
-"""Classifies a photo without torch or cfvit: python example.py PHOTO"""
-import json, sys, numpy as np, $package
-from pathlib import Path
-from PIL import Image, ImageOps
-
-here = Path(__file__).parent
-about = json.loads((here / "$about").read_text())
-(height, width), data = about["image_size"], about["data_config"]
-photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
-scale = max(int(height / data["crop_pct"]) / photo.height, int(width / data["crop_pct"]) / photo.width)
-photo = photo.resize([int(side * scale + 1e-6) for side in photo.size], Image.Resampling[data["interpolation"].upper()])
-left, top = round((photo.width - width) / 2), round((photo.height - height) / 2)
-pixels = np.asarray(photo.crop((left, top, left + width, top + height)), np.float32) / 255
-images = ((pixels - data["mean"]) / data["std"]).astype(np.float32).transpose(2, 0, 1)[None]
-eta = np.array($eta, np.float32)
-$run
-label = int(logits[0].argmax())
-print((about["class_names"] or range(label + 1))[label], f"{float(confidence[0]):.4f}", ("coarse", "fine")[stage[0]])
-''')
-
-
-def _example(model: CoarseToFineViT, format: Format) -> str:
-    run = {
-        "onnx": 'session = onnxruntime.InferenceSession(here / "whole.onnx")\n'
-        'logits, confidence, stage = session.run(None, {"images": images, "eta": eta})',
-        "openvino": 'whole = openvino.compile_model(here / "whole.xml", "CPU")\n'
-        'logits, confidence, stage = whole({"images": images, "eta": eta}).values()',
-    }
-    package = {"onnx": "onnxruntime", "openvino": "openvino"}[format]
-    eta = 'about["exit"]["eta"]' if model.threshold is not None else "0.5"
-    return _EXAMPLE.substitute(package=package, about=EXPORT_FILE, eta=eta, run=run[format])
