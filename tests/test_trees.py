@@ -306,6 +306,7 @@ def test_links_are_followed_in_folders_and_in_tars(tmp_path: Path) -> None:
     (root / "b" / "around").symlink_to("..")
     (root / "b" / "nowhere.png").symlink_to("absent.png")
     (root / "b" / "itself.png").symlink_to("itself.png")
+    (root / "b" / "through_a_file.png").symlink_to("1.png/../1.png")
     (root / "c").symlink_to("b")
     os.link(root / "a" / "1.png", root / "b" / "hard.png")
     expected = ["a/1.png", "a/2.png", "b/1.png", "b/hard.png", "c/1.png", "c/hard.png"]

@@ -295,9 +295,9 @@ class _Members:
         ahead, done, links = path.split("/"), "", 0
         while ahead:
             part = ahead.pop(0)
+            if done not in self.folders or (part == ".." and not done):
+                return None
             if part == "..":
-                if not done:
-                    return None
                 done = posixpath.dirname(done)
             elif part not in ("", "."):
                 here = f"{done}/{part}".lstrip("/")
