@@ -67,11 +67,15 @@ class ExportedModel:
 
 
 class Graph(Protocol):
-    """One exported graph: arrays in and out, by name, of any batch size."""
+    """One exported graph: arrays in and out, by name, of any batch size.
+
+    Args:
+        threads: that it computes with; 0 for as many as the runtime chooses.
+    """
 
     inputs: tuple[str, ...]
 
-    def __init__(self, path: Path) -> None: ...
+    def __init__(self, path: Path, threads: int = 0) -> None: ...
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]: ...
 
@@ -100,7 +104,7 @@ def graph_file(folder: Path, stage: str, format: Format) -> Path:
 
 
 class ExportedEngine:
-    """Answers from the graphs ``coarse`` and ``fine`` of an exported folder, on the CPU.
+    """Answers from the graphs ``coarse`` and ``fine`` of an exported folder, on the CPU with as many threads as torch.
 
     Raises:
         CfvitError: no exported model in the folder, or what runs it is not installed.
@@ -112,7 +116,8 @@ class ExportedEngine:
         kind = graph_kind(self.model.format)
         try:
             self._coarse, self._fine = (
-                kind(graph_file(self.folder, stage, self.model.format)) for stage in ("coarse", "fine")
+                kind(graph_file(self.folder, stage, self.model.format), torch.get_num_threads())
+                for stage in ("coarse", "fine")
             )
         except Exception as error:  # each runtime has its own kinds
             raise CfvitError(f"{folder} is damaged ({first_line(error)}): export the model again") from error

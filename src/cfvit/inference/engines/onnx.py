@@ -13,8 +13,9 @@ import onnxruntime
 class OnnxGraph:
     """One graph; see `cfvit.inference.engines.exported.Graph`. Threads may share it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, threads: int = 0) -> None:
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3  # without the warning that an input has a default value
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.inputs = tuple(each.name for each in self._session.get_inputs())

@@ -12,8 +12,9 @@ import openvino
 class OpenVinoGraph:
     """One graph; see `cfvit.inference.engines.exported.Graph`. Threads may share it."""
 
-    def __init__(self, path: Path) -> None:
-        options = {"INFERENCE_PRECISION_HINT": "f32"}  # some processors would take bfloat16
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        # in float32, where some processors would take bfloat16
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
         self._compiled = openvino.Core().compile_model(path, "CPU", options)
         self.inputs = tuple(each.any_name for each in self._compiled.inputs)
         self._outputs = [each.any_name for each in self._compiled.outputs]
