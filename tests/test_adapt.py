@@ -164,3 +164,15 @@ def test_what_cannot_teach_is_refused(recipe: Recipe, tmp_path: Path, fails: Cal
     train(replace(recipe, epochs=1), tmp_path / "adapted")
     with fails("starts from the coarse-to-fine model .*adapted, which is no teacher: name a plain ViT", UsageError):
         train(replace(recipe, initial_weights=str(tmp_path / "adapted")), tmp_path / "c")
+
+
+def test_a_start_of_other_classes_does_not_teach(
+    recipe: Recipe, colours: Path, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    other: Any = timm.create_model("test_vit", img_size=16, patch_size=4, num_classes=12)
+    save_file(other.state_dict(), tmp_path / "twelve.safetensors")
+    labelled = recipe.replace(
+        {"data": str(colours), "label_weight": 1.0, "initial_weights": str(tmp_path / "twelve.safetensors")}
+    )
+    with fails("twelve.safetensors has 12 classes, the data 3, so it cannot teach them"):
+        train(labelled, tmp_path / "run")

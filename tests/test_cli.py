@@ -439,9 +439,9 @@ def test_flags_override_the_config_and_that_the_recipe(cfvit_main: Cli, tmp_path
 
 def test_every_field_of_a_recipe_is_a_flag(cfvit_main: Cli) -> None:
     """Zero is a value like any other."""
-    flags = ("--compile", "--mixup", 0, "--stages", "backbone", "--timm-kwargs.patch-size", 4, "--val-data", "x")
+    flags = ("--compile", "--mixup", 0, "--method", "plain", "--timm-kwargs.patch-size", 4, "--val-data", "x")
     printed = yaml.safe_load("\n".join(cfvit_main("train", "--recipe", "imagenette", "--print-recipe", *flags).out))
-    changes = {"compile": True, "mixup": 0.0, "stages": "backbone", "timm_kwargs": {"patch_size": 4}, "val_data": "x"}
+    changes = {"compile": True, "mixup": 0.0, "method": "plain", "timm_kwargs": {"patch_size": 4}, "val_data": "x"}
     assert Recipe(**printed) == RECIPES["imagenette"].replace(changes)
 
 
@@ -449,7 +449,7 @@ def test_a_mistyped_field_in_a_config_is_corrected(cfvit_main: Cli, tmp_path: Pa
     config = tmp_path / "recipe.yaml"
     config.write_text("epoch: 5\n")
     message = _error(cfvit_main("train", "--config", config, "--out", tmp_path / "run"), 2)
-    assert message == "a recipe has no field 'epoch': did you mean 'epochs'?"
+    assert message == "there is no field 'epoch': did you mean 'epochs'?"
     assert not (tmp_path / "run").exists()
 
 

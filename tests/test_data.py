@@ -42,7 +42,7 @@ from cfvit.data import (
     split_holdout,
 )
 from cfvit.data import images as data
-from cfvit.data.labels import readable_class_names
+from cfvit.data.labels import difference_of_classes, readable_class_names
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -629,3 +629,17 @@ sys.kept = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_signa
 next(sys.kept)
 """
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "same"),
+    [
+        (["tench, Tinca", "Crane"], ["tench", "crane (n01)"], True),
+        (["A", "a"], ["a", "A"], False),
+        (["mug, red", "mug, blue"], ["mug, blue", "mug, red"], False),
+        (["caf\u00e9"], ["cafe\u0301"], True),
+        (["a"], ["a", "b"], False),
+    ],
+)
+def test_classes_are_compared_by_what_tells_them_apart(names: list[str], others: list[str], same: bool) -> None:
+    assert (difference_of_classes(names, others) is None) == same

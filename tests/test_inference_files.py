@@ -317,3 +317,12 @@ class TestScaledDecode:
         assert outcome.status == 2
         assert "--scaled-decode" in outcome.err[-1]
         assert not (tmp_path / "pictures").exists()
+
+
+def test_an_answer_that_is_not_a_number_is_a_failure(photos: list[Path], make_model: Callable[..., Any]) -> None:
+    """Finite weights may overflow."""
+    model = make_model()
+    torch.nn.init.constant_(model.get_parameter("backbone.blocks.0.mlp.fc2.weight"), 1e30)
+    for threshold in (0.0, 0.5, 1.0):
+        answers = list(classify_files(photos, Predictor(model, threshold)))
+        assert all(isinstance(answer, FileFailure) and "is not a number" in answer.error for answer in answers)

@@ -671,7 +671,7 @@ def test_loss_that_is_no_number_ends_the_run(
         ({"optimizer": "adamm"}, "optimizer 'adamm'"),
         ({"auto_augment": "rnd-m9"}, "timm cannot augment so"),
         ({"backbone": "resnet18", "timm_kwargs": None}, "resnet18"),
-        ({"initial_weights": "nowhere"}, "no model 'nowhere'"),
+        ({"initial_weights": "nowhere"}, "no weights at nowhere"),
     ],
 )
 def test_runs_that_cannot_start(
@@ -701,7 +701,7 @@ def test_bfloat16_autocast(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.M
     exact = cf_vit.coarse_to_fine_loss
 
     def look(output: CoarseToFineOutput, *details: Any) -> Tensor:
-        seen.update(logits.dtype for logits in output)
+        seen.update(logits.dtype for logits in output if not logits.is_meta)  # without data it is only costed
         return exact(output, *details)
 
     monkeypatch.setattr(cf_vit, "coarse_to_fine_loss", look)

@@ -226,6 +226,22 @@ def test_weights_that_are_not_numbers_are_refused(value: float, tmp_path: Path, 
         load(tmp_path / "model")
 
 
+def test_weights_that_overflow_as_they_are_used_are_refused(tmp_path: Path, fails: Fails) -> None:
+    state = _state(_vit())
+    state["norm.weight"] = state["norm.weight"].double() * 1e300
+    with fails(r"norm\.weight holds values that are not finite"):
+        _filled(_save(state, tmp_path / "plain.pth"))
+    state["norm.weight"] = torch.eye(2).to_sparse()
+    with fails(r"norm\.weight is no dense tensor"):
+        _filled(_save(state, tmp_path / "sparse.pth"))
+
+
+def test_a_grid_that_is_given_must_be_the_positions_own(tmp_path: Path, fails: Fails) -> None:
+    file = _save(_state(_vit()), tmp_path / "plain.pth")
+    with fails("positions of patches, not 7 x 9: give their own grid"):
+        _filled(f"{file}#7x9")
+
+
 def test_integer_weights_are_refused(tmp_path: Path, fails: Fails) -> None:
     state = _state(_vit())
     state["head.weight"] = state["head.weight"].to(torch.int8)

@@ -41,14 +41,23 @@ def readable_class_names(names: Sequence[str]) -> list[str]:
 def difference_of_classes(names: Sequence[str], others: Sequence[str]) -> str | None:
     """The first difference between two lists of classes, in words; None if they are the same.
 
-    Names compare in Unicode's NFC, by their first synonym and in any case.
+    Names compare in Unicode's NFC and, where that tells the classes of each list apart, by their first synonym in
+    any case.
     """
     if len(names) != len(others):
         return f"{len(names)} classes here, {len(others)} there"
-    for index, pair in enumerate(zip(names, others, strict=True)):
-        ours, theirs = (unicodedata.normalize("NFC", name).split(",")[0].split(" (n")[0].casefold() for name in pair)
-        if ours != theirs:
-            return f"class {index} is {pair[0]!r} here, {pair[1]!r} there"
+
+    def exact(name: str) -> str:
+        return unicodedata.normalize("NFC", name)
+
+    def loose(name: str) -> str:
+        return exact(name).split(",")[0].split(" (n")[0].casefold()
+
+    unambiguous = all(len(set(map(loose, each))) == len(each) for each in (names, others))
+    spelled = loose if unambiguous else exact
+    for index, (ours, theirs) in enumerate(zip(names, others, strict=True)):
+        if spelled(ours) != spelled(theirs):
+            return f"class {index} is {ours!r} here, {theirs!r} there"
     return None
 
 

@@ -81,6 +81,8 @@ def classify_files(
                 number = files.numbers[place]
                 yield from map(files.failure, range(done, number))
                 done = number + 1
+                if number not in files.errors and confidence < 0:  # what is not a number
+                    files.errors[number] = "the answer is not a number: the model's weights are damaged, or too large"
                 if number in files.errors:
                     yield files.failure(number)
                 else:

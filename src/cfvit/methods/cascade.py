@@ -23,6 +23,7 @@ from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineOutput
 from cfvit.modeling.tokens import coarse_image
+from cfvit.modeling.weights import Weights
 
 
 @dataclass(eq=False)
@@ -90,7 +91,8 @@ class Cascade(CfViT):
             config.backbone,
             img_size=size,
             num_classes=config.num_classes,
-            pretrained=False if initial_weights is None else large.state_dict(),
+            pretrained=initial_weights is not None
+            and Weights("the large network", large.state_dict(), large.patch_embed.grid_size),
             **config.timm_kwargs,
         )
         small.data_config, small.image_size = {**large.data_config, "input_size": (3, *size)}, size

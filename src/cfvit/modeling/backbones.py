@@ -151,7 +151,11 @@ def _resampled_positions(model: Backbone, positions: Tensor, weights: Weights) -
     target: tuple[int, int] = cast(Any, model.patch_embed).grid_size
     places = positions.shape[1] - prefix
     side = math.isqrt(max(places, 0))
-    grid = weights.grid if weights.grid is not None and math.prod(weights.grid) == places else None
+    grid = weights.grid
+    if grid is not None and math.prod(grid) != places:
+        raise CfvitError(
+            f"{weights.source} has {places} positions of patches, not {grid[0]} x {grid[1]}: give their own grid"
+        )
     if grid is None and places == math.prod(target):
         grid = target
         if side**2 == places and target != (side, side):

@@ -58,7 +58,7 @@ def goes_on(confidence: Tensor, eta: float) -> Tensor:
     """Which images need the fine stage: ``[B] -> [B]`` of bool. The one place where that is decided.
 
     Images with a confidence below eta go on. At eta = 1 every image does, even one whose softmax rounds
-    to 1; at eta = 0 none does. A confidence that is not a number goes on.
+    to 1; at eta = 0 none does. In between, a confidence that is not a number goes on.
     """
     if eta >= 1:
         return torch.ones_like(confidence, dtype=torch.bool)

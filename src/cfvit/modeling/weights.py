@@ -115,7 +115,11 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
         CfvitError: names the first.
     """
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            raise CfvitError(
+                f"{source} cannot be used: {name} is no dense tensor with values: save the weights as such"
+            )
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():  # as they are used
             raise CfvitError(
                 f"{source} cannot be used: {name} holds values that are not finite, as after a training that diverged: "
                 "give an earlier checkpoint"

@@ -97,7 +97,7 @@ def _require_same_classes(
         dist.all_gather_object(others, class_names)
     compared = [(f"process {rank}", names) for rank, names in enumerate(others)]
     if checkpoint is not None:
-        compared.append((f"the checkpoint in {out}", checkpoint["class_names"]))
+        compared.append((f"the checkpoint in {out}", checkpoint.get("class_names", ["(an older checkpoint)"])))
     for where, names in compared:
         for index, (here, there) in enumerate(zip_longest(class_names, names)):
             if here != there:
@@ -251,18 +251,20 @@ def _stopped(trained: Trained) -> Stopped:
     return Stopped(f"stopped at step {trained.step}: add --resume to continue")
 
 
+def _kept(out: Path) -> str:
+    return f"{out} keeps the last checkpoint" if (out / CHECKPOINT_FILE).exists() else "there is no checkpoint yet"
+
+
 def _require_finite(loss: Tensor, step: int, out: Path) -> None:
     if not math.isfinite(loss.item()):
-        raise CfvitError(f"the loss is {loss.item()} at step {step}: lower --lr-base; {out} keeps the last checkpoint")
+        raise CfvitError(f"the loss is {loss.item()} at step {step}: lower --lr-base; {_kept(out)}")
 
 
 def _require_finite_weights(trained: Trained, out: Path) -> None:
     """The loss of a step is of the weights before it, so these are looked at too before anything is written."""
     for name, tensor in trained.model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CfvitError(
-                f"{name} is not finite after step {trained.step}: lower --lr-base; {out} keeps the last checkpoint"
-            )
+            raise CfvitError(f"{name} is not finite after step {trained.step}: lower --lr-base; {_kept(out)}")
 
 
 def _save_checkpoint(recipe: Recipe, path: Path, trained: Trained, process: Process) -> None:

@@ -246,10 +246,18 @@ def _teacher(recipe: Recipe, model: Any, device: torch.device) -> Teacher | None
                 f"the run starts from {was}, which is no teacher: name a plain ViT with --teacher NAME, "
                 "and its weights with --teacher-weights FILE"
             )
-        config = replace(recipe, drop_path_rate=0.0).model_config(len(model.class_names))
+        names, count = classes_of(start, recipe.backbone)
+        if count != len(model.class_names):
+            raise CfvitError(
+                f"{start} has {count} classes, the data {len(model.class_names)}, so it cannot teach them: name a "
+                "teacher of the data's classes with --teacher"
+            )
+        config = replace(recipe, drop_path_rate=0.0).model_config(count)
         plain = create_method("plain").build(config, start, model.class_names)
         plain = plain.eval().requires_grad_(False).to(device)
-        teacher = Teacher("the plain ViT", plain, plain.data_config, model.data_config)
+        teacher = Teacher(start, plain, plain.data_config, model.data_config, names)
+        if recipe.uses_labels:  # else the classes are those of the start
+            teacher.require_classes(model.class_names)
     else:
         return None
     fast = accelerate(teacher.model) if dtype_of(recipe, device) is torch.float32 else teacher.model

@@ -204,12 +204,14 @@ def load_teacher(
         raise CfvitError(
             f"teacher {name} cannot be had ({reason}): give a timm model, local-dir:FOLDER, or a file of its weights"
         ) from error
+    names = model.pretrained_cfg.get("label_names")
     if weights is not None:
-        own, read = model.state_dict(), in_timms_keys(model, read_weights(weights))
+        found = read_weights(weights)
+        names = found.class_names or names
+        own, read = model.state_dict(), in_timms_keys(model, found)
         require_fit(own, read, f"{weights} does not fit the teacher {name}")
         model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in read.items()})
     model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
     config = resolve_model_data_config(model)
-    names = model.pretrained_cfg.get("label_names")
     names = None if names is None else list(names)
     return Teacher(name, model, config, config if student is None else student, names)
