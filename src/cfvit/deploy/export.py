@@ -31,6 +31,7 @@ from cfvit.inference.engines.exported import (
     graph_file,
     graph_kind,
 )
+from cfvit.modeling import lvvit
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
@@ -152,6 +153,9 @@ def export(
     except ImportError as error:
         raise CfvitError(f"exporting to {format} needs {error.name}: install cfvit[{format}]") from error
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    source = weights_digest(model)
+    if isinstance(model.backbone.patch_embed, lvvit.ConvStem):
+        model.backbone.patch_embed.fuse()  # torch exports no batch norm of a batch that may be empty
     about = ExportedModel(
         format=format,
         config=model.config,
@@ -161,7 +165,7 @@ def export(
         class_order=model.class_order,
         exit=model.exit,
         macs=count_macs(model),
-        source=weights_digest(model),
+        source=source,
         difference=0.0,
         versions=versions,
     )
@@ -307,8 +311,13 @@ def compare(model: CoarseToFineViT, folder: Path, images: Tensor | None = None) 
     batches = [mixed[:count] for count in BATCHES] + ([] if images is None else list(images.split(max(BATCHES))))
     worst = 0.0
     for batch in batches:
-        state = model.coarse(batch)
-        fine = model.fine(batch, state)
+        try:
+            state = model.coarse(batch)
+            fine = model.fine(batch, state)
+        except RuntimeError:
+            if len(batch):
+                raise
+            continue  # some of timm's blocks take no empty batch
         exported, confidence = engine.coarse(batch)
         pairs = [(getattr(exported, name), getattr(state, name)) for name in STATE]
         pairs += [(confidence, model.exit.coarse(state.logits))]

@@ -17,6 +17,7 @@ from timm.layers import PatchEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 STEM_WIDTH = 64
 AUXILIARY_WEIGHT = 0.25
@@ -37,6 +38,14 @@ class ConvStem(PatchEmbed):
             self.add_module(f"conv{i}", convolution)
             self.add_module(f"bn{i}", nn.BatchNorm2d(widths[i]))
         self.proj = nn.Conv2d(STEM_WIDTH, embed_dim, patch_size // 2, patch_size // 2)
+
+    def fuse(self) -> None:
+        """Folds the batch norms into the convolutions before them, for use without training."""
+        for i in (1, 2, 3):
+            convolution: Any = self.get_submodule(f"conv{i}")
+            norm: Any = self.get_submodule(f"bn{i}")
+            setattr(self, f"conv{i}", fuse_conv_bn_eval(convolution, norm))
+            setattr(self, f"bn{i}", nn.Identity())
 
     def features(self, images: Tensor) -> Tensor:
         """What the projection reads: ``[B, 3, H, W] -> [B, 64, H/2, W/2]``."""
