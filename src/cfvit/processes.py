@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,3 @@ def join_processes() -> Iterator[Process]:
         yield Process(dist.get_rank(), dist.get_world_size(), device)
     finally:
         dist.destroy_process_group()
-
-
-def average_buffers(module: nn.Module) -> None:
-    """Makes a module's buffers, such as batch norm's statistics, the mean of all processes' in each of them."""
-    if dist.is_initialized():
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                dist.all_reduce(buffer)
-                buffer /= dist.get_world_size()
-
-
-def mean_over_processes(value: torch.Tensor) -> float:
-    """The mean of a scalar over all processes."""
-    if dist.is_initialized():
-        value = value.detach().clone()
-        dist.all_reduce(value)
-        value /= dist.get_world_size()
-    return value.item()

@@ -20,7 +20,9 @@ from typing import IO, Any, NamedTuple
 from cfvit.data.images import IMAGE_SUFFIXES
 from cfvit.errors import CfvitError, first_line
 
-FOREIGN_FOLDERS = frozenset(["@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found"])
+FOREIGN_FOLDERS = frozenset(
+    ["@eadir", "__macosx", "__pycache__", "#recycle", "$recycle.bin", "lost+found", "system volume information"]
+)
 """Folders that systems add by themselves, in lower case. They are skipped, as is all that begins with a dot."""
 
 UNREAD_SUFFIXES = frozenset(

@@ -153,7 +153,7 @@ class Method(ABC):
 
     @abstractmethod
     def save(self, network: Any, folder: Path) -> None:
-        """Writes the network into a folder that `cfvit.load` or timm reads."""
+        """Writes the network into a folder that `load` reads; of a single network `cfvit.load` or timm reads it too."""
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -75,6 +75,11 @@ class Reporter:
         if self.active:
             self.console.print(text, highlight=False, soft_wrap=True)
 
+    def say_without_bar(self, text: str) -> None:
+        """A line on standard error, where there is no terminal for a bar."""
+        if self.progress.disable:
+            self.say(text)
+
     def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
         """A bar for the epoch, ``done`` of its ``steps`` behind it."""
         if self.task is not None:

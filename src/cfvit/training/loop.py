@@ -237,6 +237,7 @@ def _run(
             if stops:
                 raise _stopped(trained)
         if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
+            reporter.say_without_bar(f"epoch {epoch + 1}/{recipe.epochs}: evaluating")
             figures = _evaluate_and_save(recipe, out, images, trained, process)
             reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
         if epoch + 1 == all_cells_epochs:

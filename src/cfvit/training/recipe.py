@@ -52,7 +52,8 @@ class Recipe(ModelConfig, Objective):
     )
     initial_weights: str | None = Field(
         default=None,
-        description="start from these: 'timm', a file of backbone weights, or a saved or bundled cfvit model",
+        description="start from these: 'timm', a file or folder of backbone weights, or a cfvit model; "
+        "FILE#state_dict_ema chooses averaged weights, FILE#ROWSxCOLUMNS gives the grid of the positions",
     )
     backbone: str = Field(default="deit_small_patch16_224", description="timm ViT with a class token, or an lvvit")
 
