@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/cfvit demo
 
-# Exports apart: OpenVINO ended the process of a test once two thousand others had run in it.
+# Exports apart: in the whole suite OpenVINO twice ended the process that ran its tests; the cause is not known.
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/test_export.py
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/test_export.py
