@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench serve
 
 setup: $(STAMP)
 
@@ -15,7 +15,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v uv >/dev/null || [ -x $(BIN)/uv ] || $(BIN)/python -m pip install --quiet uv
 	@echo "Installing cfvit and its tools into .venv ..."
 	@UV=$$(command -v uv || echo $(BIN)/uv); $$UV pip install --quiet --compile-bytecode --python $(BIN)/python \
-	    --constraints constraints.txt --editable '.[plots,train,demo]' --group dev
+	    --constraints constraints.txt --editable '.[plots,train,demo,serve]' --group dev
 	@touch $@
 
 demo: setup
@@ -35,3 +35,6 @@ check: setup
 
 bench: setup
 	@$(BIN)/cfvit bench
+
+serve: setup
+	@$(BIN)/cfvit serve

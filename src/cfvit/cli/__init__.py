@@ -9,8 +9,22 @@ from cfvit.cli import (  # each adds its commands
     models,
     predict,
     reproduce,
+    serve,
     train,
 )
 from cfvit.cli.application import app, main
 
-__all__ = ["app", "bench", "calibrate", "demo", "evaluate", "export", "main", "models", "predict", "reproduce", "train"]
+__all__ = [
+    "app",
+    "bench",
+    "calibrate",
+    "demo",
+    "evaluate",
+    "export",
+    "main",
+    "models",
+    "predict",
+    "reproduce",
+    "serve",
+    "train",
+]

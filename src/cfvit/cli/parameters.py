@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
+from cfvit.errors import UsageError
 from cfvit.modeling.config import field_help
 from cfvit.training.recipe import Recipe, read_value
 
 if TYPE_CHECKING:
+    from cfvit.inference.predictor import Predictor
     from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_MODEL = "deit_tiny_imagenet"
@@ -42,6 +44,19 @@ def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
     if calibration is not None:
         apply_calibration(network, calibration)
     return network
+
+
+def load_predictor(model: str, threshold: float | None, calibration: Path | None) -> Predictor:
+    """What answers by a model in torch, on the best device, or by an exported one."""
+    from cfvit.inference.engines.exported import is_exported
+    from cfvit.inference.predictor import Predictor
+    from cfvit.processes import best_device
+
+    if not is_exported(model):
+        return Predictor(load_model(model, calibration).to(best_device()), threshold)
+    if calibration is not None:
+        raise UsageError(f"--calibration is for models in torch, and {model} is an exported one: leave it out")
+    return Predictor(model, threshold)
 
 
 def _overrides_class() -> type:

@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from cfvit.cli.application import app
 from cfvit.cli.output import eta_text, print_json, print_line, saving_text, say
-from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Model, Threshold, load_model
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Model, Threshold, load_predictor
 from cfvit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,18 +46,12 @@ def predict(
     from cfvit.data import find_images
     from cfvit.inference.engines.exported import is_exported
     from cfvit.inference.files import FileAnswer, classify_files
-    from cfvit.inference.predictor import Predictor
-    from cfvit.processes import best_device
 
     if explain is not None and scaled_decode:
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
-    if is_exported(model):
-        if scaled_decode or calibration is not None:
-            option = "--scaled-decode" if scaled_decode else "--calibration"
-            raise UsageError(f"{option} is for models in torch, and {model} is an exported one: leave it out")
-        predictor = Predictor(model, threshold)
-    else:
-        predictor = Predictor(load_model(model, calibration).to(best_device()), threshold)
+    if scaled_decode and is_exported(model):
+        raise UsageError(f"--scaled-decode is for models in torch, and {model} is an exported one: leave it out")
+    predictor = load_predictor(model, threshold, calibration)
     files = find_images(paths)
     watch = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
     width = max(len(str(path)) for path in files)

@@ -42,7 +42,13 @@ class ImageError(CfvitError):
     """One image cannot be read; the message says why, without the file's name."""
 
 
-def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None) -> Image.Image:
+def open_image(
+    source: str | Path | IO[bytes] | bytes,
+    least: int | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] | None = None,
+) -> Image.Image:
     """Decodes an image to 8-bit RGB as a person would see it.
 
     The first frame of an animation; upright by its EXIF orientation; in sRGB, by its colour profile where it has one;
@@ -52,16 +58,18 @@ def open_image(source: str | Path | IO[bytes] | bytes, least: int | None = None)
     Args:
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size if its shorter side
             keeps so many pixels; others are decoded in full.
+        max_pixels: larger images are refused before they are decoded.
+        formats: names of Pillow's formats that are read; by default all.
 
     Raises:
-        ImageError: no such file, not an image, truncated, larger than `MAX_PIXELS`, longer than `MAX_ASPECT`.
+        ImageError: no such file, not an image, truncated, larger than ``max_pixels``, longer than `MAX_ASPECT`.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
     try:
-        with Image.open(source) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}: shrink it first")
+        with Image.open(source, formats=formats) as image:
+            if image.width * image.height > max_pixels:
+                raise ImageError(f"{image.width} x {image.height} pixels are more than {max_pixels:,}: shrink it first")
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ImageError(f"{image.width} x {image.height} pixels, longer than {MAX_ASPECT} to 1: cut it")
             if least is not None:

@@ -1,0 +1,212 @@
+"""What goes over the wire: the messages of `cfvit.deploy.server`, and tensors of the Open Inference Protocol."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from cfvit.errors import CfvitError, first_line
+
+
+class Failure(BaseModel):
+    """Whatever went wrong."""
+
+    error: str = Field(description="what was got and what is allowed, in one line")
+
+
+class PredictedImage(BaseModel):
+    """The answer for one image."""
+
+    label: str
+    index: int = Field(description="number of the class")
+    confidence: float
+    stage: int = Field(description="0: the coarse stage answered; 1: the fine one")
+    gmacs: float = Field(description="1e9 multiply-accumulates that were spent")
+    eta: float = Field(description="what the coarse stage's confidence was compared with")
+
+
+class Predictions(BaseModel):
+    """Answers for the images of a request."""
+
+    predictions: list[PredictedImage] = Field(description="in the order of the images")
+    milliseconds: float = Field(description="from the request to the answer")
+
+
+class Guess(BaseModel):
+    """A class that an image may show."""
+
+    label: str
+    probability: float
+
+
+class Explained(BaseModel):
+    """What both stages make of one image."""
+
+    grid: list[int] = Field(description="rows and columns of the coarse stage's cells")
+    class_attention: list[float] = Field(description="of each cell, row by row")
+    split: list[bool] = Field(description="whether the fine stage splits a cell, row by row")
+    coarse: list[Guess] = Field(description="the coarse answer, most probable first, at most 5")
+    fine: list[Guess] = Field(description="the fine answer, most probable first, at most 5")
+    coarse_confidence: float
+    fine_confidence: float
+    eta: float
+    stage: int = Field(description="whose answer counts at eta; here both were computed")
+    gmacs: float = Field(description="what that answer costs, in 1e9 multiply-accumulates")
+    gmacs_coarse: float
+    gmacs_both: float
+    gmacs_plain: float = Field(description="what the plain backbone costs")
+    milliseconds_coarse: float = Field(description="of the coarse stage's batch")
+    milliseconds_fine: float = Field(description="of the fine stage's batch")
+
+
+class Stats(BaseModel):
+    """The server at a glance."""
+
+    model: str
+    images: dict[str, int] = Field(description="answered since the start, by stage")
+    queues: dict[str, int] = Field(description="images that wait, by stage")
+    waiting: int = Field(description="images without an answer")
+    eta: float = Field(description="as it was set")
+    eta_now: float = Field(description="of the last batch; lower than eta under load, where that is allowed")
+    requests_per_second: float = Field(description="answered in the last minute")
+    p50_ms: float | None = Field(description="median time of these requests")
+    p95_ms: float | None = Field(description="95% of these requests took less")
+    ready: bool
+
+
+class Parameters(BaseModel):
+    """What may be changed while the server runs."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    eta: float = Field(ge=0, le=1, description="confidence at which the coarse answer is given")
+
+
+class TensorInfo(BaseModel):
+    """Name, kind and shape of a tensor; -1 stands for the number of images."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """Metadata of a model, by the Open Inference Protocol. One of the inputs is to be given."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+
+
+class OutputTensor(TensorInfo):
+    """An output: its values in row-major order."""
+
+    data: list[Any]
+
+
+class Inferred(BaseModel):
+    """The answer to an `InferRequest`."""
+
+    model_name: str
+    id: str | None = None
+    parameters: dict[str, Any] = Field(description="eta: what confidences were compared with, lowest of the request")
+    outputs: list[OutputTensor]
+
+
+class InputTensor(TensorInfo):
+    """An input: `images`, FP32, normalised; or `files`, BYTES, image files in base64."""
+
+    data: list[Any] | None = None
+    parameters: dict[str, Any] = {}
+
+
+class RequestedOutput(BaseModel):
+    """An output that is asked for."""
+
+    name: str
+
+
+class InferRequest(BaseModel):
+    """A request for inference, by the Open Inference Protocol."""
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[RequestedOutput] | None = None
+
+
+def infer_schema() -> dict[str, Any]:
+    """The schema of an `InferRequest`, without references."""
+    schema = InferRequest.model_json_schema()
+    text = json.dumps({name: part for name, part in schema.items() if name != "$defs"})
+    for name, part in schema["$defs"].items():
+        text = text.replace(json.dumps({"$ref": f"#/$defs/{name}"}), json.dumps(part))
+    return json.loads(text)
+
+
+def read_input(given: InputTensor, binary: bytes, size: tuple[int, int], most: int) -> list[Tensor] | list[bytes]:
+    """The images of a request: normalised ``[3, H, W]``, or files that are still to be decoded.
+
+    Args:
+        binary: what follows the JSON in the protocol's binary extension.
+        size: height and width of the model's images.
+        most: images that are allowed.
+
+    Raises:
+        CfvitError: another name, datatype, shape or number of values; values that are not numbers.
+    """
+    kinds = {("images", "FP32"): [3, *size], ("files", "BYTES"): []}
+    if (given.name, given.datatype) not in kinds:
+        raise CfvitError(f"input {given.name!r} of {given.datatype!r}: give 'images' of FP32 or 'files' of BYTES")
+    each = kinds[given.name, given.datatype]
+    if not given.shape or given.shape[1:] != each or not 1 <= given.shape[0] <= most:
+        raise CfvitError(f"input {given.name!r} of shape {given.shape}: give {['n', *each]}, n from 1 to {most}")
+    if "binary_data_size" in given.parameters:
+        if given.data is not None or given.parameters["binary_data_size"] != len(binary):
+            raise CfvitError(f"{len(binary)} bytes follow the JSON: give as many as binary_data_size says, and no data")
+        return _binary_files(binary, given.shape[0]) if not each else _floats(np.frombuffer(binary, "<f4"), given.shape)
+    if given.data is None or binary:
+        raise CfvitError(f"input {given.name!r} has no data, or bytes too many: give data, or binary_data_size")
+    if each:
+        try:
+            return _floats(np.asarray(given.data), given.shape)
+        except ValueError as error:
+            raise CfvitError(f"input 'images' cannot be read ({first_line(error)}): give numbers") from error
+    try:
+        files = [base64.b64decode(text, validate=True) for text in given.data]
+    except (binascii.Error, TypeError, ValueError) as error:
+        raise CfvitError(f"input 'files' cannot be read ({first_line(error)}): give image files in base64") from error
+    if len(files) != given.shape[0]:
+        raise CfvitError(f"input 'files' has {len(files)} values for the shape {given.shape}: give as many")
+    return files
+
+
+def _floats(values: np.ndarray, shape: list[int]) -> list[Tensor]:
+    if values.dtype.kind not in "fiu" or values.size != math.prod(shape):
+        raise CfvitError(f"input 'images' has {values.size} values for the shape {shape}: give as many, all numbers")
+    with np.errstate(over="ignore"):
+        images = torch.from_numpy(values.astype(np.float32).reshape(shape))
+    if not images.isfinite().all():
+        raise CfvitError("input 'images' has values that are infinite or not a number: give normalised pixels")
+    return list(images)
+
+
+def _binary_files(binary: bytes, count: int) -> list[bytes]:
+    """Each file with its length in front, in 4 bytes, the lowest first."""
+    files, place = [], 0
+    while place + 4 <= len(binary) and len(files) < count:
+        end = place + 4 + int.from_bytes(binary[place : place + 4], "little")
+        files.append(binary[place + 4 : end])
+        place = end
+    if place != len(binary) or len(files) != count:
+        raise CfvitError(f"the bytes of 'files' are not {count} files with their lengths in front")
+    return files

@@ -1,0 +1,261 @@
+"""Many callers, one engine: a queue for each stage, so that hard images of many requests are computed together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfvit.errors import CfvitError
+from cfvit.inference.engines import Engine
+from cfvit.inference.stream import COARSE, FINE, placed
+from cfvit.modeling.batches import check_images
+from cfvit.modeling.exit import goes_on
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage's batches are filled.
+
+    Attributes:
+        batch: the most images in a batch.
+        wait: a batch that is not full begins when its first image has waited so many seconds.
+    """
+
+    batch: int
+    wait: float
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or not self.wait >= 0:
+            raise CfvitError(f"a batch of {self.batch} after {self.wait} s: give at least 1 image, and 0 s or more")
+
+
+DEFAULTS = {
+    "cpu": (StageOptions(8, 0.0), StageOptions(4, 0.0)),
+    "cuda": (StageOptions(64, 0.005), StageOptions(64, 0.02)),
+}
+"""Coarse and fine stage, by device; elsewhere as on a GPU. On a CPU large batches gain little, and others wait."""
+
+
+class RefusedError(CfvitError):
+    """No place for more images.
+
+    Attributes:
+        retry_after: seconds after which there may be one.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """The answer for one image.
+
+    Attributes:
+        logits: ``[classes]``, of the stage that answered.
+        confidence: by the model's `Exit`; -1 where it is not a number.
+        stage: 0 where the coarse stage answered and 1 where the fine one did.
+        eta: what the confidence of the coarse stage was compared with.
+        seconds: what the batches of both stages took in which the image was, 0 for a stage that did not run.
+        state: of the coarse stage, with one row, where both stages were asked for.
+        coarse_confidence: of the coarse stage.
+    """
+
+    logits: Tensor
+    confidence: float
+    stage: int
+    eta: float
+    seconds: tuple[float, float]
+    state: Any
+    coarse_confidence: float
+
+
+@dataclass(eq=False)
+class _Place:
+    """An image that waits, and what is known of it so far."""
+
+    image: Tensor
+    both: bool
+    since: float
+    future: Future[Answer] = field(default_factory=Future)
+    state: Any = None
+    confidence: float = 0.0
+    eta: float = 0.0
+    seconds: float = 0.0
+
+
+class Scheduler:
+    """Answers images of many callers with one engine, on a thread of its own.
+
+    All methods may be called from any thread.
+
+    Args:
+        engine: runs the stages.
+        eta: the confidence at which the coarse answer is given.
+        coarse: how the coarse stage's batches are filled; by default what suits the device, see `DEFAULTS`.
+        fine: the same for the fine stage.
+        max_waiting: images that may be without an answer at a time.
+        least_eta: under load eta falls down to this, so that more images get the cheaper answer. None: it never does.
+        target_wait: eta begins to fall when images wait so many seconds for the coarse stage. From there it falls
+            in a straight line, and is at ``least_eta`` when they wait twice as long.
+        watch: called after each batch with the stage, the number of images and the seconds that it took.
+
+    Attributes:
+        eta: as above. It may be set at any time, and holds for all images that the coarse stage has not seen.
+        eta_now: the eta of the last coarse batch, which under load is lower than ``eta``.
+        waiting: images without an answer.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        eta: float,
+        *,
+        coarse: StageOptions | None = None,
+        fine: StageOptions | None = None,
+        max_waiting: int = 128,
+        least_eta: float | None = None,
+        target_wait: float = 0.5,
+        watch: Callable[[int, int, float], None] = lambda stage, count, seconds: None,
+    ) -> None:
+        defaults = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
+        self.engine, self.watch = engine, watch
+        self.eta = self.eta_now = eta
+        self.options = (coarse or defaults[COARSE], fine or defaults[FINE])
+        self.max_waiting, self.least_eta, self.target_wait = max_waiting, least_eta, target_wait
+        self.waiting, self.draining = 0, False
+        self._queues: tuple[dict[_Place, None], dict[_Place, None]] = ({}, {})  # in order, and quick to leave
+        self._busy, self._answered = 0.0, 0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="cfvit-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, images: Sequence[Tensor] | Tensor, both: bool = False) -> list[Future[Answer]]:
+        """Queues normalised images ``[3, H, W]``, all of them or none.
+
+        Cancelling a future gives its place back at once. One whose image is being computed is not computed further.
+
+        Args:
+            both: run both stages, whatever the coarse one answers.
+
+        Raises:
+            CfvitError: images of another shape.
+            RefusedError: too many are waiting, or the scheduler is ending.
+        """
+        for image in images:
+            check_images(image[None], self.engine.model.image_size)
+        with self._changed:
+            if self.draining:
+                raise RefusedError("the server is ending: ask another one", 1.0)
+            if self.waiting + len(images) > self.max_waiting:
+                raise RefusedError(
+                    f"{self.waiting} images are waiting, of {self.max_waiting} at most", self.retry_after()
+                )
+            now = time.monotonic()
+            places = [_Place(image, both, now) for image in images]
+            self.waiting += len(places)
+            self._queues[COARSE].update(dict.fromkeys(places))
+            self._changed.notify()
+        for place in places:
+            place.future.add_done_callback(lambda _, place=place: self._leave(place))
+        return [place.future for place in places]
+
+    def retry_after(self) -> float:
+        """Seconds that the images which wait will take, by what images have taken so far."""
+        return max(1.0, self.waiting * self._busy / max(self._answered, 1))
+
+    def queue_length(self, stage: int) -> int:
+        """Images that wait for a stage."""
+        return len(self._queues[stage])
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuses new images, answers all that wait, and ends. Returns whether it has, within so many seconds."""
+        with self._changed:
+            self.draining = True
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def _leave(self, place: _Place) -> None:
+        with self._changed:
+            self.waiting -= 1
+            for queue in self._queues:
+                queue.pop(place, None)
+
+    def _run(self) -> None:
+        while (batch := self._next_batch()) is not None:
+            stage, places = batch
+            start = time.monotonic()
+            try:
+                with torch.inference_mode():
+                    (self._run_coarse if stage == COARSE else self._run_fine)(places, start)
+            except Exception as error:  # its callers are told, and the others still get their answers
+                for place in places:
+                    if not place.future.done() and place.future.set_running_or_notify_cancel():
+                        place.future.set_exception(error)
+            seconds = time.monotonic() - start
+            self._busy += seconds
+            self.watch(stage, len(places), seconds)
+
+    def _next_batch(self) -> tuple[int, list[_Place]] | None:
+        """Waits for a batch that is full or has waited long enough, the fine stage's first; None at the end."""
+        with self._changed:
+            while True:
+                now, soonest = time.monotonic(), float("inf")
+                for stage in (FINE, COARSE):
+                    queue, options = self._queues[stage], self.options[stage]
+                    if not queue:
+                        continue
+                    due = next(iter(queue)).since + options.wait
+                    if len(queue) >= options.batch or now >= due or self.draining:
+                        places = list(queue)[: options.batch]
+                        for place in places:
+                            del queue[place]
+                        return stage, places
+                    soonest = min(soonest, due)
+                if self.draining and not any(self._queues):
+                    return None
+                self._changed.wait(None if soonest == float("inf") else soonest - now)
+
+    def _run_coarse(self, places: list[_Place], now: float) -> None:
+        eta = self.eta
+        late = min((now - places[0].since) / self.target_wait - 1, 1.0)
+        if self.least_eta is not None and late > 0:
+            eta = min(eta, self.least_eta + (eta - self.least_eta) * (1 - late))
+        self.eta_now = eta
+        state, confidence = self.engine.coarse(self._stacked(places))
+        hard = goes_on(confidence, eta).tolist()
+        logits, seconds = state.logits.cpu(), time.monotonic() - now
+        for i, (place, goes) in enumerate(zip(places, hard, strict=True)):
+            place.eta, place.seconds, place.confidence = eta, seconds, float(confidence[i])
+            if goes or place.both:
+                place.state, place.since = state[torch.tensor([i])], time.monotonic()  # copied, without the others
+                with self._changed:
+                    if not place.future.cancelled():
+                        self._queues[FINE][place] = None
+            else:
+                self._give(place, logits[i], place.confidence, COARSE, (seconds, 0.0))
+
+    def _run_fine(self, places: list[_Place], now: float) -> None:
+        state = type(places[0].state).join([place.state for place in places])
+        logits, confidence = self.engine.fine(self._stacked(places), state)
+        logits, sure, seconds = logits.cpu(), confidence.tolist(), time.monotonic() - now
+        for i, place in enumerate(places):
+            self._give(place, logits[i], sure[i], FINE, (place.seconds, seconds))
+
+    def _stacked(self, places: list[_Place]) -> Tensor:
+        return placed(torch.stack([place.image for place in places]), self.engine.weight)
+
+    def _give(self, place: _Place, logits: Tensor, confidence: float, stage: int, seconds: tuple[float, float]) -> None:
+        self._answered += 1
+        if place.future.set_running_or_notify_cancel():
+            state = place.state if place.both else None
+            place.future.set_result(Answer(logits, confidence, stage, place.eta, seconds, state, place.confidence))

@@ -1,0 +1,600 @@
+"""Answers over HTTP: an interface of its own, and the Open Inference Protocol. Needs ``cfvit[serve]``."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hmac
+import json
+import logging
+import math
+import socket
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import uvicorn
+from fastapi import Depends, FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
+
+import cfvit
+from cfvit.data import ImageError, eval_transform, open_image
+from cfvit.deploy import protocol
+from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
+from cfvit.errors import CfvitError, first_line
+from cfvit.inference.predictor import Predictor
+from cfvit.inference.stream import COARSE, FINE
+from cfvit.modeling.exit import goes_on
+from cfvit.modeling.tokens import num_informative, rank_cells
+
+STAGES = ("coarse", "fine")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+"""What is decoded. Pillow knows more, some of which by calling other programs."""
+
+RECENT = 60.0
+"""Seconds that `/stats` looks back."""
+
+PAGE = Path(__file__).parent / "page"
+
+log = logging.getLogger("cfvit.serve")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server allows.
+
+    Attributes:
+        name: of the model, in addresses.
+        max_body: bytes of a request.
+        max_pixels: of an image; checked before it is decoded.
+        max_images: of a request.
+        max_waiting: images without an answer, and requests, at a time.
+        time_limit: seconds that a request may take, its body included.
+        decoders: threads that decode.
+        api_key: must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
+        allow_parameters: whether eta may be changed over HTTP.
+        coarse, fine, least_eta, target_wait: see `Scheduler`.
+    """
+
+    name: str = "cfvit"
+    max_body: int = 16 * 2**20
+    max_pixels: int = 50_000_000
+    max_images: int = 32
+    max_waiting: int = 128
+    time_limit: float = 30.0
+    decoders: int = 4
+    api_key: str | None = None
+    allow_parameters: bool = False
+    coarse: StageOptions | None = None
+    fine: StageOptions | None = None
+    least_eta: float | None = None
+    target_wait: float = 0.5
+
+
+class Metrics:
+    """What ``/metrics`` shows, and what ``/stats`` computes from the last minute."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        given: dict[str, Any] = {"registry": self.registry}
+        times = {"buckets": [0.001 * 2**i for i in range(15)], **given}
+        sizes = {"buckets": [1, 2, 4, 8, 16, 32, 64, 128], **given}
+        self.requests = Counter("cfvit_requests", "HTTP requests", ["route", "status"], **given)
+        self.refusals = Counter("cfvit_refusals", "requests refused, by the limit", ["limit"], **given)
+        self.images = Counter("cfvit_images", "images answered", ["stage"], **given)
+        self.batch_images = Histogram("cfvit_batch_images", "images in a batch", ["stage"], **sizes)
+        self.batch_seconds = Histogram("cfvit_batch_seconds", "time of a batch", ["stage"], **times)
+        self.image_seconds = Histogram("cfvit_image_seconds", "from request to answer, by stage", ["stage"], **times)
+        self.queues = Gauge("cfvit_queue_images", "images that wait for a stage", ["stage"], **given)
+        self.eta = Gauge("cfvit_eta", "eta as it was set, and of the last batch", ["which"], **given)
+        self.answered: dict[str, int] = dict.fromkeys(STAGES, 0)
+        self.recent: deque[tuple[float, float]] = deque(maxlen=100_000)
+
+    def count_batch(self, stage: int, count: int, seconds: float) -> None:
+        """Counts a batch of the scheduler."""
+        self.batch_images.labels(STAGES[stage]).observe(count)
+        self.batch_seconds.labels(STAGES[stage]).observe(seconds)
+
+    def count_answers(self, answers: Sequence[Answer], seconds: float) -> None:
+        """Counts the images of an answered request, which took so long."""
+        for stage in (STAGES[answer.stage] for answer in answers):
+            self.images.labels(stage).inc()
+            self.image_seconds.labels(stage).observe(seconds)
+            self.answered[stage] += 1
+        self.recent.append((time.monotonic(), seconds))
+
+    def latest(self) -> list[float]:
+        """Seconds that each request of the last minute took, rising."""
+        while self.recent and self.recent[0][0] < time.monotonic() - RECENT:
+            self.recent.popleft()
+        return sorted(seconds for _, seconds in self.recent)
+
+
+class Service:
+    """One model behind HTTP. `create_app` puts its methods at addresses.
+
+    Attributes:
+        draining: new work is refused, and what is in the server is answered.
+        requests: with work for the model, in the server now.
+    """
+
+    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+        self.settings, self.model, self.macs = settings, predictor.model, predictor.macs
+        Predictor(predictor.engine, 1.0)(torch.zeros(1, 3, *self.model.image_size))  # the first batches are slow
+        self.metrics = Metrics()
+        self.scheduler = Scheduler(
+            predictor.engine,
+            predictor.threshold,
+            coarse=settings.coarse,
+            fine=settings.fine,
+            max_waiting=settings.max_waiting,
+            least_eta=settings.least_eta,
+            target_wait=settings.target_wait,
+            watch=self.metrics.count_batch,
+        )
+        self.decoders = ThreadPoolExecutor(settings.decoders, "cfvit-decoder")
+        self.transform = eval_transform(self.model.data_config)
+        self.draining, self.requests, self.images, self.started = False, 0, 0, time.monotonic()
+
+    async def predict(self, request: Request) -> protocol.Predictions:
+        """Classify images: one as the body, or several as the files of a multipart form."""
+        start = time.monotonic()
+        answers = await self._answers(request, await self._uploaded(request))
+        macs = self.macs
+        predictions = [
+            protocol.PredictedImage(
+                label=self.model.label_of(index := int(answer.logits.argmax())),
+                index=index,
+                confidence=answer.confidence,
+                stage=answer.stage,
+                gmacs=(macs.both if answer.stage == FINE else macs.coarse) / 1e9,
+                eta=answer.eta,
+            )
+            for answer in answers
+        ]
+        return protocol.Predictions(predictions=predictions, milliseconds=1e3 * (time.monotonic() - start))
+
+    async def explain(
+        self, request: Request, eta: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None
+    ) -> protocol.Explained:
+        """Show what both stages make of one image, and which of them answers at eta, by default the server's."""
+        (answer,) = await self._answers(request, await self._uploaded(request, most=1), both=True)
+        about, macs, state = self.model, self.macs, answer.state
+        if getattr(state, "class_attention", None) is None:
+            raise HTTPException(501, "the engine of this server gives no class attention: serve another export")
+        rows, columns = about.grid
+        chosen, _ = rank_cells(state.class_attention, num_informative(about.config.informative_ratio, rows * columns))
+        eta = answer.eta if eta is None else eta
+        stage = int(goes_on(torch.tensor([answer.coarse_confidence]), eta))
+        return protocol.Explained(
+            grid=[rows, columns],
+            class_attention=state.class_attention[0].tolist(),
+            split=torch.zeros(rows * columns, dtype=torch.bool).index_fill(0, chosen[0].cpu(), True).tolist(),
+            coarse=self._guesses(state.logits[0].cpu() / about.exit.coarse_temperature),
+            fine=self._guesses(answer.logits / about.exit.fine_temperature),
+            coarse_confidence=answer.coarse_confidence,
+            fine_confidence=answer.confidence,
+            eta=eta,
+            stage=stage,
+            gmacs=(macs.both if stage == FINE else macs.coarse) / 1e9,
+            gmacs_coarse=macs.coarse / 1e9,
+            gmacs_both=macs.both / 1e9,
+            gmacs_plain=macs.backbone / 1e9,
+            milliseconds_coarse=1e3 * answer.seconds[COARSE],
+            milliseconds_fine=1e3 * answer.seconds[FINE],
+        )
+
+    async def infer(self, request: Request) -> JSONResponse:
+        """Classify by the Open Inference Protocol: tensors as JSON, or behind it by the protocol's binary extension."""
+        length = request.headers.get("inference-header-content-length")
+        body = await request.body()
+
+        def read() -> tuple[protocol.InferRequest, list[Tensor] | list[bytes]]:
+            if length is not None and not (length.isdecimal() and len(length) < 12 and int(length) <= len(body)):
+                raise CfvitError(f"Inference-Header-Content-Length is {length!r}: give the bytes of the JSON")
+            end = len(body) if length is None else int(length)
+            try:
+                asked = protocol.InferRequest.model_validate_json(body[:end])
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise CfvitError(f"not a request of the Open Inference Protocol ({where}: {first['msg']})") from error
+            most = self.settings.max_images
+            return asked, protocol.read_input(asked.inputs[0], body[end:], self.model.image_size, most)
+
+        asked, images = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
+        names = [info.name for info in self.metadata().outputs]
+        wanted = names if asked.outputs is None else [output.name for output in asked.outputs]
+        if unknown := set(wanted) - set(names):
+            raise CfvitError(f"outputs {sorted(unknown)} are not known: ask for some of {names}")
+        answers = await self._answers(request, images)
+        values = {
+            "logits": [value for answer in answers for value in answer.logits.tolist()],
+            "confidence": [answer.confidence for answer in answers],
+            "stage": [answer.stage for answer in answers],
+            "label": [self.model.label_of(int(answer.logits.argmax())) for answer in answers],
+        }
+        outputs = [
+            {**info.model_dump(), "shape": [len(answers), *info.shape[1:]], "data": values[info.name]}
+            for info in self.metadata().outputs
+            if info.name in wanted
+        ]
+        named = {} if asked.id is None else {"id": asked.id}
+        eta = {"eta": min(answer.eta for answer in answers)}
+        return JSONResponse({"model_name": self.settings.name, **named, "parameters": eta, "outputs": outputs})
+
+    def metadata(self) -> protocol.ModelMetadata:
+        """Tell what the model takes and gives."""
+        tensors = {
+            "images": ("FP32", [-1, 3, *self.model.image_size]),
+            "files": ("BYTES", [-1]),
+            "logits": ("FP32", [-1, self.model.config.num_classes]),
+            "confidence": ("FP32", [-1]),
+            "stage": ("INT64", [-1]),
+            "label": ("BYTES", [-1]),
+        }
+        infos = [protocol.TensorInfo(name=n, datatype=kind, shape=shape) for n, (kind, shape) in tensors.items()]
+        platform = f"cfvit_{getattr(self.model, 'format', 'torch')}"
+        return protocol.ModelMetadata(
+            name=self.settings.name, versions=["1"], platform=platform, inputs=infos[:2], outputs=infos[2:]
+        )
+
+    def server(self) -> dict[str, Any]:
+        """Tell what this server is."""
+        return {"name": "cfvit", "version": cfvit.__version__, "extensions": ["binary_tensor_data"]}
+
+    def live(self) -> dict[str, bool]:
+        """Tell that the server runs."""
+        return {"live": True}
+
+    def ready(self) -> JSONResponse:
+        """Tell whether the server takes new work: status 200 if it does, 503 if it is ending."""
+        return JSONResponse({"ready": not self.draining}, 503 if self.draining else 200)
+
+    def parameters(self) -> protocol.Parameters:
+        """Tell what may be changed while the server runs."""
+        return protocol.Parameters(eta=self.scheduler.eta)
+
+    def set_parameters(self, parameters: protocol.Parameters) -> protocol.Parameters:
+        """Change eta for all images to come. Allowed if the server was started so."""
+        if not self.settings.allow_parameters:
+            raise HTTPException(403, "parameters are fixed: start the server with --allow-parameters")
+        self.scheduler.eta = self.scheduler.eta_now = parameters.eta
+        log.info("eta is set", extra={"fields": {"eta": parameters.eta}})
+        return parameters
+
+    def stats(self) -> protocol.Stats:
+        """Tell the figures of the last minute."""
+        latest = self.metrics.latest()
+        p50, p95 = (1e3 * latest[int(share * len(latest))] if latest else None for share in (0.5, 0.95))
+        return protocol.Stats(
+            model=self.settings.name,
+            images=self.metrics.answered,
+            queues={name: self.scheduler.queue_length(stage) for stage, name in enumerate(STAGES)},
+            waiting=self.scheduler.waiting,
+            eta=self.scheduler.eta,
+            eta_now=self.scheduler.eta_now,
+            requests_per_second=len(latest) / min(RECENT, time.monotonic() - self.started),
+            p50_ms=p50,
+            p95_ms=p95,
+            ready=not self.draining,
+        )
+
+    def show_metrics(self) -> Response:
+        """Tell counts and times in Prometheus' text format."""
+        for stage, name in enumerate(STAGES):
+            self.metrics.queues.labels(name).set(self.scheduler.queue_length(stage))
+        self.metrics.eta.labels("set").set(self.scheduler.eta)
+        self.metrics.eta.labels("now").set(self.scheduler.eta_now)
+        return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def check_key(
+        self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None
+    ) -> None:
+        """Refuses requests without the key, if there is one; in constant time."""
+        key = self.settings.api_key
+        if key is not None and not (given and hmac.compare_digest(given.credentials.encode(), key.encode())):
+            header = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "no key, or a wrong one: send Authorization: Bearer KEY", header)
+
+    async def _uploaded(self, request: Request, most: int | None = None) -> list[bytes]:
+        """The image files of a request, as they came."""
+        most = self.settings.max_images if most is None else most
+        if not request.headers.get("content-type", "").lower().startswith("multipart/"):
+            if body := await request.body():
+                return [body]
+            raise CfvitError("the body is empty: send an image file, or several in a multipart form")
+        parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=most)
+        parser.spool_max_size = self.settings.max_body  # kept in memory, which max_body bounds
+        try:
+            form = await parser.parse()
+        except MultiPartException as error:
+            raise CfvitError(f"the form cannot be read ({error.message}): give at most {most} files") from error
+        files = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+        if not files:
+            raise CfvitError("the form has no file: send each image as a file, as in curl -F image=@photo.jpg")
+        return files
+
+    def _decode(self, image: bytes | Tensor, name: str) -> Tensor:
+        """A normalised image ``[3, H, W]``."""
+        if isinstance(image, Tensor):
+            return image
+        try:
+            return self.transform(open_image(image, max_pixels=self.settings.max_pixels, formats=FORMATS))
+        except ImageError as error:
+            raise HTTPException(422, f"{name}{error}") from error
+
+    async def _answers(self, request: Request, images: Sequence[bytes | Tensor], both: bool = False) -> list[Answer]:
+        """Decodes and answers a request's images, if there is room, as long as its client is there."""
+        start, count = time.monotonic(), len(images)
+        if self.images + count > self.settings.max_waiting:
+            self.metrics.refusals.labels("images").inc()
+            message = f"{self.images} images wait, and {self.settings.max_waiting} may: try again later"
+            raise RefusedError(message, self.scheduler.retry_after())
+        names = [f"image {number + 1}: " if count > 1 else "" for number in range(count)]
+        decode = functools.partial(asyncio.get_running_loop().run_in_executor, self.decoders, self._decode)
+
+        async def work() -> list[Answer]:
+            decoded = await asyncio.gather(*map(decode, images, names))
+            return await asyncio.gather(*map(asyncio.wrap_future, self.scheduler.submit(decoded, both)))
+
+        self.images += count
+        try:
+            answers = await while_connected(request, work())
+        finally:
+            self.images -= count
+        for name, answer in zip(names, answers, strict=True):
+            if answer.confidence < 0:
+                raise HTTPException(422, f"{name}the answer is not a number: values are too large, or weights damaged")
+        self.metrics.count_answers(answers, time.monotonic() - start)
+        return answers
+
+    def _guesses(self, logits: Tensor) -> list[protocol.Guess]:
+        best = logits.float().softmax(dim=-1).topk(min(5, len(logits)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return [protocol.Guess(label=self.model.label_of(index), probability=value) for index, value in pairs]
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
+    """The result of work, which is cancelled when the client leaves.
+
+    Raises:
+        ClientDisconnect: it has left. The request's body must have been read before.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+class Door:
+    """What every request passes: a place for work or a refusal, the time limit, the count and the log."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        service, start, status, read = self.service, time.monotonic(), 0, False
+
+        async def watched_receive() -> Message:
+            nonlocal read
+            message = await receive()
+            read = read or not message.get("more_body", False)
+            return message
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        works = scope["method"] == "POST"
+        service.requests += works
+        try:
+            if works and (service.draining or service.requests > service.settings.max_waiting):
+                await self._refusal("draining" if service.draining else "requests")(scope, receive, watched_send)
+                return
+            async with asyncio.timeout(service.settings.time_limit):
+                await self.app(scope, watched_receive, watched_send)
+        except TimeoutError:
+            if status == 0:
+                await self._refusal("time" if read else "body time")(scope, receive, watched_send)
+        finally:
+            service.requests -= works
+            route = getattr(scope.get("route"), "path", "other")
+            service.metrics.requests.labels(route, str(status or 500)).inc()
+            fields = {"method": scope["method"], "path": scope["path"], "status": status or 500}
+            log.info("request", extra={"fields": {**fields, "ms": round(1e3 * (time.monotonic() - start), 1)}})
+
+    def _refusal(self, limit: str) -> JSONResponse:
+        settings = self.service.settings
+        status, message, close = {
+            "draining": (503, "the server is ending: ask another one", True),
+            "requests": (
+                503,
+                f"{settings.max_waiting} requests are in work, and no more may be: try again later",
+                False,
+            ),
+            "time": (503, f"not answered within {settings.time_limit:g} s: try again later", False),
+            "body time": (408, f"the body did not come within {settings.time_limit:g} s: send it faster", True),
+        }[limit]
+        self.service.metrics.refusals.labels(limit).inc()
+        headers = {"Connection": "close"} if close else {}
+        return failure(status, message, headers, self.service.scheduler.retry_after() if status == 503 else None)
+
+
+def failure(
+    status: int, message: str, headers: Mapping[str, str] | None = None, retry_after: float | None = None
+) -> JSONResponse:
+    """An answer that says in one line what is wrong, and after how many seconds to try again."""
+    later = {} if retry_after is None else {"Retry-After": str(math.ceil(retry_after))}
+    return JSONResponse({"error": " ".join(message.split())}, status, {**(headers or {}), **later})
+
+
+def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
+    """The application that answers by a predictor's engine; ``app.state.service`` is its `Service`.
+
+    Its end drains the scheduler.
+    """
+    service = Service(predictor, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.scheduler.drain)
+        service.decoders.shutdown()
+
+    app = FastAPI(
+        title="cfvit",
+        version=cfvit.__version__,
+        description="Coarse-to-fine vision transformers: easy images at a glance, hard ones read again.",
+        docs_url=None,  # this page and the next would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+        max_body_size=settings.max_body,
+    )
+    app.state.service = service
+    app.add_middleware(Door, service=service)
+
+    @app.exception_handler(HTTPException)
+    def refused(_: Request, error: HTTPException) -> Response:
+        return failure(error.status_code, error.detail, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return failure(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    @app.exception_handler(CfvitError)
+    def wrong(_: Request, error: CfvitError) -> Response:
+        return (
+            failure(503, str(error), None, error.retry_after)
+            if isinstance(error, RefusedError)
+            else failure(400, str(error))
+        )
+
+    @app.exception_handler(ClientDisconnect)
+    def left(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # for the log alone: nobody reads it
+
+    @app.exception_handler(Exception)
+    def failed(_: Request, error: Exception) -> Response:
+        return failure(500, f"the server failed ({first_line(error)}): its log says where")
+
+    def route(method: str, path: str, answer: Callable[..., Any], statuses: Sequence[int] = (), **given: Any) -> None:
+        responses: dict[int | str, dict[str, Any]] = {status: {"model": protocol.Failure} for status in statuses}
+        app.add_api_route(path, answer, methods=[method], responses=responses, **given)
+
+    key = {"dependencies": [Depends(service.check_key)]}
+    model = f"/v2/models/{settings.name}"
+    file = {"schema": {"type": "string", "format": "binary"}}
+    form = {
+        "type": "object",
+        "properties": {"image": {"type": "array", "items": file["schema"]}},
+        "required": ["image"],
+    }
+    upload = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}, "image/*": file}}}
+    limits = (400, 401, 408, 413, 422, 503)
+    route("POST", "/predict", service.predict, limits, openapi_extra=upload, **key)
+    route("POST", "/explain", service.explain, (*limits, 501), openapi_extra=upload, **key)
+    route("GET", "/stats", service.stats, (401,), **key)
+    route("GET", "/metrics", service.show_metrics, (401,), response_class=PlainTextResponse, **key)
+    route("GET", "/v2", service.server, (401,), **key)
+    route("GET", "/v2/health/live", service.live)
+    route("GET", "/v2/health/ready", service.ready, (503,))
+    route("GET", model, service.metadata, (401,), **key)
+    route("GET", f"{model}/ready", service.ready, (503,))
+    route("GET", f"{model}/parameters", service.parameters, (401,), **key)
+    route("PUT", f"{model}/parameters", service.set_parameters, (401, 403, 413, 422), **key)
+    infer = {"requestBody": {"required": True, "content": {"application/json": {"schema": protocol.infer_schema()}}}}
+    route("POST", f"{model}/infer", service.infer, limits, openapi_extra=infer, response_model=protocol.Inferred, **key)
+    if (PAGE / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+class JsonLines(logging.Formatter):
+    """A record of the log as JSON on one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps({**told, **getattr(record, "fields", {})})
+
+
+LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"json": {"()": JsonLines}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
+    "loggers": {name: {"handlers": ["stderr"], "level": "INFO"} for name in ("cfvit.serve", "uvicorn")},
+}
+
+
+class Server(uvicorn.Server):
+    """Ends in order on SIGTERM or Ctrl-C: readiness fails, what is inside is answered, and then the socket closes.
+
+    uvicorn itself would close its socket first. A second signal ends it at once.
+
+    Args:
+        notice: seconds for which new work is refused before the socket closes, so that balancers can look away.
+    """
+
+    def __init__(self, config: uvicorn.Config, service: Service, notice: float) -> None:
+        super().__init__(config)
+        self.service, self.notice, self.ends = service, notice, math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to end. uvicorn calls this for a signal."""
+        if self.service.draining:
+            self.should_exit = self.force_exit = True
+        self.service.draining = True
+        self.ends = time.monotonic() + self.notice
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to close the socket now. uvicorn calls this ten times a second."""
+        if self.service.requests == 0 and time.monotonic() >= self.ends:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice: float = 1.0) -> None:
+    """Serves until a signal ends it, and then returns.
+
+    Raises:
+        CfvitError: the address cannot be had.
+    """
+    app = create_app(predictor, settings)
+    config = uvicorn.Config(app, host, port, log_config=LOGGING, access_log=False, server_header=False)
+    config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
+    try:
+        listener = socket.create_server((host, port), reuse_port=False)
+    except OSError as error:
+        raise CfvitError(f"{host}:{port} cannot be served ({error.strerror}): choose another --port") from error
+    Server(config, app.state.service, notice).run([listener])
