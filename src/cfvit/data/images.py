@@ -46,7 +46,7 @@ def open_image(
     source: str | Path | IO[bytes] | bytes,
     least: int | None = None,
     *,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
     formats: tuple[str, ...] | None = None,
 ) -> Image.Image:
     """Decodes an image to 8-bit RGB as a person would see it.
@@ -58,7 +58,7 @@ def open_image(
     Args:
         least: a JPEG may be decoded at a half, a quarter or an eighth of its size if its shorter side
             keeps so many pixels; others are decoded in full.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: larger images are refused before they are decoded; by default `MAX_PIXELS`.
         formats: names of Pillow's formats that are read; by default all.
 
     Raises:
@@ -66,6 +66,7 @@ def open_image(
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
     try:
         with Image.open(source, formats=formats) as image:
             if image.width * image.height > max_pixels:
