@@ -28,7 +28,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
@@ -259,7 +259,7 @@ class Service:
 
     def server(self) -> dict[str, Any]:
         """Tell what this server is."""
-        return {"name": "cfvit", "version": cfvit.__version__, "extensions": ["binary_tensor_data"]}
+        return {"name": "cfvit", "version": cfvit.__version__, "extensions": []}
 
     def live(self) -> dict[str, bool]:
         """Tell that the server runs."""
@@ -400,12 +400,17 @@ class Door:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        service, start, status, read = self.service, time.monotonic(), 0, False
+        service, start, status, size, read = self.service, time.monotonic(), 0, 0, False
+        length, most = Headers(scope=scope).get("content-length", ""), service.settings.max_body
+        promised = int(length) if length.isdecimal() else 0
 
         async def watched_receive() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, size
+            message = await receive() if promised <= most else {}
             read = read or not message.get("more_body", False)
+            size += len(message.get("body", b""))
+            if max(size, promised) > most:
+                raise HTTPException(413, f"the body has more than {most} bytes: send less")
             return message
 
         async def watched_send(message: Message) -> None:
@@ -413,7 +418,7 @@ class Door:
             status = message.get("status", status)
             await send(message)
 
-        works = scope["method"] == "POST"
+        works = scope["method"] in ("POST", "PUT")
         service.requests += works
         try:
             if works and (service.draining or service.requests > service.settings.max_waiting):
@@ -476,7 +481,6 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
         docs_url=None,  # this page and the next would load scripts from elsewhere
         redoc_url=None,
         lifespan=lifespan,
-        max_body_size=settings.max_body,
     )
     app.state.service = service
     app.add_middleware(Door, service=service)
@@ -591,10 +595,13 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
         CfvitError: the address cannot be had.
     """
     app = create_app(predictor, settings)
-    config = uvicorn.Config(app, host, port, log_config=LOGGING, access_log=False, server_header=False)
+    service = app.state.service
+    config = uvicorn.Config(app, log_config=LOGGING, access_log=False, server_header=False)
     config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
     try:
-        listener = socket.create_server((host, port), reuse_port=False)
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise CfvitError(f"{host}:{port} cannot be served ({error.strerror}): choose another --port") from error
-    Server(config, app.state.service, notice).run([listener])
+        raise CfvitError(f"{host}, port {port}, cannot be had ({error.strerror}): choose another") from error
+    told = {"host": host, "port": listener.getsockname()[1], "model": settings.name, "eta": service.scheduler.eta}
+    log.info("serving", extra={"fields": told})
+    Server(config, service, notice).run([listener])
