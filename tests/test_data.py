@@ -39,6 +39,7 @@ from cfvit.data import (
     has_validation_split,
     open_data,
     open_image,
+    progress_bar,
     split_holdout,
 )
 from cfvit.data import images as data
@@ -643,3 +644,17 @@ next(sys.kept)
 )
 def test_classes_are_compared_by_what_tells_them_apart(names: list[str], others: list[str], same: bool) -> None:
     assert (difference_of_classes(names, others) is None) == same
+
+
+def test_where_no_one_watches_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress_bar(2000, done=1000) as advance:
+        advance(500)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("cfvit.data.loading.SECONDS_BETWEEN_LINES", 0)
+    with progress_bar(2000, done=1000) as advance:
+        advance(500)
+    line = capsys.readouterr().err
+    assert line.startswith("1,500 of 2,000 images, ")
+    assert line.endswith(" a second\n")

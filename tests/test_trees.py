@@ -325,6 +325,11 @@ def test_predict_finds_the_images_of_linked_folders_once(tmp_path: Path) -> None
     assert found == ["1.png", "linked/2.png", "linked/sub/3.png"]
 
 
+def test_a_file_named_beside_its_folder_comes_once(tmp_path: Path) -> None:
+    root = _write(tmp_path / "photos", "1.png", "2.png")
+    assert find_images([root / "2.png", root, root / "1.png"]) == [root / "2.png", root / "1.png"]
+
+
 def test_pictures_of_other_suffixes_are_told_with_their_count(tmp_path: Path) -> None:
     root = _write(tmp_path / "photos", "a.png", "b.heic", "c/d.HEIC", "c/e.jxl", "f.jpe", "notes.txt")
     expected = r"4 files are skipped for the suffix \(2 \.heic, 1 \.jpe, 1 \.jxl\): convert"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from cfvit.cli.application import app
 from cfvit.cli.output import eta_text, print_json, print_line, saving_text, say
@@ -15,7 +15,7 @@ from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json
 from cfvit.errors import UsageError
 
 if TYPE_CHECKING:
-    from cfvit.inference.files import FileAnswer, FileFailure
+    from cfvit.inference.files import FileAnswer, Tally
     from cfvit.inference.predictor import Predictor
     from cfvit.modeling.exit import Measure
     from cfvit.plots.explain import PictureFolder
@@ -37,6 +37,14 @@ def predict(
         bool, Parameter(negative="", help="decode large JPEGs in part for the coarse stage: quicker, other pixels")
     ] = False,
     batch_size: BatchSize = 32,
+    output: Annotated[
+        Path | None, Parameter(help="write all answers to this .jsonl or .parquet file; a run that was stopped goes on")
+    ] = None,
+    shard: Annotated[str | None, Parameter(help="i/n: the share of the i-th of n machines, with --output")] = None,
+    part_size: Annotated[
+        int | None,
+        Parameter(validator=Number(gte=1), help="images in a partition file, with --output (default: 256)"),
+    ] = None,
 ) -> int:
     """Classify images: label, confidence, the stage that answered and what it cost.
 
@@ -45,26 +53,66 @@ def predict(
     """
     from cfvit.data import find_images
     from cfvit.inference.engines.exported import is_exported
-    from cfvit.inference.files import FileAnswer, classify_files
+    from cfvit.inference.files import FileAnswer, Tally, as_row, classify_files
 
     if explain is not None and scaled_decode:
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
     if scaled_decode and is_exported(model):
         raise UsageError(f"--scaled-decode is for models in torch, and {model} is an exported one: leave it out")
+    if output is None and (shard or part_size):
+        raise UsageError("--shard and --part-size are for answers in a file: add --output")
+    if output is not None and (json or explain is not None):
+        raise UsageError("with --output all answers go to its file: leave out --json and --explain")
     predictor = load_predictor(model, threshold, calibration)
+    if output is not None:
+        return _predict_into(output, paths, predictor, batch_size, scaled_decode, shard, part_size)
     files = find_images(paths)
-    watch = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
+    watch: dict[str, Any] = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
     width = max(len(str(path)) for path in files)
-    answers: list[FileAnswer] = []
+    tally = Tally()
     for result in classify_files(files, predictor, batch_size, scaled_decode=scaled_decode, **watch):
-        if isinstance(result, FileAnswer):
-            answers.append(result)
-            _print_answer(result, width, predictor.model.exit.measure, json)
-        else:
-            _tell_failure(result, json)
-    if answers:
-        say(_summary(answers, predictor.macs.backbone / 1e9, predictor.threshold))
-    return int(len(answers) < len(files))
+        row = tally.count(as_row(result))
+        if not isinstance(result, FileAnswer):
+            say(f"cfvit: {result.path}: {result.error}")
+        elif not json:
+            _print_answer(result, width, predictor.model.exit.measure)
+        if json:
+            print_json(**row)
+    return _sum_up(tally, predictor)
+
+
+def _predict_into(
+    output: Path,
+    paths: Sequence[Path],
+    predictor: Predictor,
+    batch_size: int,
+    scaled_decode: bool,
+    shard: str | None,
+    part_size: int | None,
+) -> int:
+    """All answers in one file, see `cfvit.deploy.batch`."""
+    from cfvit.data import iter_images, progress_bar
+    from cfvit.deploy.batch import PART_SIZE, deal, model_digest, open_job, parse_shard
+    from cfvit.inference.files import classify_files
+
+    dealt = None if shard is None else parse_shard(shard)
+    settings = {
+        "photos": [str(path.absolute()) for path in paths],
+        "model": model_digest(predictor.model),
+        "threshold": predictor.threshold,
+        "scaled_decode": scaled_decode,
+        "shard": shard,
+    }
+    images = iter_images(paths) if dealt is None else deal(iter_images(sorted(set(paths))), dealt)
+    with open_job(output, settings, images, part_size or PART_SIZE) as job:
+        say(f"{job.total:,} images, {job.done:,} of them answered before" if job.done else f"{job.total:,} images")
+        with progress_bar(job.total, done=job.done) as advance:
+            for number, part in job.unanswered():
+                advance(job.write(number, classify_files(part, predictor, batch_size, scaled_decode=scaled_decode)))
+        tally = job.join()
+    if tally.failed:
+        say(f"cfvit: {tally.failed:,} of {job.total:,} images have no answer: see their error in {output}")
+    return _sum_up(tally, predictor)
 
 
 def _pictures(folder: Path, files: Sequence[Path], predictor: Predictor) -> PictureFolder:
@@ -76,10 +124,7 @@ def _pictures(folder: Path, files: Sequence[Path], predictor: Predictor) -> Pict
     return PictureFolder(folder, predictor.engine, predictor.threshold)
 
 
-def _print_answer(answer: FileAnswer, width: int, measure: Measure, as_json: bool) -> None:
-    if as_json:
-        print_json(**{**dataclasses.asdict(answer), "path": str(answer.path)})
-        return
+def _print_answer(answer: FileAnswer, width: int, measure: Measure) -> None:
     from cfvit.evaluation.breakdown import shown_confidence
 
     sure = shown_confidence(answer.confidence, measure)
@@ -87,16 +132,13 @@ def _print_answer(answer: FileAnswer, width: int, measure: Measure, as_json: boo
     print_line(f"{answer.path!s:{width}}  {told}")
 
 
-def _tell_failure(failure: FileFailure, as_json: bool) -> None:
-    say(f"cfvit: {failure.path}: {failure.error}")
-    if as_json:
-        print_json(path=str(failure.path), error=failure.error)
-
-
-def _summary(answers: Sequence[FileAnswer], plain: float, threshold: float) -> str:
-    easy = sum(answer.stage == 0 for answer in answers)
-    mean = sum(answer.gmacs for answer in answers) / len(answers)
-    return (
-        f"{len(answers)} image{'s' * (len(answers) > 1)}: {easy} answered at the coarse stage "
-        f"(eta {eta_text(threshold)}), {mean:.3f} GMACs each, plain backbone {plain:.3f}: {saving_text(mean, plain)}"
-    )
+def _sum_up(tally: Tally, predictor: Predictor) -> int:
+    """Says what it cost; returns the exit status."""
+    if tally.answered:
+        mean, plain = tally.gmacs / tally.answered, predictor.macs.backbone / 1e9
+        say(
+            f"{tally.answered} image{'s' * (tally.answered > 1)}: {tally.easy} answered at the coarse stage "
+            f"(eta {eta_text(predictor.threshold)}), {mean:.3f} GMACs each, plain backbone {plain:.3f}: "
+            f"{saving_text(mean, plain)}"
+        )
+    return int(tally.failed > 0)

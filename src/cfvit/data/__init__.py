@@ -28,7 +28,7 @@ from cfvit.data.loading import (
     next_batch,
     progress_bar,
 )
-from cfvit.data.trees import find_images, natural_key
+from cfvit.data.trees import find_images, iter_images, natural_key
 
 __all__ = [
     "FAILURES_IN_A_ROW",
@@ -47,6 +47,7 @@ __all__ = [
     "eval_transform",
     "find_images",
     "has_validation_split",
+    "iter_images",
     "leave_signals_to_the_run",
     "natural_key",
     "next_batch",

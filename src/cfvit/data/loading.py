@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ from cfvit.errors import CfvitError
 
 UNREADABLE = -1
 """The target that stands for an image that could not be read."""
+
+SECONDS_BETWEEN_LINES = 60.0
+"""Between plain lines of progress, where there is no terminal for a bar."""
 
 FAILURES_IN_A_ROW = 100
 """So many unreadable training images one after the other end the run."""
@@ -177,9 +181,25 @@ def eval_loader(dataset: Dataset, batch_size: int, workers: int, device: torch.d
 
 
 @contextmanager
-def progress_bar(total: int, leads: bool = True) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error where someone watches; call what it gives with each number of images done."""
+def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error where someone watches, and a plain line a minute where it goes to a file.
+
+    Call what it gives with each number of images done; ``done`` are so before the first call.
+    """
     console = Console(stderr=True)
+    start = spoken = time.monotonic()
+    before = done
+
+    def advance(count: int) -> None:
+        nonlocal done, spoken
+        done += count
+        progress.advance(task, count)
+        now = time.monotonic()
+        if leads and not console.is_terminal and now - spoken >= SECONDS_BETWEEN_LINES:
+            spoken = now
+            rate = (done - before) / (now - start)
+            console.print(f"{done:,} of {total:,} images, {rate:.3g} a second", highlight=False, soft_wrap=True)
+
     with Progress(console=console, transient=True, disable=not (leads and console.is_terminal)) as progress:
-        task = progress.add_task("images", total=total)
-        yield lambda done: progress.advance(task, done)
+        task = progress.add_task("images", total=total, completed=done)
+        yield advance

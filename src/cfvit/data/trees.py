@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import posixpath
@@ -10,7 +11,7 @@ import tarfile
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import chain
@@ -102,26 +103,25 @@ class Tree:
         return Tree(images, {path[start:] for path in self.folders if path.startswith(inside)})
 
     def add(
-        self, name: str, listing: Iterator[_Entry], tars: bool, parents: frozenset[str | None] = frozenset()
+        self, name: str, listing: Iterable[_Entry], tars: bool, parents: frozenset[str | None] = frozenset()
     ) -> None:
-        """Adds what a folder of this path holds, links followed, unless they lead to a folder they lie in."""
-        for entry in listing:
-            suffix = posixpath.splitext(entry.name)[1].lower()
-            path = f"{name}/{entry.name}" if name else entry.name
-            if _is_foreign(entry.name) or entry.identity in parents:
-                continue
-            if entry.open_folder is not None:
-                self._add_name(path)
-                try:
-                    self.add(path, entry.open_folder(), tars, parents | {entry.identity})
-                except OSError:
-                    self.unreadable.append(path)
-            elif suffix in IMAGE_SUFFIXES:
-                self.images[path] = entry.image
-            elif suffix == ".tar" and tars:
-                self._add_tar(path[: -len(suffix)], entry.image)
-            elif suffix in UNREAD_SUFFIXES:
-                self.skipped[suffix] += 1
+        """Adds what a folder of this path holds, as `_walk` finds it."""
+        for path, entry in _walk(name, listing, parents):
+            self.take(path, entry, tars)
+
+    def take(self, path: str, entry: _Entry | OSError, tars: bool) -> None:
+        """Adds one thing that `_walk` has found."""
+        suffix = posixpath.splitext(path)[1].lower()
+        if isinstance(entry, OSError):
+            self.unreadable.append(path)
+        elif entry.open_folder is not None:
+            self._add_name(path)
+        elif suffix in IMAGE_SUFFIXES:
+            self.images[path] = entry.image
+        elif suffix == ".tar" and tars:
+            self._add_tar(path[: -len(suffix)], entry.image)
+        elif suffix in UNREAD_SUFFIXES:
+            self.skipped[suffix] += 1
 
     def _add_name(self, path: str) -> None:
         if path in self.folders:
@@ -139,12 +139,31 @@ class Tree:
 
 
 class _Entry(NamedTuple):
-    """A name in a folder: a file, or a folder that can be opened, by what it is beyond all links."""
+    """A name in a folder: a file, or a folder that can be opened, by what it is beyond all links (but not in a tar)."""
 
     name: str
     image: StoredImage
     identity: str | None = None
     open_folder: Callable[[], Iterator[_Entry]] | None = None
+
+
+def _walk(
+    name: str, listing: Iterable[_Entry], parents: frozenset[str | None] = frozenset()
+) -> Iterator[tuple[str, _Entry | OSError]]:
+    """What a folder of this path holds, by paths, in the order of names: each folder, then what it holds in turn.
+
+    Links are followed, unless they lead to a folder they lie in. After a folder that cannot be opened comes the error.
+    """
+    for entry in sorted(listing):
+        path = f"{name}/{entry.name}" if name else entry.name
+        if _is_foreign(entry.name) or entry.identity in parents:
+            continue
+        yield path, entry
+        if entry.open_folder is not None:
+            try:
+                yield from _walk(path, entry.open_folder(), parents | {entry.identity})
+            except OSError as error:
+                yield path, error
 
 
 def scan(root: Path, *, tars: bool = True) -> Tree:
@@ -160,12 +179,20 @@ def scan(root: Path, *, tars: bool = True) -> Tree:
         status = root.stat()
         return _scan_known_tar(str(root), status.st_mtime_ns, status.st_size)
     tree = Tree()
+    tree.add("", _open_root(root), tars, _around(root))
+    return tree
+
+
+def _open_root(root: Path) -> list[_Entry]:
     try:
-        around = [root.resolve(), *root.resolve().parents]
-        tree.add("", _list_folder(str(root)), tars, frozenset(map(str, around)))
+        return list(_list_folder(str(root)))
     except OSError as error:
         raise CfvitError(f"{root} cannot be read ({error.strerror or error})") from error
-    return tree
+
+
+def _around(folder: Path) -> frozenset[str | None]:
+    """The folder and those it lies in, which a link in it must not lead to."""
+    return frozenset(map(str, [folder.resolve(), *folder.resolve().parents]))
 
 
 def holds_folders(folder: Path) -> bool:
@@ -177,28 +204,44 @@ def holds_folders(folder: Path) -> bool:
 
 
 def find_images(paths: Sequence[str | Path]) -> list[Path]:
+    """All that `iter_images` finds."""
+    return list(iter_images(paths))
+
+
+def iter_images(paths: Sequence[str | Path]) -> Iterator[Path]:
     """The files named, and all images in the folders named, sorted within each folder, each file once.
 
     A path that does not exist and a folder without images, or that cannot be opened, stand for themselves:
-    `open_image` will say what is wrong with each, and the others still get their answers.
+    `open_image` will say what is wrong with each, and the others still get their answers. They come while the folders
+    are read; what is kept of each is a digest.
+
+    Raises:
+        CfvitError: a folder that was named cannot be opened.
     """
-    found: list[Path] = []
-    seen: set[str] = set()
+    seen: set[bytes] = set()
+
+    def is_new(file: str) -> bool:
+        before = len(seen)
+        seen.add(hashlib.blake2b(os.fsencode(file), digest_size=16).digest())
+        return len(seen) > before
+
     for path in map(Path, paths):
         if not path.is_dir():
-            found.append(path)
+            if is_new(os.path.realpath(path)):
+                yield path
             continue
-        tree = scan(path, tars=False)
+        tree, empty = Tree(), True
+        for name, entry in _walk("", _open_root(path), _around(path)):
+            tree.take(name, entry, tars=False)
+            if isinstance(entry, _Entry) and name in tree.images:
+                del tree.images[name]
+                empty = False
+                if is_new(str(entry.identity)):
+                    yield path / name
         tell_skipped(tree)
-        new: list[Path] = []
-        for file in sorted(path / name for name in tree.images):
-            if (real := os.path.realpath(file)) not in seen:
-                seen.add(real)
-                new.append(file)
-        found += [*new, *(path / name for name in tree.unreadable)]
-        if not tree.images and not tree.unreadable:
-            found.append(path)
-    return found
+        yield from (path / name for name in tree.unreadable)
+        if empty and not tree.unreadable:
+            yield path
 
 
 def tell_skipped(tree: Tree) -> None:
@@ -218,14 +261,15 @@ def _is_foreign(name: str) -> bool:
 
 
 def _list_folder(folder: str) -> Iterator[_Entry]:
+    real = os.path.realpath(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             linked = Path(entry.path) if entry.is_symlink() else None  # of links without an end, entry itself raises
+            where = f"{real.rstrip(os.sep)}{os.sep}{entry.name}" if linked is None else os.path.realpath(linked)
             if entry.is_dir() if linked is None else linked.is_dir():
-                where = os.path.realpath(entry.path)
                 yield _Entry(entry.name, StoredImage(entry.path), where, partial(_list_folder, entry.path))
             elif entry.is_file() if linked is None else linked.is_file():
-                yield _Entry(entry.name, StoredImage(entry.path))
+                yield _Entry(entry.name, StoredImage(entry.path), where)
 
 
 @lru_cache(maxsize=4)

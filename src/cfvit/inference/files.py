@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
@@ -49,12 +49,45 @@ class FileFailure:
     error: str
 
 
+def as_row(result: FileAnswer | FileFailure) -> dict[str, Any]:
+    """What ``predict`` writes of a file as JSON."""
+    return {**asdict(result), "path": str(result.path)}
+
+
+@dataclass
+class Tally:
+    """What came of many files.
+
+    Attributes:
+        answered: how many have an answer.
+        failed: how many have none.
+        easy: how many were answered by the coarse stage.
+        gmacs: what all answers cost together.
+    """
+
+    answered: int = 0
+    failed: int = 0
+    easy: int = 0
+    gmacs: float = 0.0
+
+    def count(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Counts a file by its row, and gives the row back."""
+        if "error" in row:
+            self.failed += 1
+        else:
+            self.answered += 1
+            self.easy += row["stage"] != FINE
+            self.gmacs += row["gmacs"]
+        return row
+
+
 def classify_files(
     paths: Sequence[Path],
     predictor: Predictor,
     batch_size: int = 32,
     watch: Callable[[list[Path], Tensor], None] = lambda paths, images: None,
     scaled_decode: bool = False,
+    read: Callable[[Path], Tensor | str] | None = None,
 ) -> Iterator[FileAnswer | FileFailure]:
     """Classifies files, yielding in their order; hard images of several batches go on together.
 
@@ -63,10 +96,11 @@ def classify_files(
         scaled_decode: decode JPEGs for the coarse stage at a half, a quarter or an eighth of their size, where that is
             enough for it, and in full only those that go on. Quicker for large photos; the coarse stage sees slightly
             other pixels. ``watch`` then gets images of ``model.coarse_size``.
+        read: gives the normalised image of a file, or why there is none, in the place of `read_image`.
     """
     model, macs = predictor.model, predictor.macs
     with ThreadPoolExecutor(READERS) as pool:
-        files = _Files(paths, pool, watch, model, scaled_decode)
+        files = _Files(paths, pool, watch, model, scaled_decode, read)
         answers = predictor.stream(
             copied_ahead(files.batches(batch_size), predictor.engine.weight),
             fine_batch=batch_size,
@@ -106,16 +140,17 @@ class _Files:
         watch: Callable[[list[Path], Tensor], None],
         model: Any,
         scaled_decode: bool,
+        read: Callable[[Path], Tensor | str] | None,
     ) -> None:
         self.paths, self.pool, self.watch = paths, pool, watch
         self.numbers: list[int] = []
         self.errors: dict[int, str] = {}
         self.image_size = model.image_size
-        self.read_whole = self.read_first = partial(_read, transform=eval_transform(model.data_config))
+        self.read_whole = self.read_first = read or partial(read_image, transform=eval_transform(model.data_config))
         if scaled_decode:
             config = {**model.data_config, "input_size": (3, *model.coarse_size)}
             least = math.ceil(max(model.coarse_size) / config["crop_pct"])
-            self.read_first = partial(_read, transform=eval_transform(config), least=least)
+            self.read_first = partial(read_image, transform=eval_transform(config), least=least)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """The images that can be read."""
@@ -147,7 +182,8 @@ class _Files:
         return FileFailure(self.paths[number], self.errors.pop(number))
 
 
-def _read(path: Path, transform: Any, least: int | None = None) -> Tensor | str:
+def read_image(path: Path, transform: Any, least: int | None = None) -> Tensor | str:
+    """What the transform makes of a file's image, or why there is none; ``least`` is that of `open_image`."""
     try:
         return transform(open_image(path, least))
     except ImageError as error:

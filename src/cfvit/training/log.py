@@ -14,13 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from cfvit.data.loading import SECONDS_BETWEEN_LINES
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 
 LOG_FILE = "log.jsonl"
-
-SECONDS_BETWEEN_LINES = 60.0
-"""Between plain lines of progress, where there is no terminal for a bar."""
 
 
 class Reporter:
