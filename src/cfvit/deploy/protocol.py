@@ -53,6 +53,7 @@ class Explained(BaseModel):
     grid: list[int] = Field(description="rows and columns of the coarse stage's cells")
     class_attention: list[float] = Field(description="of each cell, row by row")
     split: list[bool] = Field(description="whether the fine stage splits a cell, row by row")
+    view: str = Field(description="the image as the model sees it, a PNG in base64")
     coarse: list[Guess] = Field(description="the coarse answer, most probable first, at most 5")
     fine: list[Guess] = Field(description="the fine answer, most probable first, at most 5")
     coarse_confidence: float

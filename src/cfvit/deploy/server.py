@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
 import hmac
+import io
 import json
 import logging
 import math
@@ -26,6 +28,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import ValidationError
 from starlette.datastructures import Headers, UploadFile
@@ -53,6 +56,12 @@ RECENT = 60.0
 """Seconds that `/stats` looks back."""
 
 PAGE = Path(__file__).parent / "page"
+
+CONTENT_SECURITY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What the page may load: its own files, and pictures that it gets with an answer."""
 
 log = logging.getLogger("cfvit.serve")
 
@@ -176,7 +185,10 @@ class Service:
         self, request: Request, eta: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None
     ) -> protocol.Explained:
         """Show what both stages make of one image, and which of them answers at eta, by default the server's."""
-        (answer,) = await self._answers(request, await self._uploaded(request, most=1), both=True)
+        (file,) = await self._uploaded(request, most=1)
+        run = functools.partial(asyncio.get_running_loop().run_in_executor, self.decoders)
+        image = await run(self._decode, file, "")
+        (answer,) = await self._answers(request, [image], both=True)
         about, macs, state = self.model, self.macs, answer.state
         if getattr(state, "class_attention", None) is None:
             raise HTTPException(501, "the engine of this server gives no class attention: serve another export")
@@ -188,6 +200,7 @@ class Service:
             grid=[rows, columns],
             class_attention=state.class_attention[0].tolist(),
             split=torch.zeros(rows * columns, dtype=torch.bool).index_fill(0, chosen[0].cpu(), True).tolist(),
+            view=await run(self._view, image),
             coarse=self._guesses(state.logits[0].cpu() / about.exit.coarse_temperature),
             fine=self._guesses(answer.logits / about.exit.fine_temperature),
             coarse_confidence=answer.coarse_confidence,
@@ -367,6 +380,14 @@ class Service:
         self.metrics.count_answers(answers, time.monotonic() - start)
         return answers
 
+    def _view(self, image: Tensor) -> str:
+        """A normalised image as a PNG in base64."""
+        mean, std = (torch.tensor(self.model.data_config[name]).view(3, 1, 1) for name in ("mean", "std"))
+        pixels = ((image * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, "PNG", compress_level=1)
+        return base64.b64encode(png.getvalue()).decode()
+
     def _guesses(self, logits: Tensor) -> list[protocol.Guess]:
         best = logits.float().softmax(dim=-1).topk(min(5, len(logits)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
@@ -388,6 +409,18 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, list[Answe
     finally:
         task.cancel()
         gone.cancel()
+
+
+class Page(StaticFiles):
+    """The files of the page, which may load and ask nothing but this server."""
+
+    def file_response(self, *args: Any, **given: Any) -> Response:
+        """A file, as starlette serves it, with what a browser may do with it."""
+        response = super().file_response(*args, **given)
+        response.headers["Content-Security-Policy"] = CONTENT_SECURITY
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Cache-Control"] = "no-cache"  # asks each time whether the file is still the same
+        return response
 
 
 class Door:
@@ -537,8 +570,7 @@ def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
     route("PUT", f"{model}/parameters", service.set_parameters, (401, 403, 413, 422), **key)
     infer = {"requestBody": {"required": True, "content": {"application/json": {"schema": protocol.infer_schema()}}}}
     route("POST", f"{model}/infer", service.infer, limits, openapi_extra=infer, response_model=protocol.Inferred, **key)
-    if (PAGE / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/", Page(directory=PAGE, html=True))
     return app
 
 
