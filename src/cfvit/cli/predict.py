@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ from cyclopts.validators import Number
 from cfvit.cli.application import app
 from cfvit.cli.output import eta_text, print_json, print_line, saving_text, say
 from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Model, Threshold, load_predictor
-from cfvit.errors import UsageError
+from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
     from cfvit.inference.files import FileAnswer, Tally
@@ -45,6 +46,12 @@ def predict(
         int | None,
         Parameter(validator=Number(gte=1), help="images in a partition file, with --output (default: 256)"),
     ] = None,
+    ray: Annotated[
+        str | None, Parameter(help="answer on a Ray cluster: its address, or local for this machine, with --output")
+    ] = None,
+    ray_workers: Annotated[
+        int | None, Parameter(validator=Number(gte=1), help="workers that answer (default: as many as there are GPUs)")
+    ] = None,
 ) -> int:
     """Classify images: label, confidence, the stage that answered and what it cost.
 
@@ -59,13 +66,15 @@ def predict(
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")
     if scaled_decode and is_exported(model):
         raise UsageError(f"--scaled-decode is for models in torch, and {model} is an exported one: leave it out")
-    if output is None and (shard or part_size):
-        raise UsageError("--shard and --part-size are for answers in a file: add --output")
+    if output is None and (shard or part_size or ray):
+        raise UsageError("--shard, --part-size and --ray are for answers in a file: add --output")
+    if ray is not None and scaled_decode:
+        raise UsageError("--ray decodes whole images, and --scaled-decode does not: leave one out")
     if output is not None and (json or explain is not None):
         raise UsageError("with --output all answers go to its file: leave out --json and --explain")
     predictor = load_predictor(model, threshold, calibration)
     if output is not None:
-        return _predict_into(output, paths, predictor, batch_size, scaled_decode, shard, part_size)
+        return _predict_into(output, paths, predictor, batch_size, scaled_decode, shard, part_size, ray, ray_workers)
     files = find_images(paths)
     watch: dict[str, Any] = {} if explain is None else {"watch": _pictures(explain, files, predictor)}
     width = max(len(str(path)) for path in files)
@@ -89,11 +98,24 @@ def _predict_into(
     scaled_decode: bool,
     shard: str | None,
     part_size: int | None,
+    ray: str | None,
+    ray_workers: int | None,
 ) -> int:
     """All answers in one file, see `cfvit.deploy.batch`."""
     from cfvit.data import iter_images, progress_bar
     from cfvit.deploy.batch import PART_SIZE, deal, model_digest, open_job, parse_shard
-    from cfvit.inference.files import classify_files
+    from cfvit.inference.files import as_row, classify_files
+
+    answer: Callable[[Iterator[tuple[int, list[Path]]]], Iterator[tuple[int, Iterable[dict[str, Any]]]]]
+    if ray is not None:
+        try:
+            from cfvit.deploy.ray_data import answers
+        except ImportError as error:
+            raise CfvitError(f"a Ray cluster needs {error.name}: install cfvit[ray]") from error
+        answer = partial(answers, predictor=predictor, batch_size=batch_size, address=ray, workers=ray_workers)
+    else:
+        classify = partial(classify_files, predictor=predictor, batch_size=batch_size, scaled_decode=scaled_decode)
+        answer = lambda parts: ((number, map(as_row, classify(part))) for number, part in parts)  # noqa: E731
 
     dealt = None if shard is None else parse_shard(shard)
     settings = {
@@ -107,8 +129,8 @@ def _predict_into(
     with open_job(output, settings, images, part_size or PART_SIZE) as job:
         say(f"{job.total:,} images, {job.done:,} of them answered before" if job.done else f"{job.total:,} images")
         with progress_bar(job.total, done=job.done) as advance:
-            for number, part in job.unanswered():
-                advance(job.write(number, classify_files(part, predictor, batch_size, scaled_decode=scaled_decode)))
+            for number, rows in answer(job.unanswered()):
+                advance(job.write(number, rows))
         tally = job.join()
     if tally.failed:
         say(f"cfvit: {tally.failed:,} of {job.total:,} images have no answer: see their error in {output}")

@@ -19,7 +19,7 @@ from cfvit.checkpoints import weights_digest
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write, require_writable
 from cfvit.inference.engines.exported import ExportedModel
-from cfvit.inference.files import FileAnswer, FileFailure, Tally, as_row
+from cfvit.inference.files import Tally
 from cfvit.modeling.model import CoarseToFineViT
 
 PART_SIZE = 256
@@ -103,9 +103,9 @@ class Job:
                 if not self._part(number).exists():
                     yield number, [Path(path) for path in json.loads(line)]
 
-    def write(self, number: int, results: Iterable[FileAnswer | FileFailure]) -> int:
+    def write(self, number: int, rows: Iterable[dict[str, Any]]) -> int:
         """Writes the partition file of a part; returns how many images it has."""
-        lines = [json.dumps(as_row(result)) + "\n" for result in results]
+        lines = [json.dumps(row) + "\n" for row in rows]
         with atomic_write(self._part(number)) as file:
             file.write_text("".join(lines))
         return len(lines)

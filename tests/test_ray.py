@@ -1,0 +1,120 @@
+"""Answers on a Ray cluster, which is started once: on this machine, with two workers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Outcome
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    import cfvit.deploy.ray_data  # sets what Ray reads when it is imported  # noqa: F401, I001
+    import ray
+
+    ray.init("local", include_dashboard=False, num_cpus=3, log_to_driver=False, object_store_memory=200_000_000)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def photos(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """33 images, and two that cannot be read, one by a name that is no text. Only to be read."""
+    folder = tmp_path_factory.mktemp("photos")
+    shutil.copytree(colours / "val", folder, dirs_exist_ok=True)
+    (folder / "green" / "5.txt.png").write_text("no image")
+    (folder / "red" / os.fsdecode(b"\xff.png")).write_text("no image")
+    return folder
+
+
+def _workers() -> list[int]:
+    """Processes below this one that are workers which answer."""
+    parents, workers = {}, []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if (process / "cmdline").read_bytes().startswith(b"ray::MapWorker(Map(Answer))"):
+                workers.append(int(process.name))
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+
+    def is_below(pid: int) -> bool:
+        return pid == os.getpid() or (pid in parents and is_below(parents[pid]))
+
+    return list(filter(is_below, workers))
+
+
+def test_with_a_worker_killed_in_the_middle_each_image_has_its_answer(
+    cluster: None, photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli
+) -> None:
+    """One by one, so that the same images meet in a batch here and there. By their name, workers do not decode."""
+    alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
+    given = ("predict", photos, "--model", colour_model, "--part-size", 1, "--output")
+    undisturbed = cfvit_main(*given, alone)
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        parts = together.with_name("together.jsonl.parts")
+        while len(list(parts.glob("0*.jsonl"))) < 3:
+            time.sleep(0.01)
+        os.kill((killed + _workers())[0], signal.SIGKILL)
+        killed.append(len(list(parts.glob("0*.jsonl"))))
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    outcome = cfvit_main(*given, together, "--ray", "local", "--ray-workers", 2)
+    killer.join(1)
+    assert killed and killed[0] < 35
+    assert outcome.status == undisturbed.status == 1
+    assert outcome.err[-1] == undisturbed.err[-1]
+    assert together.read_text() == alone.read_text()
+
+
+def test_a_job_that_was_begun_alone_is_ended_on_a_cluster(
+    cluster: None, photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("predict", photos, "--model", colour_model, "--part-size", 9, "--output", tmp_path / "answers.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr("cfvit.deploy.batch.Job.join", lambda job: (job.folder / "000001.jsonl").unlink() or sys.exit(9))
+        assert cfvit_main(*given).status == 9
+    outcome = cfvit_main(*given, "--ray", "local", "--ray-workers", 2)
+    assert outcome.status == 1
+    assert outcome.err[0] == "35 images, 26 of them answered before"
+    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 35
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--ray", "local"], "add --output"),
+        (["--ray", "local", "--output", "a.jsonl", "--scaled-decode"], "--ray decodes whole images"),
+        (["--output", "a.jsonl", "--ray", "local", "--ray-workers", "0"], "--ray-workers"),
+    ],
+)
+def test_wrong_usage(words: list[str], says: str, photos: Path, colour_model: Path, cfvit_main: Cli) -> None:
+    outcome = cfvit_main("predict", photos, "--model", colour_model, *words)
+    assert outcome.status == 2
+    assert len(outcome.err) == 1
+    assert says in outcome.err[0]
+
+
+def test_without_ray_it_is_one_line(
+    photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "cfvit.deploy.ray_data", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    given = ("predict", photos, "--model", colour_model, "--output", tmp_path / "answers.jsonl", "--ray", "local")
+    outcome = cfvit_main(*given)
+    assert outcome.status == 1
+    assert outcome.err == ["cfvit: a Ray cluster needs ray: install cfvit[ray]"]
+    assert list(tmp_path.iterdir()) == []
