@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
 from conftest import Outcome
+
+from cfvit import Predictor, eval_transform, load, open_image
+from cfvit.data import find_images
 
 Cli = Callable[..., Outcome]
 
@@ -118,3 +125,46 @@ def test_without_ray_it_is_one_line(
     assert outcome.status == 1
     assert outcome.err == ["cfvit: a Ray cluster needs ray: install cfvit[ray]"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def served(cluster: None, colour_model: Path) -> Iterator[httpx.Client]:
+    """A client of the application that is served on the cluster."""
+    from ray import serve
+
+    from cfvit.deploy.ray_serve import Arguments, build
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build(Arguments(model=str(colour_model), coarse_batch=4, fine_batch=2, max_replicas=1)))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
+        yield client
+    serve.shutdown()
+
+
+def test_serve_answers_as_the_predictor(served: httpx.Client, photos: Path, colour_model: Path) -> None:
+    """Many at a time, some of which go on to the fine stage."""
+    model = load(colour_model)
+    files = [path for path in find_images([photos]) if path.stem.isdecimal()]
+    transform = eval_transform(model.data_config)
+    expected = Predictor(model)(torch.stack([transform(open_image(path)) for path in files]))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda path: served.post("/predict", content=path.read_bytes()), files))
+    assert {answer.status_code for answer in answers} == {200}
+    rows = [answer.json()["predictions"][0] for answer in answers]
+    assert [row["stage"] for row in rows] == expected.stage.tolist()
+    assert {row["stage"] for row in rows} == {0, 1}
+    assert [row["index"] for row in rows] == expected.logits.argmax(dim=-1).tolist()
+    assert [row["confidence"] for row in rows] == pytest.approx(expected.confidence.tolist(), abs=1e-5)
+
+
+def test_serve_has_the_interface_of_the_server(served: httpx.Client, photos: Path, colour_model: Path) -> None:
+    assert served.get("/v2/health/ready").json() == {"ready": True}
+    bad = served.post("/predict", content=b"no image")
+    assert (bad.status_code, list(bad.json())) == (422, ["error"])
+    pair = [("image", (photos / "red" / name).read_bytes()) for name in ("0.png", "1.png")]
+    assert len(served.post("/predict", files=pair).json()["predictions"]) == 2
+    explained = served.post("/explain", content=pair[0][1]).json()
+    assert explained["gmacs_both"] > explained["gmacs_coarse"]
+    assert served.get("/stats").json()["model"] == colour_model.name

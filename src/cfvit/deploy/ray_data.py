@@ -31,6 +31,9 @@ from ray.exceptions import RayError
 CPUS_TO_ANSWER = 2 / 3
 """Where there is no GPU, workers get this share of the processors, and decoding has the others."""
 
+DECODING_BYTES = 500_000_000
+"""What decoding a part may take: Ray starts no more decoders on a machine than its memory holds."""
+
 
 def decode(row: dict[str, Any], data_config: dict[str, Any]) -> dict[str, Any]:
     """Reads a part's images to 8-bit pixels ``[n, 3, H, W]``: a quarter of the bytes that go to a worker in floats.
@@ -118,7 +121,7 @@ def answers(
         data = ray.data.from_items(rows, override_num_blocks=len(rows))
         data = data.map(
             partial(decode, data_config=predictor.model.data_config),
-            max_retries=-1,  # as often as workers; an option of its own keeps Ray from decoding within them, one by one
+            memory=DECODING_BYTES,  # a demand of its own also keeps Ray from decoding within the workers, one by one
         )
         data = data.map(
             cast(Any, Answer),

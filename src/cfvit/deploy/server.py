@@ -140,16 +140,19 @@ class Metrics:
 class Service:
     """One model behind HTTP. `create_app` puts its methods at addresses.
 
+    Args:
+        scheduler: answers images in the place of a `Scheduler` with the predictor's engine, and has its methods.
+
     Attributes:
         draining: new work is refused, and what is in the server is answered.
         requests: with work for the model, in the server now.
     """
 
-    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+    def __init__(self, predictor: Predictor, settings: Settings, scheduler: Any = None) -> None:
         self.settings, self.model, self.macs = settings, predictor.model, predictor.macs
         Predictor(predictor.engine, 1.0)(torch.zeros(1, 3, *self.model.image_size))  # the first batches are slow
         self.metrics = Metrics()
-        self.scheduler = Scheduler(
+        self.scheduler = scheduler or Scheduler(
             predictor.engine,
             predictor.threshold,
             coarse=settings.coarse,
@@ -494,12 +497,12 @@ def failure(
     return JSONResponse({"error": " ".join(message.split())}, status, {**(headers or {}), **later})
 
 
-def create_app(predictor: Predictor, settings: Settings) -> FastAPI:
-    """The application that answers by a predictor's engine; ``app.state.service`` is its `Service`.
+def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) -> FastAPI:
+    """The application that answers by a predictor's engine, or by a scheduler; ``app.state.service`` is its `Service`.
 
     Its end drains the scheduler.
     """
-    service = Service(predictor, settings)
+    service = Service(predictor, settings, scheduler)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

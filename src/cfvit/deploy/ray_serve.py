@@ -1,0 +1,186 @@
+"""The server on a Ray cluster, by Ray Serve: the coarse and the fine stage are deployments that scale apart.
+
+``serve run cfvit.deploy.ray_serve:build model=deit_tiny_imagenet`` starts it; see ``docs/deployment.md``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from cfvit.checkpoints import load
+from cfvit.deploy.scheduler import Answer
+from cfvit.deploy.server import Settings, create_app
+from cfvit.inference.engines.exported import is_exported
+from cfvit.inference.predictor import Predictor
+from cfvit.inference.stream import COARSE, FINE, placed
+from cfvit.modeling.batches import check_images
+from cfvit.modeling.exit import goes_on
+from cfvit.processes import best_device
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read by Ray when it is imported
+from ray import serve
+
+batched: Any = serve.batch  # its types know no methods of two arguments
+
+
+class Arguments(BaseModel):
+    """What `build` takes: ``NAME=VALUE`` of ``serve run``, or ``args`` of a Serve configuration file.
+
+    Attributes:
+        model: as of ``cfvit serve``; each machine must have it.
+        threshold: eta; by default the model's.
+        coarse_batch, fine_batch: images in a batch, at most.
+        coarse_wait, fine_wait: seconds that an image waits for others, at most.
+        max_replicas: of each deployment; there is one at least.
+        gpus: of a replica of either stage, such as 0.5.
+        max_waiting: see `Settings`; of each replica that takes requests.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    model: str = "deit_tiny_imagenet"
+    threshold: float | None = None
+    coarse_batch: int = 8
+    fine_batch: int = 4
+    coarse_wait: float = 0.0
+    fine_wait: float = 0.0
+    max_replicas: int = 8
+    gpus: float = 0.0
+    max_waiting: int = 128
+
+    def predictor(self) -> Predictor:
+        """Loads the model."""
+        given = self.model if is_exported(self.model) else load(self.model).to(best_device())
+        return Predictor(given, self.threshold)
+
+
+class Coarse:
+    """A replica of the coarse stage, for images from everywhere."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.engine = given.predictor().engine
+        self.answer.set_max_batch_size(given.coarse_batch)
+        self.answer.set_batch_wait_timeout_s(given.coarse_wait)
+
+    @batched
+    async def answer(self, images: list[np.ndarray], etas: list[float]) -> list[tuple[Tensor, float, Any, float]]:
+        """Logits and confidence of images ``[3, H, W]``, the state of those that go on, and the batch's seconds."""
+        start = time.monotonic()
+        with torch.inference_mode():
+            state, confidence = self.engine.coarse(placed(torch.from_numpy(np.stack(images)), self.engine.weight))
+            hard = [bool(goes_on(confidence[i : i + 1], eta)) for i, eta in enumerate(etas)]
+            states = [state[torch.tensor([i])] if on else None for i, on in enumerate(hard)]
+            answered = zip(state.logits.cpu(), confidence.tolist(), states, strict=True)
+        return [(*row, time.monotonic() - start) for row in answered]
+
+
+class Fine:
+    """A replica of the fine stage, for hard images from everywhere."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.engine = given.predictor().engine
+        self.answer.set_max_batch_size(given.fine_batch)
+        self.answer.set_batch_wait_timeout_s(given.fine_wait)
+
+    @batched
+    async def answer(self, images: list[np.ndarray], states: list[Any]) -> list[tuple[Tensor, float, float]]:
+        """Logits and confidence of images with their coarse states, and the batch's seconds."""
+        start = time.monotonic()
+        with torch.inference_mode():
+            stacked = placed(torch.from_numpy(np.stack(images)), self.engine.weight)
+            logits, confidence = self.engine.fine(stacked, type(states[0]).join(states))
+            answered = zip(logits.cpu(), confidence.tolist(), strict=True)
+        return [(*row, time.monotonic() - start) for row in answered]
+
+
+class Stages:
+    """What a `Service` has here in the place of a `Scheduler`: the deployments of both stages.
+
+    Attributes:
+        eta, eta_now: the confidence at which the coarse answer is given.
+        lengths: images of this replica that are with a stage.
+    """
+
+    def __init__(self, coarse: Any, fine: Any, predictor: Predictor) -> None:
+        self.coarse, self.fine = coarse, fine
+        self.eta = self.eta_now = predictor.threshold
+        self.image_size, self.lengths = predictor.model.image_size, [0, 0]
+
+    @property
+    def waiting(self) -> int:
+        """Images of this replica without an answer."""
+        return sum(self.lengths)
+
+    def queue_length(self, stage: int) -> int:
+        """Images of this replica that are with a stage."""
+        return self.lengths[stage]
+
+    def retry_after(self) -> float:
+        """Seconds after which to try again."""
+        return 1.0
+
+    def drain(self) -> None:
+        """Nothing: Ray Serve waits for the requests in a replica before it ends one."""
+
+    def submit(self, images: Sequence[Tensor], both: bool = False) -> list[Future[Answer]]:
+        """As of `Scheduler`; to be called in the event loop."""
+        for image in images:
+            check_images(image[None], self.image_size)
+        loop = asyncio.get_running_loop()
+        return [asyncio.run_coroutine_threadsafe(self._answer(image.numpy(), both), loop) for image in images]
+
+    async def _answer(self, image: np.ndarray, both: bool) -> Answer:
+        eta = self.eta
+        logits, sure, state, seconds = await self._ask(COARSE, self.coarse, image, 1.0 if both else eta)
+        if state is None:
+            return Answer(logits, sure, COARSE, eta, (seconds, 0.0), None, sure)
+        logits, fine_sure, fine_seconds = await self._ask(FINE, self.fine, image, state)
+        return Answer(logits, fine_sure, FINE, eta, (seconds, fine_seconds), state if both else None, sure)
+
+    async def _ask(self, stage: int, deployment: Any, *given: Any) -> Any:
+        self.lengths[stage] += 1
+        try:
+            return await deployment.answer.remote(*given)
+        finally:
+            self.lengths[stage] -= 1
+
+
+@serve.ingress()
+class Door:
+    """A replica that takes requests and decodes images; its interface is that of ``cfvit serve``."""
+
+    def __init__(self, coarse: Any, fine: Any, given: Arguments) -> None:
+        self.coarse, self.fine, self.given = coarse, fine, given
+
+    def __serve_build_asgi_app__(self) -> Any:
+        predictor = self.given.predictor()
+        name = Path(self.given.model).name
+        settings = Settings(name=name, max_waiting=self.given.max_waiting, api_key=os.environ.get("CFVIT_API_KEY"))
+        return create_app(predictor, settings, Stages(self.coarse, self.fine, predictor))
+
+
+def build(given: Arguments) -> serve.Application:
+    """The application for ``serve run`` and ``serve deploy``."""
+
+    def deployed(kind: Any, requests: int, gpus: float = 0.0) -> Any:
+        scale = {"min_replicas": 1, "max_replicas": given.max_replicas, "target_ongoing_requests": requests}
+        return serve.deployment(
+            kind,
+            max_ongoing_requests=4 * requests,
+            autoscaling_config=scale,
+            ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+        )
+
+    coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given)
+    fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given)
+    return deployed(Door, given.max_waiting // 2).bind(coarse, fine, given)
