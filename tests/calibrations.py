@@ -14,7 +14,8 @@ import torch
 from conftest import COLOURS, Outcome
 from torch import Tensor
 
-from cfvit import Calibration, CoarseToFineViT, StageMacs, calibrate, count_macs, load, save
+import cfvit
+from cfvit import Calibration, CoarseToFineViT, StageMacs, calibrate, load, save
 from cfvit.calibration import GmacsBudget
 from cfvit.calibration.records import write_calibration
 from cfvit.checkpoints import save_exit
@@ -87,21 +88,9 @@ def images(network: CoarseToFineViT, pixels: Tensor, colours: Path) -> Images:
     return coarse, fine, labels_of(network.class_names or [], colours)
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model is counted once for all tests, which would spend most of their time on it."""
-    for module in ("cfvit.modeling.cost", "cfvit.evaluation.calibrate", "cfvit.evaluation.metrics"):
-        monkeypatch.setattr(f"{module}.count_macs", macs_of)
-
-
 def macs_of(model: CoarseToFineViT) -> StageMacs:
-    key = repr(model.config)
-    if key not in COUNTED:
-        COUNTED[key] = count_macs(model)
-    return COUNTED[key]
-
-
-COUNTED: dict[str, StageMacs] = {}
+    """What an image costs, as commands count it in the tests."""
+    return cfvit.count_macs(model)
 
 
 def run_calibrate(cfvit_main: Cli, model: Path | str, data: Path | str, *more: object) -> Outcome:

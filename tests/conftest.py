@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 
@@ -19,14 +20,49 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cfvit import CfvitError, CoarseToFineViT, create_model, save
+from cfvit import CfvitError, CoarseToFineViT, StageMacs, create_model, save
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
+from cfvit.inference.engines import packing
+from cfvit.modeling import cost
 
 pytest_plugins = ("calibrations",)  # fixtures of the tests of calibration
 
 BACKBONE = "deit_tiny_patch16_224"
 TINY = {"embed_dim": 48, "num_heads": 3, "depth": 5, "patch_size": 4, "num_classes": 7}
+
+
+WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
+"""Layers large enough to be packed, all but the head."""
+packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs, and this torch lacks it")
+
+
+@pytest.fixture
+def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing, whatever this processor would say of it."""
+    monkeypatch.setattr(packing, "packing_pays", lambda: True)
+    monkeypatch.setattr(packing, "convolving_pays", lambda: True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def each_network_counted_once() -> Iterator[None]:
+    """What an image costs follows from the configuration: commands count a network once for all tests, not in each.
+
+    Tests of the counting itself import the function, and have the real one.
+    """
+    count, known = cost.count_macs, dict[str, StageMacs]()
+
+    def count_once(model: CoarseToFineViT) -> StageMacs:
+        key = f"{type(model)} {model.config}"
+        if key not in known:
+            known[key] = count(model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("cfvit") and getattr(module, "count_macs", None) is count:
+                patch.setattr(module, "count_macs", count_once)
+        yield
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +22,7 @@ from reference import Reference
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cfvit import CoarseToFineViT, checkpoints, load, save
+from cfvit import CoarseToFineViT, load, save
 from cfvit.checkpoints import bundled_models, initialise, load_authors_checkpoint
 from cfvit.evaluation.metrics import labelled_images
 from cfvit.files import atomic_write
@@ -452,12 +453,13 @@ def test_initialise_from_another_architecture(folder: Path, make_model: Make, fa
 def test_bundled_models_are_those_that_load(
     model: CoarseToFineViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoints, "_bundled_folder", lambda: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
+    bundled = tmp_path / "bundled"
     for name in ("second", "first", "no_weights", "no_config"):
-        save(model, tmp_path / name)
-    (tmp_path / "no_weights" / "model.safetensors").unlink()
-    (tmp_path / "no_config" / "config.json").unlink()
-    (tmp_path / "README.md").touch()
+        save(model, bundled / name)
+    (bundled / "no_weights" / "model.safetensors").unlink()
+    (bundled / "no_config" / "config.json").unlink()
+    (bundled / "README.md").touch()
     assert bundled_models() == ["first", "second"]
     assert load("second").config == model.config
 

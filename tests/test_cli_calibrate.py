@@ -26,8 +26,6 @@ from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.mark.parametrize(
     ("flags", "target"),

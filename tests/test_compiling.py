@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import WIDE, packs
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,19 +20,9 @@ from cfvit.inference.engines import packing
 from cfvit.inference.engines.compiling import compiled, in_sizes
 from cfvit.modeling.exit import Exit
 
-WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
-"""Layers large enough to be packed, all but the head."""
-
-packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs, and this torch lacks it")
+pytestmark = pytest.mark.usefixtures("packing_pays")
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing, whatever this processor would say of it."""
-    monkeypatch.setattr(packing, "packing_pays", lambda: True)
-    monkeypatch.setattr(packing, "convolving_pays", lambda: True)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -79,18 +80,9 @@ def test_verdict(accuracy: float, gmacs: float, speedup: float, words: list[str]
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every 12th scan, as if these were all, and a short measurement of speed."""
-    datasets = demo._sklearn_datasets()
-
-    class Fewer:
-        load_sample_images = staticmethod(datasets.load_sample_images)
-
-        @staticmethod
-        def load_digits() -> object:
-            scans = load_digits()
-            scans.images, scans.target = scans.images[::12], scans.target[::12]  # pyright: ignore[reportAttributeAccessIssue]
-            return scans
-
-    monkeypatch.setattr(demo, "_sklearn_datasets", lambda: Fewer)
+    scans: Any = load_digits()
+    scans.images, scans.target = scans.images[::12], scans.target[::12]
+    monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: scans)
     monkeypatch.setattr(demo, "BENCH_BATCH", 8)
     monkeypatch.setattr(demo, "compare_with_backbone", partial(compare_with_backbone, rounds=1))
 

@@ -16,8 +16,6 @@ from cfvit import Calibration
 from cfvit.calibration import check_drift
 from cfvit.data import open_images
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def _unlabelled(folder: Path, count: int, brightness: float) -> Path:
     """Images without classes, some in a folder of their own."""

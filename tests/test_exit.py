@@ -18,8 +18,6 @@ from cfvit.benchmark.measure import compare_with_backbone
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 from cfvit.plots.explain import explain
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def test_a_calibrated_model_is_saved_with_its_exit(
     model: Path, calibration: Calibration, pixels: Tensor, images: Images, tmp_path: Path

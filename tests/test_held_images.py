@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 from pathlib import Path
 
 import numpy as np
@@ -121,10 +122,11 @@ def test_a_held_source_is_aligned_as_any_other(names: list[str], mixed: Path) ->
 
 
 def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: object, pixels: np.ndarray) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(io.BytesIO):
+        def write(self, content: object) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(held_images._Pixels, "append", fail)
+    monkeypatch.setattr(held_images.tempfile, "TemporaryFile", FullDisk)
     with pytest.raises(CfvitError, match=r"No space left on device; 0 of 5 were.*TMPDIR.*hold-decoded"):
         hold(open_data(str(mixed)), 0)
 

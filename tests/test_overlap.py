@@ -7,7 +7,6 @@ import shutil
 import tarfile
 from pathlib import Path
 
-import pytest
 from calibrations import Cli, error, run_calibrate
 
 from cfvit.calibration.overlap import shared_images
@@ -15,8 +14,6 @@ from cfvit.calibration.records import read_calibration
 from cfvit.data import open_data, split_holdout
 from cfvit.evaluation.calibrate import NOT_COMPARED
 from cfvit.training.recipe import DIGITS
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_training_images_are_refused(cfvit_main: Cli, model: Path, colours: Path, tmp_path: Path) -> None:

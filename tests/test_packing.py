@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import WIDE, packs
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -20,19 +21,9 @@ from cfvit import CoarseToFineViT, Predictor
 from cfvit.inference.engines import packing
 from cfvit.inference.engines.packing import ConvolvedLinear, PackedLinear, accelerate, accelerate_training
 
-WIDE = {"embed_dim": 192, "num_heads": 3, "depth": 4}
-"""Layers large enough to be packed, all but the head."""
-
-packs = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN packs, and this torch lacks it")
+pytestmark = pytest.mark.usefixtures("packing_pays")
 MakeModel = Callable[..., CoarseToFineViT]
 MakeImages = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing, whatever this processor would say of it."""
-    monkeypatch.setattr(packing, "packing_pays", lambda: True)
-    monkeypatch.setattr(packing, "convolving_pays", lambda: True)
 
 
 @pytest.fixture

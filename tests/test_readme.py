@@ -40,7 +40,8 @@ def _lines(page: Path) -> list[str]:
     return [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-COMMANDS = list(dict.fromkeys(line for page in PAGES for line in _lines(page)))
+COMMANDS = {tuple(shlex.split(line, comments=True)): line for page in PAGES for line in _lines(page)}
+"""What the pages tell to type, each once, by its words."""
 
 
 def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,45 +55,51 @@ def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str])
     assert namespace["logits"].shape == (int(namespace["hard"].sum()), namespace["model"].config.num_classes)
 
 
-@pytest.fixture
-def place(
-    tmp_path: Path, colours: Path, colour_model: Path, authors_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+@pytest.fixture(scope="module")
+def furnished(tmp_path_factory: pytest.TempPathFactory, colours: Path, colour_model: Path, authors_file: Path) -> Path:
     """A folder where every placeholder of the pages is a file or folder of that name, or may become one."""
+    place = tmp_path_factory.mktemp("furnished")
     for name in ("DATA", "IMAGENET"):
         for split in ("train", "val"):
             for colour in COLOURS:
-                (tmp_path / name / split / colour).mkdir(parents=True)
+                (place / name / split / colour).mkdir(parents=True)
                 for i in range(4):
-                    shutil.copy(colours / split / colour / f"{i}.png", tmp_path / name / split / colour)
-    shutil.copytree(colour_model, tmp_path / "MODEL")
+                    shutil.copy(colours / split / colour / f"{i}.png", place / name / split / colour)
+    shutil.copytree(colour_model, place / "MODEL")
     chosen = calibrate(torch.eye(3), torch.eye(3), torch.arange(3), StageMacs(1, 1, 2), Saving(10))
-    write_calibration(chosen, tmp_path / "MODEL" / "calibration.json")
-    write_calibration(chosen, tmp_path / "mine.json")
-    shutil.copy(authors_file, tmp_path / "authors.pth")
-    shutil.copy(colours / "val" / "red" / "0.png", tmp_path / "photo.jpg")
-    (tmp_path / "photos").mkdir()
-    shutil.copy(colours / "val" / "blue" / "1.png", tmp_path / "photos")
+    write_calibration(chosen, place / "MODEL" / "calibration.json")
+    write_calibration(chosen, place / "mine.json")
+    shutil.copy(authors_file, place / "authors.pth")
+    shutil.copy(colours / "val" / "red" / "0.png", place / "photo.jpg")
+    (place / "photos").mkdir()
+    shutil.copy(colours / "val" / "blue" / "1.png", place / "photos")
     backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64)
-    save_file(backbone.state_dict(), tmp_path / "my_vit.safetensors")
-    (tmp_path / "WEIGHTS").mkdir()
+    save_file(backbone.state_dict(), place / "my_vit.safetensors")
+    (place / "WEIGHTS").mkdir()
     described = {"architecture": "test_vit", "label_names": list(COLOURS)}
-    (tmp_path / "WEIGHTS" / "config.json").write_text(json.dumps(described))
-    shutil.copy(tmp_path / "my_vit.safetensors", tmp_path / "WEIGHTS" / "model.safetensors")
+    (place / "WEIGHTS" / "config.json").write_text(json.dumps(described))
+    shutil.copy(place / "my_vit.safetensors", place / "WEIGHTS" / "model.safetensors")
     ours = load_file(colour_model / "model.safetensors").items()
     plain = {name.removeprefix("backbone."): tensor for name, tensor in ours if name.startswith("backbone.")}
-    save_file(plain, tmp_path / "plain_of_model.safetensors")
+    save_file(plain, place / "plain_of_model.safetensors")
     for name in ("PHOTOS", "MORE_PHOTOS"):
-        shutil.copytree(colours / "train" / "red", tmp_path / name)
+        shutil.copytree(colours / "train" / "red", place / name)
     for colour in COLOURS:
-        (tmp_path / "CALIBRATION" / colour).mkdir(parents=True)
+        (place / "CALIBRATION" / colour).mkdir(parents=True)
         for i in range(4, 8):
-            shutil.copy(colours / "val" / colour / f"{i}.png", tmp_path / "CALIBRATION" / colour)
+            shutil.copy(colours / "val" / colour / f"{i}.png", place / "CALIBRATION" / colour)
     teacher = timm.create_model("resnet10t", num_classes=len(COLOURS))
-    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
-    for image in sorted((tmp_path / "DATA" / "train").rglob("*.png")):
-        (tmp_path / "maps" / image.parent.name).mkdir(parents=True, exist_ok=True)
-        torch.save(torch.zeros(2, 1, 18, 18).half(), tmp_path / "maps" / image.parent.name / f"{image.stem}.pt")
+    save_file(teacher.state_dict(), place / "teacher.safetensors")
+    for image in sorted((place / "DATA" / "train").rglob("*.png")):
+        (place / "maps" / image.parent.name).mkdir(parents=True, exist_ok=True)
+        torch.save(torch.zeros(2, 1, 18, 18).half(), place / "maps" / image.parent.name / f"{image.stem}.pt")
+    return place
+
+
+@pytest.fixture
+def place(furnished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, in which a command runs."""
+    shutil.copytree(furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -139,7 +146,7 @@ def _cfvit_arguments(line: str) -> list[str] | None:
     return words[1:] if words[0] == "cfvit" else None
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+@pytest.mark.parametrize("line", COMMANDS.values())
 def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Outcome]) -> None:
     arguments = _cfvit_arguments(line)
     if arguments is None:

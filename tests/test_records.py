@@ -21,7 +21,6 @@ from cfvit import Calibration, CoarseToFineViT, load, save
 from cfvit.calibration.records import read_calibration, write_calibration
 from cfvit.checkpoints import apply_calibration, weights_digest
 
-pytestmark = pytest.mark.usefixtures("quick")
 OTHER = "calibration.json was made with other weights than this model's: calibrate this model, "
 
 

@@ -85,6 +85,7 @@ class Cascade(CfViT):
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
     ) -> Any:
+        """Two plain ViTs, the small one for images of half the side; both start from the same trained weights."""
         large = Plain(self.objective).build(config, initial_weights, class_names)
         size = (large.image_size[0] // 2, large.image_size[1] // 2)
         small: Any = create_backbone(

@@ -60,6 +60,7 @@ class CfViT(Method):
         return _BothStages(network)
 
     def loss(self, running: nn.Module, batch: Batch, split: float) -> Tensor:
+        """The paper's loss on both stages' logits, or LV-ViT's with a label for each token; a scalar."""
         labels = batch.token_labels
         if labels is None:
             output = running(batch.images, split, False, None)

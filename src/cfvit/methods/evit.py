@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cfvit.methods.base import register
-from cfvit.methods.plain import Plain
-from cfvit.methods.plain_blocks import attend, classify, embed, require_plain_vit, transform
-from cfvit.modeling.config import ModelConfig
+from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, transform
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
 
 KEEP = 0.7
@@ -23,17 +21,10 @@ KEEP = 0.7
 
 
 @register("evit")
-class EViT(Plain):
+class EViT(PlainBlocks):
     """The plain ViT with three reductions of its tokens, in training as well."""
 
     title = "EViT"
-
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        network = super().build(config, initial_weights, class_names)
-        require_plain_vit(network)
-        return network
 
     def in_training(self, network: Any) -> nn.Module:
         return ReorganisingViT(network, KEEP)

@@ -36,6 +36,11 @@ class Literal(CfViT):
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
     ) -> Any:
+        """A `LiteralPort`.
+
+        Raises:
+            UsageError: a backbone, a selection or a feature reuse that it is not written for.
+        """
         network = build_model(config, initial_weights, class_names, LiteralPort)
         require_plain_vit(network.backbone)
         if (config.selection, config.feature_reuse) != ("attention", "mlp"):

@@ -10,7 +10,25 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
+from cfvit.methods.plain import Plain
+from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
+
+
+class PlainBlocks(Plain):
+    """A method that takes the blocks of timm's plain ViT apart."""
+
+    def build(
+        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+    ) -> Any:
+        """The plain ViT, as `cfvit.methods.plain.Plain` builds it.
+
+        Raises:
+            UsageError: a backbone whose blocks these parts are not written for.
+        """
+        network = super().build(config, initial_weights, class_names)
+        require_plain_vit(network)
+        return network
 
 
 def require_plain_vit(backbone: Any) -> None:

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfvit.methods.base import register
-from cfvit.methods.plain import Plain
-from cfvit.methods.plain_blocks import attend, classify, embed, require_plain_vit, transform
-from cfvit.modeling.config import ModelConfig
+from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, transform
 from cfvit.modeling.tokens import gather_tokens, rank_cells
 
 MERGED = (13, 8)
@@ -23,17 +21,10 @@ MERGED = (13, 8)
 
 
 @register("tome")
-class ToMe(Plain):
+class ToMe(PlainBlocks):
     """The plain ViT with merging, in training as well."""
 
     title = "ToMe"
-
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        network = super().build(config, initial_weights, class_names)
-        require_plain_vit(network)
-        return network
 
     def in_training(self, network: Any) -> nn.Module:
         return MergingViT(network, MERGED[0])
