@@ -157,10 +157,10 @@ def test_collect_restores_the_order_and_leaves_out_the_unreadable() -> None:
     loader = cast(Any, [(images[batch], labels[batch], batch) for batch in order])
     done: list[int] = []
 
-    collected = collect(lambda x: (x, 2 * x), loader, torch.device("cpu"), done.append)
+    collected = collect(lambda x: {"coarse": x, "fine": 2 * x}, loader, torch.device("cpu"), done.append)
 
     assert collected.labels.tolist() == [10, 12, 13]
     assert collected.indices.tolist() == [0, 2, 3]
     assert collected.unreadable == [1, 4]
-    assert [stage.flatten().tolist() for stage in collected.logits] == [[0, 2, 3], [0, 4, 6]]
+    assert {at: x.flatten().tolist() for at, x in collected.logits.items()} == {"coarse": [0, 2, 3], "fine": [0, 4, 6]}
     assert done == [2, 3]

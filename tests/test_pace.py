@@ -40,6 +40,30 @@ def test_figures_are_those_since_the_start_of_all_processes(monkeypatch: pytest.
     assert pace.figures() == {"images_per_second": 20.0, "matrix_share": 0.1}
 
 
+def test_products_are_counted_once_for_each_split_and_that_is_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, counted = [100.0], []
+
+    def count(method: object, model: object, split: float) -> int:
+        counted.append(split)
+        now[0] += 50.0
+        return 1000
+
+    monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pace_module, "matrix_rate", lambda device, dtype: 50_000.0)
+    monkeypatch.setattr(pace_module, "gradient_macs", count)
+    anything: Any = SimpleNamespace(method=None, model=None)
+    pace = Pace(Recipe(batch_size=10), anything, CPU)
+    speeds = []
+    for split in (1.0, 0.5, 0.5):
+        pace.start(split)
+        for _ in range(2):
+            now[0] += 0.5
+            pace.advance()
+            speeds.append(pace.figures()["images_per_second"])
+    assert speeds == [20.0] * 6
+    assert counted == [1.0, 0.5]
+
+
 def test_gradients_cost_three_times_what_is_trained() -> None:
     config = ModelConfig(
         backbone="test_vit", num_classes=3, coarse_grid=4, informative_ratio=0.25, timm_kwargs={"patch_size": 4}

@@ -490,13 +490,13 @@ def test_figures_of_a_given_model(
     colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    draw = rows.draw_highest_lowest
+    draw = rows.pictures.draw_highest_lowest
 
     def drawn(*arguments: Any, **options: Any) -> None:
         titles.append(options["title"])
         draw(*arguments, **options)
 
-    monkeypatch.setattr(rows, "draw_highest_lowest", drawn)
+    monkeypatch.setattr(rows.pictures, "draw_highest_lowest", drawn)
     given = ["--data", colours, "--model", colour_model, "--workers", "0"]
     outcome = cfvit_main("reproduce", "all", *given, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err

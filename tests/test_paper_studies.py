@@ -15,21 +15,19 @@ from scipy import stats
 from torch import Tensor
 
 from cfvit.errors import UsageError
+from cfvit.evaluation.metrics import Collected
 from cfvit.paper.rows import (
     Cell,
     OperatingPoint,
     Row,
     Sources,
-    at,
     count_right,
     make,
-    operating_row,
-    parity_threshold,
+    mean_row,
     seed_of_picture,
-    summarise,
     uncertainty,
 )
-from cfvit.paper.runs import Budget, Clock, Record, Result, Scored, duration, parse_budget, time_left
+from cfvit.paper.runs import Budget, Clock, Record, Result, duration, parse_budget, time_left
 from cfvit.paper.studies import DEFAULT, PLAIN, RUNS, STUDIES, Published, find_studies, runs_needed
 from cfvit.paper.write import table_of, write_csv
 from cfvit.training.recipe import Recipe
@@ -158,7 +156,7 @@ def test_what_is_left_of_a_run_is_known_by_its_own_pace_or_by_others() -> None:
 
 
 def test_a_clock_times_steps_but_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = iter([100.0, 130.0, 132.0, 134.0, 140.0])
+    now = iter([100.0, 130.0, 132.0, 134.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     asked: list[int] = []
     clock = Clock(lambda: len(asked) > 1)
@@ -166,7 +164,7 @@ def test_a_clock_times_steps_but_for_the_first(monkeypatch: pytest.MonkeyPatch) 
     for steps in (1, 2, 3):
         assert clock() is (steps == 3)
         asked.append(steps)
-    assert (clock.steps, clock.pace, clock.seconds) == (3, 2.0, 40.0)
+    assert (len(clock.ends), clock.pace, clock.started) == (3, 2.0, 100.0)
 
 
 def test_a_budget_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,14 +215,14 @@ def test_notes_and_rows_are_of_the_family_beside_ours(backbone: str, left_out: s
     assert len(kept) == len(notes) - 1
 
 
-def _scored(*logits: Tensor, labels: Tensor) -> Scored:
+def _scored(*logits: Tensor, labels: Tensor) -> Collected:
     names = ("coarse", "fine") if len(logits) == 2 else ("plain",)
-    return Scored(dict(zip(names, logits, strict=True)), labels, torch.arange(len(labels)))
+    return Collected(dict(zip(names, logits, strict=True)), labels, torch.arange(len(labels)), [])
 
 
-def _result(holdout: Scored, validation: Scored) -> Result:
+def _result(holdout: Collected, validation: Collected) -> Result:
     macs = {"coarse": 10**9, "fine": 4 * 10**9} if "fine" in validation.logits else {"plain": 5 * 10**9}
-    return Result("any", macs, validation, holdout, lambda: pytest.fail("opened"), seed=0)
+    return Result(macs, validation, holdout, lambda: pytest.fail("opened"), seed=0)
 
 
 @pytest.fixture
@@ -244,7 +242,7 @@ def runs() -> tuple[Result, Result]:
     return ours, plain
 
 
-def _accuracy(scored: Scored, eta: float) -> tuple[float, float]:
+def _accuracy(scored: Collected, eta: float) -> tuple[float, float]:
     """Top-1 in percent and the share that goes on, image by image."""
     right = hard = 0
     for coarse, fine, label in zip(*scored.logits.values(), scored.labels.tolist(), strict=True):
@@ -256,14 +254,14 @@ def _accuracy(scored: Scored, eta: float) -> tuple[float, float]:
 
 def test_parity_is_the_cheapest_eta_as_good_as_the_plain_vit_on_the_holdout(runs: tuple[Result, Result]) -> None:
     ours, plain = runs
-    eta = parity_threshold(ours, plain)
+    eta = ours.parity(plain)
     assert eta is not None and ours.holdout is not None and plain.holdout is not None
     goal = 100 * float((plain.holdout.logits["plain"].argmax(-1) == plain.holdout.labels).double().mean())
     accuracy, share = _accuracy(ours.holdout, eta)
     assert accuracy >= goal
     cheaper = [_accuracy(ours.holdout, i / 1000) for i in range(1001)]
     assert all(a < goal for a, s in cheaper if s < share)
-    point = at(ours, eta)
+    (point,) = ours.at([eta])
     assert (point.accuracy, 1 - point.exit_share) == pytest.approx(_accuracy(ours.validation, eta))
     assert point.gmacs == pytest.approx(1 + 3 * (1 - point.exit_share))
 
@@ -273,15 +271,15 @@ def test_parity_out_of_reach_is_told(runs: tuple[Result, Result]) -> None:
     assert plain.holdout is not None
     perfect = _scored(torch.eye(4)[plain.holdout.labels], labels=plain.holdout.labels)
     point = OperatingPoint("CF-ViT, eta at parity", DEFAULT, "parity")
-    row = operating_row(point, [ours], {0: _result(perfect, perfect)}, None)
+    row = point.row([ours], {0: _result(perfect, perfect)})
     assert row.cells["accuracy"].ours is None
     assert row.missing == "no eta reaches the plain ViT's accuracy on the hold-out"
-    assert operating_row(point, [ours], {}, None).missing == "the plain ViT is not there"
-    assert operating_row(point, [ours], {0: plain}, None).missing is None
+    assert point.row([ours], {}).missing == "the plain ViT is not there"
+    assert point.row([ours], {0: plain}).missing is None
     second = dataclasses.replace(ours, seed=1)
-    both = operating_row(point, [ours, second], {0: plain}, None)
+    both = point.row([ours, second], {0: plain})
     assert (both.seeds, both.missing) == (1, "the plain ViT is not there for 1 of 2 seeds")
-    short = operating_row(point, [ours, second], {0: _result(perfect, perfect)}, "seed 2 is not there")
+    short = point.row([ours, second], {0: _result(perfect, perfect)}, "seed 2 is not there")
     assert short.missing == (
         "seed 2 is not there; no eta reaches the plain ViT's accuracy on the hold-out for 1 of 2 seeds; "
         "the plain ViT is not there for 1 of 2 seeds"
@@ -298,8 +296,10 @@ def test_counts_are_of_the_images_that_a_stage_answers(runs: tuple[Result, Resul
 
 
 def test_means_and_spreads_over_seeds() -> None:
-    assert summarise([70.0, 74.0, 72.0], 80.8) == Cell(72.0, 4.0, 80.8)
-    assert summarise([], 80.8) == Cell(None, 0.0, 80.8)
+    published = Published("ours", "Table 4", {"fine": 80.8})
+    row = mean_row("fine", {"fine": [70.0, 74.0, 72.0], "coarse": [1.0, 1.0, 1.0]}, published)
+    assert row == Row("fine", {"fine": Cell(72.0, 4.0, 80.8), "coarse": Cell(1.0)}, 3, "Table 4")
+    assert mean_row("fine", {"fine": []}, published) == Row("fine", {"fine": Cell(None, 0.0, 80.8)}, 0, "Table 4")
 
 
 def test_a_table_has_ours_beside_the_papers_and_says_what_is_missing(tmp_path: Path) -> None:

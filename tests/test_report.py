@@ -123,7 +123,7 @@ def make_collected(count: int, classes: int, seed: int = 0) -> Collected:
     labels = torch.randint(0, classes, (count,), generator=generator)
     truth = torch.nn.functional.one_hot(labels, classes).float()
     logits = [torch.randn(count, classes, generator=generator) + skill * truth for skill in (1.5, 2.5)]
-    return Collected((logits[0], logits[1]), labels, torch.arange(count), [])
+    return Collected({"coarse": logits[0], "fine": logits[1]}, labels, torch.arange(count), [])
 
 
 def make_source(count: int, size: tuple[int, int] = (40, 40)) -> DataSource:
@@ -177,7 +177,7 @@ def test_the_figures_are_those_of_one_image_at_a_time(write: Write, eta: float) 
     collected = make_collected(60, 7)
     page = parse(write(collected, threshold=eta))
     right, exits = Counter[str](), Counter[int]()
-    rows = zip(*collected.logits, collected.labels, strict=True)
+    rows = zip(*collected.logits.values(), collected.labels, strict=True)
     for coarse, fine, label in rows:
         hard = eta >= 1 or (eta > 0 and _confidence(coarse) < eta)
         right["coarse"] += int(coarse.argmax() == label)
@@ -208,7 +208,9 @@ def test_gains_of_classes_are_counted(write: Write) -> None:
     collected = make_collected(80, 7)
     page = parse(write(collected))
     assert "promised" not in page.text
-    hits = [Counter(collected.labels[stage.argmax(-1) == collected.labels].tolist()) for stage in collected.logits]
+    hits = [
+        Counter(collected.labels[stage.argmax(-1) == collected.labels].tolist()) for stage in collected.logits.values()
+    ]
     count = Counter(collected.labels.tolist())
     gains = {label: 100 * (hits[1][label] - hits[0][label]) / count[label] for label in count}
     table = page.table("class", "images", "right at the coarse stage")
@@ -224,7 +226,7 @@ def test_reliability_is_counted_bin_by_bin() -> None:
     collected = make_collected(200, 7)
     stage = judge(collected, Exit(), 0.5).coarse
     inside: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
-    for logits, label in zip(collected.logits[0], collected.labels, strict=True):
+    for logits, label in zip(collected.logits["coarse"], collected.labels, strict=True):
         sure = _confidence(logits)
         inside[min(int(sure * 15), 14)].append((sure, bool(logits.argmax() == label)))
     error = sum(abs(sum(right for _, right in each) - sum(sure for sure, _ in each)) for each in inside) / 200
@@ -237,16 +239,16 @@ def test_reliability_is_counted_bin_by_bin() -> None:
 def test_reliability_is_of_probabilities_whatever_eta_is_compared_with() -> None:
     collected = make_collected(50, 7)
     answers = judge(collected, Exit("margin", 2.0), 0.3)
-    expected = (collected.logits[0] / 2).softmax(-1).amax(-1)
+    expected = (collected.logits["coarse"] / 2).softmax(-1).amax(-1)
     np.testing.assert_allclose(answers.coarse.probability, expected, rtol=1e-6)
     rule = Exit("margin", 2.0)
-    assert answers.gone_on.tolist() == goes_on(rule.coarse(collected.logits[0]), 0.3).tolist()
+    assert answers.gone_on.tolist() == goes_on(rule.coarse(collected.logits["coarse"]), 0.3).tolist()
 
 
 def test_the_examples_are_the_surest_of_their_kind(write: Write, model: CoarseToFineViT) -> None:
     collected = make_collected(60, 7)
     page = parse(write(collected))
-    coarse, fine = collected.logits
+    coarse, fine = collected.logits.values()
     kinds = (
         (coarse.argmax(-1) == collected.labels, coarse),
         ((coarse.argmax(-1) != collected.labels) & (fine.argmax(-1) == collected.labels), fine),
@@ -294,10 +296,10 @@ def test_what_is_missing_is_said_and_not_ranked(write: Write) -> None:
 
 def test_an_answer_that_is_no_number_is_said_and_never_a_class(write: Write) -> None:
     collected = make_collected(6, 7)
-    collected.logits[1][2] = torch.nan
+    collected.logits["fine"][2] = torch.nan
     page = parse(write(collected))
     assert "The model's answer to 1 image is not a finite number, which counts as wrong." in page.words
-    right = int((collected.logits[1].argmax(-1) == collected.labels)[torch.arange(6) != 2].sum())
+    right = int((collected.logits["fine"].argmax(-1) == collected.labels)[torch.arange(6) != 2].sum())
     assert page.tile("right answers, fine stage for all") == f"{100 * right / 6:.1f}%"
     (alt,) = {str(image["alt"]) for image in page.all("img") if "(image 2)" in str(image["alt"])}
     assert "fine stage no number, 0.0%" in alt
@@ -344,7 +346,7 @@ def test_the_same_input_gives_the_same_page(write: Write) -> None:
 
 def test_a_calibrated_eta_comes_with_its_promise(write: Write) -> None:
     collected = make_collected(400, 7)
-    coarse, fine = collected.logits
+    coarse, fine = collected.logits.values()
     calibration = calibrate(coarse, fine, collected.labels, MACS, Risk(0.1))
     page = parse(write(collected, threshold=calibration.threshold, calibration=calibration))
     assert f"What was promised of this eta: {calibration.promise}." in page.words
@@ -353,7 +355,7 @@ def test_a_calibrated_eta_comes_with_its_promise(write: Write) -> None:
 @pytest.mark.parametrize(("eta", "exits"), [(0.0, 100), (1.0, 0)])
 def test_how_many_exit_is_certain_at_the_ends(eta: float, exits: int) -> None:
     collected = make_collected(30, 7)
-    coarse, fine = collected.logits
+    coarse, fine = collected.logits.values()
     operation = rank_images(coarse, fine, collected.labels).operate(eta, MACS, LEVEL)
     gmacs = 1.0 if eta == 0 else 4.0
     for estimate, value in (
@@ -370,7 +372,7 @@ def test_captions_show_only_shares_in_percent(write: Write, model: CoarseToFineV
     collected = make_collected(5, 7)
     for image in parse(write(collected)).all("img"):
         place = int(re.findall(r"\(image (\d+)\)", str(image["alt"]))[0])
-        sure = [float(confidence_of(stage[place], "entropy")) for stage in collected.logits]
+        sure = [float(confidence_of(stage[place], "entropy")) for stage in collected.logits.values()]
         assert re.findall(r"stage \d, ([^,;]+)", str(image["alt"])) == [f"{value:.4f}" for value in sure]
 
 

@@ -37,6 +37,7 @@ from cfvit.methods.base import Batch
 from cfvit.modeling.losses import token_label_loss
 from cfvit.modeling.model import TokenOutput
 from cfvit.processes import Process
+from cfvit.training import log, loop
 from cfvit.training import setup as preparation
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import DIGITS, Recipe
@@ -215,6 +216,39 @@ def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
     assert step >= 2
     assert said.splitlines()[-1] == f"cfvit: stopped at step {step}: add --resume to continue"
     assert "Traceback" not in said
+
+
+def test_a_log_in_a_file_follows_steps_and_evaluations(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "SECONDS_BETWEEN_LINES", 0.0)
+    train(recipe.replace({"epochs": 1}), tmp_path / "run")
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("epoch 1/1: step ") and ", loss " in line for line in lines) == 5
+    start = lines.index("epoch 1/1: evaluating")
+    shown = [f"epoch 1/1, evaluating: image {count} of {count}" for count in (9, 33)]
+    assert lines[start + 1 : start + 3] == shown
+
+
+def test_a_stop_during_an_evaluation_is_acknowledged_and_kept(
+    recipe: Recipe,
+    tmp_path: Path,
+    fails: Callable[..., Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    collect = loop.collect
+
+    def stopped(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        assert "stopping after this evaluation" in capsys.readouterr().err
+        return collect(*arguments)
+
+    with monkeypatch.context() as patch, fails("stopped at step 5: add --resume to continue", Stopped):
+        patch.setattr(loop, "collect", stopped)
+        train(recipe, tmp_path / "run")
+    train(recipe, tmp_path / "run", resume=True)
+    assert [line["step"] for line in _log(tmp_path / "run", "eval")] == [5, 10]
 
 
 def test_nothing_is_resumed_or_overwritten_unasked(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:

@@ -22,6 +22,9 @@ from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
 
+Budget = GmacsBudget | Saving | LatencyBudget
+"""Targets of a mean cost."""
+
 _SLACK = 1e-9
 
 TESTED = np.unique(np.concatenate([np.linspace(0, 1, 1001), *(1 - np.arange(1, 10) / 10**j for j in range(4, 8))]))
@@ -52,22 +55,33 @@ def require_reachable(target: Target, macs: StageMacs, latency: StageLatency | N
     Raises:
         CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
     """
-    match target:
-        case GmacsBudget(gmacs):
-            least, budget, asked = macs.coarse / 1e9, gmacs, f"{gmacs:g} GMACs"
-            nearest = f"the coarse stage alone takes {_up(least)} GMACs at eta 0; ask for at least that"
-        case Saving(percent):
-            least, budget, asked = 100 * macs.coarse / macs.backbone, 100 - percent, f"a saving of {percent:g}%"
-            nearest = f"the most is {_down(100 - least)}% at eta 0; ask for at most that"
-        case LatencyBudget(milliseconds):
-            if latency is None:
-                raise CfvitError("a latency is asked for and none is measured: pass latency=StageLatency(coarse, both)")
-            least, budget, asked = latency.coarse, milliseconds, f"{milliseconds:g} ms"
-            nearest = f"the coarse stage alone takes {_up(least)} ms at eta 0; ask for at least that"
-        case _:
-            return
-    if least > budget + _SLACK * abs(budget):
-        raise CfvitError(f"{asked} is out of reach: {nearest}")
+    if not isinstance(target, Budget):
+        return
+    costs, budget, unit = _costs(target, np.zeros(1), macs, latency)
+    least = float(costs[0])
+    if least <= budget + _SLACK * abs(budget):
+        return
+    if isinstance(target, Saving):
+        asked, most = f"a saving of {target.percent:g}%", f"{_down(100 - least)}%"
+        raise CfvitError(f"{asked} is out of reach: the most is {most} at eta 0; ask for at most that")
+    raise CfvitError(
+        f"{budget:g} {unit} is out of reach: the coarse stage alone takes {math.ceil(1000 * least - _SLACK) / 1000:g} "
+        f"{unit} at eta 0; ask for at least that"
+    )
+
+
+def _costs(
+    target: Budget, shares: np.ndarray, macs: StageMacs, latency: StageLatency | None
+) -> tuple[np.ndarray, float, str]:
+    """Mean cost of an image at each share that goes on, the most that the target allows, and the unit of both."""
+    spent = macs.coarse + shares * macs.fine
+    if isinstance(target, GmacsBudget):
+        return spent / 1e9, target.gmacs, "GMACs"
+    if isinstance(target, Saving):
+        return 100 * spent / macs.backbone, 100 - target.percent, "% of the plain backbone's MACs"
+    if latency is None:
+        raise CfvitError("a latency is asked for and none is measured: pass latency=StageLatency(coarse, both)")
+    return latency.expected_all(shares), target.milliseconds, "ms"
 
 
 def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageLatency | None = None) -> float:
@@ -77,47 +91,39 @@ def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageL
         CfvitError: out of reach, with the nearest value that is not; a latency asked for and none given.
     """
     require_reachable(target, macs, latency)
-    shares = trade.reachable / trade.images
+    reachable, images = trade.reachable, trade.images
     match target:
-        case GmacsBudget(gmacs):
-            return _most_accurate_within(trade, (macs.coarse + shares * macs.fine) / 1e9, gmacs)
-        case Saving(percent):
-            spent = 100 * (macs.coarse + shares * macs.fine) / macs.backbone
-            return _most_accurate_within(trade, spent, 100 - percent)
-        case LatencyBudget(milliseconds):
-            assert latency is not None
-            return _most_accurate_within(trade, latency.expected_all(shares), milliseconds)
+        case GmacsBudget() | Saving() | LatencyBudget():
+            costs, budget, _ = _costs(target, reachable / images, macs, latency)
+            affordable = reachable[costs <= budget + _SLACK * abs(budget)]
+            go_on = affordable[trade.right[affordable].argmax()]  # the cheapest of equally accurate ones
         case Accuracy(percent):
-            return _cheapest_with_accuracy(trade, percent)
+            accuracy = 100 * trade.right[reachable] / images
+            best = int(accuracy.argmax())
+            if accuracy[best] < percent - _SLACK:
+                eta = str(trade.threshold(int(reachable[best]))).removesuffix(".0")
+                raise CfvitError(
+                    f"an accuracy of {percent:g}% is out of reach: the best is {_down(accuracy[best])}% at eta {eta}; "
+                    "ask for at most that"
+                )
+            go_on = reachable[(accuracy >= percent - _SLACK).argmax()]
         case Drop(points):
-            return trade.threshold(_fewest_without_drop(trade, points))
+            go_on = _fewest_without_drop(trade, points)
         case Risk(method="upper_bound"):
             # the upper bound of k of n is at most the share where k or fewer of n are improbable at that share
-            improbable = scipy.stats.binom.cdf(trade.worse[trade.reachable], trade.images, target.share)
+            improbable = scipy.stats.binom.cdf(trade.worse[reachable], images, target.share)
             granted = improbable <= 1 - target.confidence
             granted[-1] = True  # if all go on, no answer is worse
-            return trade.threshold(int(trade.reachable[granted.argmax()]))
-        case Risk():
-            return _last_of_fixed_sequence(trade, target)
-
-
-def _most_accurate_within(trade: TradeOff, costs: np.ndarray, budget: float) -> float:
-    """Of the splits within a budget, which the first always is; the cheapest of equally accurate ones."""
-    affordable = trade.reachable[costs <= budget + _SLACK * abs(budget)]
-    return trade.threshold(int(affordable[trade.right[affordable].argmax()]))
-
-
-def _cheapest_with_accuracy(trade: TradeOff, percent: float) -> float:
-    accuracy = 100 * trade.right[trade.reachable] / trade.images
-    enough = trade.reachable[accuracy >= percent - _SLACK]
-    if len(enough) == 0:
-        best = int(accuracy.argmax())
-        eta = str(trade.threshold(int(trade.reachable[best]))).removesuffix(".0")
-        raise CfvitError(
-            f"an accuracy of {percent:g}% is out of reach: the best is {_down(accuracy[best])}% at eta {eta}; "
-            "ask for at most that"
-        )
-    return trade.threshold(int(enough[0]))
+            go_on = reachable[granted.argmax()]
+        case Risk():  # a fixed sequence from eta = 1 downwards, until "too many get worse" cannot be rejected
+            p_values = scipy.stats.binom.cdf(np.arange(images + 1), images, target.share)
+            granted_eta = 1.0  # where nothing is to be shown
+            for eta in TESTED[-2::-1].tolist():
+                if p_values[trade.worse[trade.gone_on(eta)]] > 1 - target.confidence:
+                    break
+                granted_eta = eta
+            return granted_eta
+    return trade.threshold(int(go_on))
 
 
 def _fewest_without_drop(trade: TradeOff, points: float) -> int:
@@ -127,21 +133,6 @@ def _fewest_without_drop(trade: TradeOff, points: float) -> int:
     return int(trade.reachable[failing[-1] + 1 if len(failing) else 0])
 
 
-def _last_of_fixed_sequence(trade: TradeOff, risk: Risk) -> float:
-    """Tests "too many get worse" from eta = 1 downwards, until it cannot be rejected."""
-    p_values = scipy.stats.binom.cdf(np.arange(trade.images + 1), trade.images, risk.share)
-    granted = 1.0  # where nothing is to be shown
-    for eta in TESTED[-2::-1].tolist():
-        if p_values[trade.worse[trade.gone_on(eta)]] > 1 - risk.confidence:
-            break
-        granted = eta
-    return granted
-
-
 def _down(value: float) -> str:
     """Two decimals, never above the value, so that what is named can be asked for."""
     return f"{math.floor(100 * value + _SLACK) / 100:.2f}"
-
-
-def _up(value: float) -> str:
-    return f"{math.ceil(1000 * value - _SLACK) / 1000:g}"

@@ -91,24 +91,20 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         distance=distance,
         distance_p=float(scipy.stats.kstwobign.sf(corrected)),
     )
-    drifted = min(drift.fine_share_p, drift.distance_p) < alpha / 2
-    return replace(drift, drifted=drifted, sentence=_sentence(drift))
-
-
-def _sentence(drift: Drift) -> str:
-    level = drift.alpha / 2
-    few = f", as far as {drift.images} can tell" if drift.images < _FEW else ""
-    if drift.fine_share_p < level:
-        before, now = drift.expected_fine_share, drift.fine_share
-        how = f"{now / before:.2g} times as many images go on as in" if before else "images go on, unlike in"
-        shares = f"{100 * now:.3g}% instead of {100 * before:.3g}%"
-        return f"{how} the calibration set ({shares}, {_p(drift.fine_share_p)}): recalibrate"
-    if drift.distance_p < level:
-        return (
+    usual, now = drift.expected_fine_share, drift.fine_share
+    if drift.fine_share_p < alpha / 2:
+        how = f"{now / usual:.2g} times as many images go on as in" if usual else "images go on, unlike in"
+        shares = f"{100 * now:.3g}% instead of {100 * usual:.3g}%"
+        sentence = f"{how} the calibration set ({shares}, {_p(drift.fine_share_p)}): recalibrate"
+    elif drift.distance_p < alpha / 2:
+        sentence = (
             "about as many images go on, but confidence is distributed otherwise than in the calibration set "
-            f"(distance {drift.distance:.2f}, {_p(drift.distance_p)}): recalibrate"
+            f"(distance {distance:.2f}, {_p(drift.distance_p)}): recalibrate"
         )
-    return f"looks like the calibration set ({_p(min(drift.fine_share_p, drift.distance_p))}){few}"
+    else:
+        few = f", as far as {count} can tell" if count < _FEW else ""
+        sentence = f"looks like the calibration set ({_p(min(drift.fine_share_p, drift.distance_p))}){few}"
+    return replace(drift, drifted=min(drift.fine_share_p, drift.distance_p) < alpha / 2, sentence=sentence)
 
 
 def _p(value: float) -> str:

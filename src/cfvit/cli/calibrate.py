@@ -122,7 +122,7 @@ def calibrate(
     path = _calibration_path(model, out)
     from cfvit.calibration.records import write_calibration
     from cfvit.checkpoints import save_exit
-    from cfvit.evaluation.calibrate import Request, calibrate_model
+    from cfvit.evaluation.calibrate import calibrate_model
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
@@ -132,10 +132,19 @@ def calibrate(
     require_writable(path)
     network = load_model(model, None)
     source = labelled_images(network, data)
-    training = _training_images(model, train_data)
-    request = Request(wanted, checked, temperature_scaling, allow_missing_classes)
-    process = Process(0, 1, best_device())
-    calibration, unreadable = calibrate_model(network, source, data, request, batch_size, workers, process, training)
+    calibration, unreadable = calibrate_model(
+        network,
+        source,
+        data,
+        wanted,
+        Process(0, 1, best_device()),
+        batch_size=batch_size,
+        workers=workers,
+        measure=checked,
+        scale_temperatures=temperature_scaling,
+        allow_missing_classes=allow_missing_classes,
+        training=_training_images(model, train_data),
+    )
     try:
         write_calibration(calibration, path)
         if out is None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from cfvit.benchmark.measure import Row, compare_with_backbone
 from cfvit.checkpoints import load
-from cfvit.data import EvalImages, find_images, open_data
+from cfvit.data import DataSource, EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
 from cfvit.inference.files import FileAnswer, classify_files
@@ -63,28 +63,39 @@ def run_demo(out: Path, epochs: int | None = None) -> None:
     """
     console = Console(highlight=False, markup=False)
     require_matplotlib()
-    _make_folder(out)
+    try:  # before the training, so that nobody waits for pictures that cannot be written
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CfvitError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
     with tempfile.TemporaryDirectory() as scratch:
         digits = Path(scratch) / "digits"
         write_digits(digits)
-        model, plain_accuracy = _train_both(digits, Path(scratch), epochs, console)
-        evaluation = _score(model, digits)
-        comparison = _compare(model, evaluation, plain_accuracy)
-        _tell(comparison, console)
+        epochs = epochs or DIGITS.epochs
+        recipe = DIGITS.replace({"data": str(digits), "epochs": epochs, "eval_interval": epochs})
+        console.print("Training the plain ViT on handwritten digits ...")
+        plain = train(recipe.replace({"method": "plain"}), Path(scratch) / "plain")
+        console.print("Training the coarse-to-fine ViT by the same recipe ...")
+        train(recipe, Path(scratch) / "coarse_to_fine")
+        model, source = load(Path(scratch) / "coarse_to_fine"), open_data(str(digits), "validation")
+        etas = [i / 50 for i in range(51)]
+        evaluation = evaluate_model(model, source, etas, 256, 0, Process(0, 1, torch.device("cpu")))
+        point = next(point for point in evaluation.sweep if point.threshold == evaluation.calibrated)
+        comparison = Comparison(
+            accuracy=point.accuracy,
+            plain_accuracy=plain["validation_plain_top1"],
+            exit_share=point.exit_share,
+            gmacs=point.gmacs,
+            plain_gmacs=evaluation.backbone_gmacs,
+            speed=compare_with_backbone(model, BENCH_BATCH, 1 - point.exit_share),
+        )
+        console.print(_table(comparison))
+        console.print(verdict(comparison))
         draw_trade_off(evaluation, comparison, out / "trade_off.png")
-        _explain_digits(model, digits, out / "explained")
+        _explain_digits(model, source, out / "explained")
     console.print(
         f"\nThe trade-off curve is {out / 'trade_off.png'}, what the model looked at is in {out / 'explained'}."
     )
     _classify_photos(out / "photos", console)
-
-
-def _make_folder(out: Path) -> None:
-    """Before the training, so that nobody waits for pictures that cannot be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CfvitError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
 
 
 def write_digits(folder: Path) -> None:
@@ -106,53 +117,15 @@ def _sklearn_datasets():
     return datasets
 
 
-def _train_both(digits: Path, scratch: Path, epochs: int | None, console: Console) -> tuple[CoarseToFineViT, float]:
-    changes = {"data": str(digits), **({} if epochs is None else {"epochs": epochs})}
-    recipe = DIGITS.replace({**changes, "eval_interval": epochs or DIGITS.epochs})
-    console.print("Training the plain ViT on handwritten digits ...")
-    plain = train(recipe.replace({"method": "plain"}), scratch / "plain")
-    console.print("Training the coarse-to-fine ViT by the same recipe ...")
-    train(recipe, scratch / "coarse_to_fine")
-    return load(scratch / "coarse_to_fine"), plain["validation_plain_top1"]
-
-
-def _score(model: CoarseToFineViT, digits: Path) -> Evaluation:
-    source = open_data(str(digits), "validation")
-    thresholds = [i / 50 for i in range(51)]
-    return evaluate_model(model, source, thresholds, 256, 0, Process(0, 1, torch.device("cpu")))
-
-
-def _compare(model: CoarseToFineViT, evaluation: Evaluation, plain_accuracy: float) -> Comparison:
-    point = next(point for point in evaluation.sweep if point.threshold == evaluation.calibrated)
-    return Comparison(
-        accuracy=point.accuracy,
-        plain_accuracy=plain_accuracy,
-        exit_share=point.exit_share,
-        gmacs=point.gmacs,
-        plain_gmacs=evaluation.backbone_gmacs,
-        speed=compare_with_backbone(model, BENCH_BATCH, 1 - point.exit_share),
-    )
-
-
-def _tell(comparison: Comparison, console: Console) -> None:
-    backbone, *_, predictor = comparison.speed
+def _table(comparison: Comparison) -> Table:
+    plain, *_, predictor = comparison.speed
     table = Table("", "top-1 %", "answered coarse", "MMACs", "images/s", box=None)
-    table.add_row(
-        "plain ViT",
-        f"{comparison.plain_accuracy:.1f}",
-        "-",
-        f"{1e3 * comparison.plain_gmacs:.2f}",
-        f"{backbone.images_per_second:.0f}",
-    )
-    table.add_row(
-        "coarse-to-fine",
-        f"{comparison.accuracy:.1f}",
-        f"{comparison.exit_share:.0%}",
-        f"{1e3 * comparison.gmacs:.2f}",
-        f"{predictor.images_per_second:.0f}",
-    )
-    console.print(table)
-    console.print(verdict(comparison))
+    for name, accuracy, exits, gmacs, speed in (
+        ("plain ViT", comparison.plain_accuracy, "-", comparison.plain_gmacs, plain),
+        ("coarse-to-fine", comparison.accuracy, f"{comparison.exit_share:.0%}", comparison.gmacs, predictor),
+    ):
+        table.add_row(name, f"{accuracy:.1f}", exits, f"{1e3 * gmacs:.2f}", f"{speed.images_per_second:.0f}")
+    return table
 
 
 def verdict(comparison: Comparison) -> str:
@@ -193,9 +166,8 @@ def draw_trade_off(evaluation: Evaluation, comparison: Comparison, path: Path) -
         axis.legend(loc="lower right")
 
 
-def _explain_digits(model: CoarseToFineViT, digits: Path, folder: Path) -> None:
+def _explain_digits(model: CoarseToFineViT, source: DataSource, folder: Path) -> None:
     """Pictures of the test digit that the coarse stage is surest of, and of the one it is least sure of."""
-    source = open_data(str(digits), "validation")
     images = EvalImages(source, model.data_config)
     batch = torch.stack([images[i][0] for i in range(len(images))])
     with torch.inference_mode():

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
 from cfvit.cli.application import app
 from cfvit.cli.output import eta_text, print_json, print_line, report_unreadable, saving_text, say, show
-from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, load_model
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, is_exported, load_model
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
-    from cfvit.calibration import Calibration
+    from cfvit.data import DataSource
     from cfvit.evaluation.metrics import Evaluation
     from cfvit.modeling.model import CoarseToFineViT
 
@@ -53,29 +53,26 @@ def evaluate(
     chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
     processes, each counted once.
     """
-    if against is not None and (report is not None or calibration is not None):
-        raise UsageError(
-            "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
-        )
     if against is not None:
+        if report is not None or calibration is not None:
+            raise UsageError(
+                "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
+            )
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
         return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
     from cfvit.evaluation.metrics import evaluate_model, labelled_images
-    from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, is_exported
-    from cfvit.plots.report import require_report, write_report
+    from cfvit.inference.engines.exported import ExportedEngine
+    from cfvit.plots.report import require_report
     from cfvit.processes import join_processes
 
     name = model or DEFAULT_MODEL
-    if is_exported(name):
-        if report is not None or calibration is not None:
-            option = "--report" if report is not None else "--calibration"
-            raise UsageError(f"{option} is for models in torch, and {name} is an exported one: leave it out")
+    engine: Any
+    if is_exported(name, report=report, calibration=calibration):
         engine = ExportedEngine(name)
         network = engine.model
     else:
         engine = network = load_model(name, calibration)
-    eta = network.threshold
-    if report is not None and eta is None:
+    if report is not None and network.threshold is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
     source = labelled_images(network, data)
     with join_processes() as process:
@@ -90,30 +87,38 @@ def evaluate(
                     f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
                     "numbers and count as wrong: check the weights"
                 )
-            if report is not None and eta is not None and not isinstance(network, ExportedModel):
-                write_report(
-                    report / REPORT_FILE,
-                    model=network,
-                    collected=result.collected,
-                    source=source,
-                    macs=result.macs,
-                    threshold=eta,
-                    model_name=name,
-                    data_name=data,
-                    calibration=_record_in_use(network, calibration or Path(name)),
-                )
-                say(f"the report is {report / REPORT_FILE}")
+            if report is not None:
+                _write_report(report / REPORT_FILE, engine, result, source, name, data, calibration)
     return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
 
 
-def _record_in_use(network: CoarseToFineViT, path: Path) -> Calibration | None:
-    """The record of the model's eta in a file or folder; None if there is none, or it is of another eta."""
+def _write_report(
+    path: Path,
+    model: CoarseToFineViT,
+    result: Evaluation,
+    source: DataSource,
+    name: str,
+    data: str,
+    calibration: Path | None,
+) -> None:
+    """The report of an evaluation, with the record of the model's eta where that is of this very eta."""
     from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
+    from cfvit.plots.report import write_report
 
-    if not path.is_file() and not (path / CALIBRATION_FILE).is_file():
-        return None
-    record = read_calibration(path)
-    return record if record.exit == network.exit else None
+    kept = calibration or Path(name)
+    record = read_calibration(kept) if kept.is_file() or (kept / CALIBRATION_FILE).is_file() else None
+    write_report(
+        path,
+        model=model,
+        collected=result.collected,
+        source=source,
+        macs=result.macs,
+        threshold=cast(float, model.threshold),  # `evaluate` has refused a model without
+        model_name=name,
+        data_name=data,
+        calibration=record if record is not None and record.exit == model.exit else None,
+    )
+    say(f"the report is {path}")
 
 
 def _check_drift(

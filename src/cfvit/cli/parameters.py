@@ -46,17 +46,31 @@ def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
     return network
 
 
+def is_exported(model: str, **for_torch: object) -> bool:
+    """Whether a model is an exported folder.
+
+    Args:
+        for_torch: what was given for options, by their names, that an exported model does not take.
+
+    Raises:
+        UsageError: it is one, and such an option is given.
+    """
+    from cfvit.inference.engines.exported import is_exported
+
+    given = [name.replace("_", "-") for name, value in for_torch.items() if value]
+    if given and is_exported(model):
+        raise UsageError(f"--{given[0]} is for models in torch, and {model} is an exported one: leave it out")
+    return is_exported(model)
+
+
 def load_predictor(model: str, threshold: float | None, calibration: Path | None) -> Predictor:
     """What answers by a model in torch, on the best device, or by an exported one."""
-    from cfvit.inference.engines.exported import is_exported
     from cfvit.inference.predictor import Predictor
     from cfvit.processes import best_device
 
-    if not is_exported(model):
-        return Predictor(load_model(model, calibration).to(best_device()), threshold)
-    if calibration is not None:
-        raise UsageError(f"--calibration is for models in torch, and {model} is an exported one: leave it out")
-    return Predictor(model, threshold)
+    if is_exported(model, calibration=calibration):
+        return Predictor(model, threshold)
+    return Predictor(load_model(model, calibration).to(best_device()), threshold)
 
 
 def _overrides_class() -> type:

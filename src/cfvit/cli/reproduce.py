@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +16,7 @@ from cfvit.errors import UsageError
 from cfvit.training.recipe import RECIPES, load_recipe
 
 if TYPE_CHECKING:
-    from cfvit.paper.rows import Row
+    from cfvit.paper.rows import Made
     from cfvit.paper.studies import Study
 
 
@@ -69,12 +68,11 @@ def reproduce(
     from cfvit.paper.runs import parse_budget
     from cfvit.paper.write import Request, as_json, print_table, reproduce
 
-    def show(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
-        if not json:
-            print_table(study, rows, notes)
-            return
-        for row in rows:
+    def show(study: Study, made: Made) -> None:
+        for row in made.rows if json else ():
             print_json(**as_json(study, row))
+        if not json:
+            print_table(study, made)
 
     request = Request(
         name=name,

@@ -20,35 +20,22 @@ RELIABILITY_BINS = 15
 
 @dataclass(frozen=True, eq=False)
 class StageAnswers:
-    """What one stage makes of n images.
+    """What one stage makes of n images."""
 
-    Attributes:
-        answer: class indices ``[n]``, `NO_ANSWER` where the logits are not finite.
-        right: which of them are the label, ``[n]``.
-        confidence: by the model's `Exit`, ``[n]``.
-        probability: the highest softmax probability at the rule's temperature, ``[n]`` in [0, 1].
-    """
-
-    answer: np.ndarray
-    right: np.ndarray
-    confidence: np.ndarray
-    probability: np.ndarray
+    answer: np.ndarray  # class indices ``[n]``, `NO_ANSWER` where the logits are not finite
+    right: np.ndarray  # which of them are the label, ``[n]``
+    confidence: np.ndarray  # by the model's `Exit`, ``[n]``
+    probability: np.ndarray  # the highest softmax probability at the rule's temperature, ``[n]`` in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What both stages make of n images at one eta.
+    """What both stages make of n images at one eta."""
 
-    Attributes:
-        labels: class indices ``[n]``.
-        coarse, fine: of all images, whether they need the stage or not.
-        gone_on: which images the fine stage answers, ``[n]``.
-    """
-
-    labels: np.ndarray
-    coarse: StageAnswers
-    fine: StageAnswers
-    gone_on: np.ndarray
+    labels: np.ndarray  # class indices ``[n]``
+    coarse: StageAnswers  # of all images, whether they need the stage or not
+    fine: StageAnswers  # of all images, whether they need the stage or not
+    gone_on: np.ndarray  # which images the fine stage answers, ``[n]``
 
     @property
     def right(self) -> np.ndarray:
@@ -58,7 +45,7 @@ class Answers:
 
 def judge(collected: Collected, exit: Exit, threshold: float) -> Answers:
     """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
-    coarse, fine = collected.logits
+    coarse, fine = collected.logits["coarse"], collected.logits["fine"]
     return Answers(
         labels=collected.labels.numpy(),
         coarse=_stage_answers(coarse, collected.labels, exit.measure, exit.coarse_temperature),
@@ -115,22 +102,14 @@ def reliability_of(stage: StageAnswers, bins: int = RELIABILITY_BINS) -> Reliabi
 
 @dataclass(frozen=True)
 class ClassScore:
-    """One class.
-
-    Attributes:
-        index: of the class.
-        images: of it.
-        exits: of these, answered at the coarse stage.
-        right: of these, answered rightly by the stage that answers.
-        coarse_right, fine_right: of these, answered rightly by each stage for all.
-    """
+    """One class."""
 
     index: int
     images: int
-    exits: int
-    right: int
-    coarse_right: int
-    fine_right: int
+    exits: int  # of these, answered at the coarse stage
+    right: int  # of these, answered rightly by the stage that answers
+    coarse_right: int  # of these, answered rightly by each stage for all
+    fine_right: int  # of these, answered rightly by each stage for all
 
     @property
     def exit_share(self) -> float:

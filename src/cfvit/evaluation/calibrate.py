@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -37,33 +36,18 @@ NOT_COMPARED = "the training images are not known and were not compared with the
 """The warning where images on which the model was trained could not be looked for."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What eta is chosen for, and by which confidence.
-
-    Attributes:
-        target: one of `cfvit.calibration`.
-        measure: of the confidence.
-        scale_temperatures: fit both temperatures on a random half of the images, the same in every
-            run, and choose eta on the other half: a promise of `Risk` allows no image to serve both. A
-            class that only one half has is a warning.
-        allow_missing_classes: go on with a warning if some class has no image.
-    """
-
-    target: Target
-    measure: Measure = "max_probability"
-    scale_temperatures: bool = False
-    allow_missing_classes: bool = False
-
-
 def calibrate_model(
     model: CoarseToFineViT,
     source: DataSource,
     data: str,
-    request: Request,
+    target: Target,
+    process: Process,
+    *,
     batch_size: int,
     workers: int,
-    process: Process,
+    measure: Measure = "max_probability",
+    scale_temperatures: bool = False,
+    allow_missing_classes: bool = False,
     training: tuple[DataSource, Sequence[int]] | None = None,
 ) -> tuple[Calibration, list[str]]:
     """Runs both stages on every image and chooses eta, with a progress bar. The model is left as it is.
@@ -73,6 +57,12 @@ def calibrate_model(
     Args:
         source: images with the model's class indices.
         data: where they are, to be opened again and for `Origin`.
+        target: what eta is chosen for.
+        measure: of the confidence.
+        scale_temperatures: fit both temperatures on a random half of the images, the same in every
+            run, and choose eta on the other half: a promise of `Risk` allows no image to serve both. A
+            class that only one half has is a warning.
+        allow_missing_classes: go on with a warning if some class has no image.
         training: what the model was trained on, and which of it; None if that is not known, which
             becomes a warning of the calibration.
 
@@ -83,21 +73,28 @@ def calibrate_model(
         CfvitError: a class without images, images of the training, logits that are not finite, a target out of reach.
     """
     names = model.class_names or range(model.config.num_classes)
-    _require_classes(range(len(names)) if source.targets is None else source.targets, len(source), names, request)
+
+    def require_classes(present: Collection[int], count: int) -> None:
+        missing = missing_classes(present, names, count)
+        if missing and not allow_missing_classes:
+            raise CfvitError(f"{missing}: {ADD_CLASSES}")
+
+    require_classes(range(len(names)) if source.targets is None else source.targets, len(source))
     macs = count_macs(model)
     model = model.eval().to(process.device)
-    latency = measure_latency(model, batch_size) if isinstance(request.target, LatencyBudget) else None
-    require_reachable(request.target, macs, latency)
+    latency = measure_latency(model, batch_size) if isinstance(target, LatencyBudget) else None
+    require_reachable(target, macs, latency)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
     network = accelerate(model)
-    collected, unreadable = collect_with_progress(network, model.data_config, source, batch_size, workers, process)
-    coarse, fine = collected.logits
-    images = (coarse, fine, collected.labels)
+    collected, unreadable = collect_with_progress(
+        lambda images: network(images)._asdict(), model.data_config, source, batch_size, workers, process
+    )
+    images = (collected.logits["coarse"], collected.logits["fine"], collected.labels)
     check_images(*images)
-    _require_classes(collected.labels.tolist(), len(collected.labels), names, request)
+    require_classes(collected.labels.tolist(), len(collected.labels))
     temperatures, fitted_on, doubts = (1.0, 1.0), 0, list[str]()
-    if request.scale_temperatures:
+    if scale_temperatures:
         (coarse, fine, labels), images = _halves(images)
         temperatures, fitted_on = (fit_temperature(coarse, labels), fit_temperature(fine, labels)), len(labels)
         doubts += _doubts(temperatures, labels.tolist(), names)
@@ -106,8 +103,8 @@ def calibrate_model(
     calibration = calibrate(
         *images,
         macs,
-        request.target,
-        measure=request.measure,
+        target,
+        measure=measure,
         coarse_temperature=temperatures[0],
         fine_temperature=temperatures[1],
         latency=latency,
@@ -117,12 +114,6 @@ def calibrate_model(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
     return dataclasses.replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
-
-
-def _require_classes(present: Collection[int], count: int, names: Sequence[object], request: Request) -> None:
-    missing = missing_classes(present, names, count)
-    if missing and not request.allow_missing_classes:
-        raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
 
 def _doubts(temperatures: Sequence[float], labels: Sequence[int], names: Sequence[object]) -> list[str]:
@@ -193,7 +184,9 @@ def check_drift_of(
         What was found, and the names of images that could not be read and do not count.
     """
     network = accelerate(model.eval().to(process.device))
-    collected, unreadable = collect_with_progress(
-        lambda images: (network.coarse(images).logits,), model.data_config, source, batch_size, workers, process
-    )
-    return check_drift(calibration, collected.logits[0]), unreadable
+
+    def answers(images: Tensor) -> dict[str, Tensor]:
+        return {"coarse": network.coarse(images).logits}
+
+    collected, unreadable = collect_with_progress(answers, model.data_config, source, batch_size, workers, process)
+    return check_drift(calibration, collected.logits["coarse"]), unreadable

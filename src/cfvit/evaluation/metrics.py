@@ -29,24 +29,17 @@ PAPERS_EXIT = Exit()
 
 @dataclass(frozen=True, eq=False)
 class Collected:
-    """Logits of every readable image, in the order of the data set, on the CPU.
+    """Logits of every readable image, in the order of the data set, on the CPU."""
 
-    Attributes:
-        logits: one ``[n, classes]`` per stage.
-        labels: class indices ``[n]``.
-        indices: where each image stands in the data set, ``[n]``.
-        unreadable: data set indices of images that could not be read.
-    """
-
-    logits: tuple[Tensor, ...]
-    labels: Tensor
-    indices: Tensor
-    unreadable: list[int]
+    logits: dict[str, Tensor]  # ``[n, classes]`` by stage or operating point
+    labels: Tensor  # class indices ``[n]``
+    indices: Tensor  # where each image stands in the data set, ``[n]``
+    unreadable: list[int]  # data set indices of images that could not be read
 
 
 @torch.inference_mode()
 def collect(
-    forward: Callable[[Tensor], Sequence[Tensor]],
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
     loader: DataLoader,
     device: torch.device,
     on_batch: Callable[[int], None] = lambda images: None,
@@ -54,30 +47,28 @@ def collect(
     """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share.
 
     Args:
-        forward: images ``[B, 3, S, S]`` to logits, one ``[B, classes]`` per stage.
+        forward: images ``[B, 3, S, S]`` to logits ``[B, classes]`` by stage or operating point.
         on_batch: called with the number of images done, for a progress bar.
 
     Returns:
         On every rank, all ranks' images, each once.
     """
-    rows: list[tuple[Tensor, ...]] = []
+    batches: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     for images, labels, indices in loader:
-        stages = forward(images.to(device, non_blocking=True))
-        rows.append((labels, indices, *(stage.float().cpu() for stage in stages)))
+        answers = forward(images.to(device, non_blocking=True))
+        batches.append((labels, indices, {name: logits.float().cpu() for name, logits in answers.items()}))
         on_batch(len(images))
-    columns = [torch.cat(column) for column in zip(*rows, strict=True)] if rows else None
     if dist.is_initialized():
-        gathered: list[list[Tensor] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, columns)
-        parts = [part for part in gathered if part is not None]
-        columns = [torch.cat(column) for column in zip(*parts, strict=True)] if parts else None
-    if columns is None:
+        of_ranks: list[list[tuple[Tensor, Tensor, dict[str, Tensor]]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, batches)
+        batches = [batch for rank in of_ranks for batch in rank]
+    if not batches:
         raise ValueError("the loader gave no images")
-    labels, indices, *logits = columns
+    labels, indices = torch.cat([batch[0] for batch in batches]), torch.cat([batch[1] for batch in batches])
     order = indices.argsort()
     readable = order[labels[order] >= 0]
-    unreadable = indices[order[labels[order] < 0]].tolist()
-    return Collected(tuple(stage[readable] for stage in logits), labels[readable], indices[readable], unreadable)
+    logits = {name: torch.cat([answers[name] for _, _, answers in batches])[readable] for name in batches[0][2]}
+    return Collected(logits, labels[readable], indices[readable], indices[order[labels[order] < 0]].tolist())
 
 
 def labelled_images(model: CoarseToFineViT | ExportedModel, data: str) -> DataSource:
@@ -104,14 +95,14 @@ def labelled_images(model: CoarseToFineViT | ExportedModel, data: str) -> DataSo
 
 
 def collect_with_progress(
-    forward: Callable[[Tensor], Sequence[Tensor]],
+    forward: Callable[[Tensor], Mapping[str, Tensor]],
     data_config: dict[str, Any],
     source: DataSource,
     batch_size: int,
     workers: int,
     process: Process,
 ) -> tuple[Collected, list[str]]:
-    """`collect` over all of a source and all processes, with a progress bar on the leading one.
+    """`collect` over all of a source and all processes, with progress told by the leading one.
 
     Returns:
         The logits, and the names of images that could not be read.
@@ -141,19 +132,12 @@ def top_k_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One threshold: what it answers and what it costs.
+    """One threshold: what it answers and what it costs."""
 
-    Attributes:
-        threshold: eta.
-        accuracy: top-1 in percent.
-        exit_share: share of images that exit at the coarse stage, in [0, 1].
-        gmacs: expected cost of an image, in 1e9 multiply-accumulates.
-    """
-
-    threshold: float
-    accuracy: float
-    exit_share: float
-    gmacs: float
+    threshold: float  # eta
+    accuracy: float  # top-1 in percent
+    exit_share: float  # share of images that exit at the coarse stage, in [0, 1]
+    gmacs: float  # expected cost of an image, in 1e9 multiply-accumulates
 
 
 def sweep(
@@ -184,20 +168,13 @@ def sweep(
 
 @dataclass(frozen=True)
 class StageScore:
-    """How good a stage is, if it answers all images.
+    """How good a stage is, if it answers all images."""
 
-    Attributes:
-        stage: its name.
-        top1, top5: in percent.
-        gmacs: cost of an image that this stage answers, in 1e9 multiply-accumulates.
-        not_finite: images to which its answer is not a finite number, which counts as wrong.
-    """
-
-    stage: str
-    top1: float
-    top5: float
-    gmacs: float
-    not_finite: int
+    stage: str  # its name
+    top1: float  # in percent
+    top5: float  # in percent
+    gmacs: float  # cost of an image that this stage answers, in 1e9 multiply-accumulates
+    not_finite: int  # images to which its answer is not a finite number, which counts as wrong
 
 
 def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, int]) -> list[StageScore]:
@@ -222,27 +199,16 @@ def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a data set.
+    """A model on a data set."""
 
-    Attributes:
-        images: how many were scored.
-        stages: the coarse stage for all images, and the fine stage for all images.
-        sweep: the trade-off between them, by rising eta.
-        calibrated: the model's own eta, which is among the sweep's, or None.
-        backbone_gmacs: cost of the plain backbone.
-        unreadable: names of images that could not be read and are not counted.
-        collected: the logits and labels that all of it follows from.
-        macs: cost of each stage.
-    """
-
-    images: int
-    stages: list[StageScore]
-    sweep: list[SweepPoint]
-    calibrated: float | None
-    backbone_gmacs: float
-    unreadable: list[str]
-    collected: Collected
-    macs: StageMacs
+    images: int  # how many were scored
+    stages: list[StageScore]  # the coarse stage for all images, and the fine stage for all images
+    sweep: list[SweepPoint]  # the trade-off between them, by rising eta
+    calibrated: float | None  # the model's own eta, which is among the sweep's, or None
+    backbone_gmacs: float  # cost of the plain backbone
+    unreadable: list[str]  # names of images that could not be read and are not counted
+    collected: Collected  # the logits and labels that all of it follows from
+    macs: StageMacs  # cost of each stage
 
 
 def evaluate_model(
@@ -261,22 +227,23 @@ def evaluate_model(
     if isinstance(model, ExportedEngine):
         engine, about, macs = model, model.model, model.model.macs
 
-        def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        def answers(images: Tensor) -> dict[str, Tensor]:
             images = placed(images, engine.weight)
             state, _ = engine.coarse(images)
-            return state.logits, engine.fine(images, state)[0]
+            return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
     else:
-        about, network, macs = model, accelerate(model.eval().to(process.device)), count_macs(model)
-    collected, unreadable = collect_with_progress(network, about.data_config, source, batch_size, workers, process)
-    coarse, fine = collected.logits
-    own = () if about.threshold is None else (about.threshold,)
-    etas = sorted({*thresholds, *own})
-    logits = {"coarse": coarse, "fine": fine}
-    stages = score_points(logits, collected.labels, {"coarse": macs.coarse, "fine": macs.both})
+        about, macs, fast = model, count_macs(model), accelerate(model.eval().to(process.device))
+
+        def answers(images: Tensor) -> dict[str, Tensor]:
+            return fast(images)._asdict()
+
+    collected, unreadable = collect_with_progress(answers, about.data_config, source, batch_size, workers, process)
+    logits, labels = collected.logits, collected.labels
+    etas = sorted({*thresholds, *(() if about.threshold is None else (about.threshold,))})
     return Evaluation(
-        images=len(collected.labels),
-        stages=stages,
-        sweep=sweep(coarse, fine, collected.labels, macs, etas, about.exit),
+        images=len(labels),
+        stages=score_points(logits, labels, {"coarse": macs.coarse, "fine": macs.both}),
+        sweep=sweep(logits["coarse"], logits["fine"], labels, macs, etas, about.exit),
         calibrated=about.threshold,
         backbone_gmacs=macs.backbone / 1e9,
         unreadable=unreadable,

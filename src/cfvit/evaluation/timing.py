@@ -32,13 +32,9 @@ MATRIX_SIDES = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of the calls of one contender.
+    """Seconds of the calls of one contender."""
 
-    Attributes:
-        rounds: for each round, the seconds of each of its calls.
-    """
-
-    rounds: tuple[tuple[float, ...], ...]
+    rounds: tuple[tuple[float, ...], ...]  # for each round, the seconds of each of its calls
 
     @property
     def totals(self) -> list[float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from cfvit.checkpoints import CONFIG_FILE, initialise, load
 from cfvit.data import EvalImages
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.evaluation.metrics import labelled_images
+from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import create_method
 from cfvit.methods.plain import backbone_of
 from cfvit.modeling.model import CoarseToFineViT, create_model
-from cfvit.paper.runs import Result, Scored, score
+from cfvit.paper.runs import Result, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
@@ -32,25 +31,9 @@ def is_plain_vit(name: str) -> bool:
     return name.startswith("local-dir:") or (timm.is_model(name) and not Path(name).exists())
 
 
-def suitable_studies(studies: Sequence[Study], name: str, skip_others: bool) -> list[Study]:
-    """The studies that need no more than this model.
-
-    Args:
-        skip_others: leave the others out instead of refusing them.
-
-    Raises:
-        UsageError: names a study that compares trainings.
-    """
-    suited = [
-        study
-        for study in studies
-        if study.kind in ("patches", "attention") or (not is_plain_vit(name) and study.runs == (DEFAULT,))
-    ]
-    for study in studies:
-        if study not in suited and not skip_others:
-            needed = "a plain ViT" if is_plain_vit(name) else "one trained model"
-            raise UsageError(f"{study.name} needs more than {needed}: leave out --model and its runs are trained")
-    return suited
+def suits(study: Study, name: str) -> bool:
+    """Whether a study needs no more than this model."""
+    return study.kind in ("patches", "attention") or (not is_plain_vit(name) and study.runs == (DEFAULT,))
 
 
 def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
@@ -65,9 +48,9 @@ def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     network = backbone_of(model)
     method, answering = (create_method("plain"), network) if plain else (create_method("cf_vit"), model)
     scored = score(lambda batch: method.answers(answering, batch), recipe, images)
-    whole = Result(method.name, method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
-    seen = replace(scored, logits={})  # Figure 1 needs to know which images can be read, and no answers
-    backbone = Result("plain", create_method("plain").macs(network), seen, None, lambda: (network, images))
+    whole = Result(method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
+    seen = Collected({}, scored.labels, scored.indices, [])  # Figure 1 needs to know which images can be read alone
+    backbone = Result(create_method("plain").macs(network), seen, None, lambda: (network, images))
     return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
 
 
@@ -109,19 +92,13 @@ def compared(
         )
     # opened anew, since a tar that was read here is not fit for loading processes
     images = [EvalImages(labelled_images(model, each), model.data_config) for each in data]
-    test, held = (
-        score(lambda batch: {**fast(batch)._asdict(), "plain": fast_plain(batch)}, recipe, each) for each in images
-    )
-
-    def part(scored: Scored, *points: str) -> Scored:
-        return replace(scored, logits={point: scored.logits[point] for point in points})
-
-    cf_vit, alone = create_method("cf_vit"), create_method("plain")
-    two_stages = part(test, "coarse", "fine"), part(held, "coarse", "fine")
-    ours = Result(cf_vit.name, cf_vit.macs(model), *two_stages, lambda: (model, images[0]), rule=model.exit)
-    one = part(test, "plain"), part(held, "plain")
-    base = Result(alone.name, alone.macs(network), *one, lambda: (network, images[0]))
-    return {DEFAULT: [ours], PLAIN: [base]}, parts
+    both = [score(lambda batch: {**fast(batch)._asdict(), "plain": fast_plain(batch)}, recipe, each) for each in images]
+    results = {}
+    for run, method, net in ((DEFAULT, create_method("cf_vit"), model), (PLAIN, create_method("plain"), network)):
+        macs, rule = method.macs(net), model.exit
+        own = [Collected({at: each.logits[at] for at in macs}, each.labels, each.indices, []) for each in both]
+        results[run] = [Result(macs, own[0], own[1], lambda net=net: (net, images[0]), rule=rule)]
+    return results, parts
 
 
 def read_part(path: Path, class_names: Sequence[str]) -> frozenset[int]:

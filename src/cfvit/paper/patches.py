@@ -22,17 +22,11 @@ from cfvit.plots.paper import AttentionPicture
 
 @dataclass(frozen=True)
 class HighestLowest:
-    """Fig. 1(a): top-1 in percent of a plain ViT on a part of its patches.
+    """Fig. 1(a): top-1 in percent of a plain ViT on a part of its patches."""
 
-    Attributes:
-        highest: on those with the highest class attention in each block.
-        lowest: on those with the lowest.
-        whole: on all patches.
-    """
-
-    highest: list[float]
-    lowest: list[float]
-    whole: float
+    highest: list[float]  # on those with the highest class attention in each block
+    lowest: list[float]  # on those with the lowest
+    whole: float  # on all patches
 
 
 @torch.inference_mode()

@@ -14,32 +14,20 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cfvit.calibration import Accuracy, rank_images
 from cfvit.calibration.binomial import share_estimate
 from cfvit.calibration.calibrated import missing_classes
-from cfvit.calibration.choice import choose_eta
 from cfvit.data import EvalImages, eval_loader, progress_bar
-from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import SweepPoint, sweep, top_k_accuracy
+from cfvit.evaluation.metrics import Collected, SweepPoint
 from cfvit.evaluation.timing import threshold_for_share, time_in_turn
 from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import Predictor
-from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import goes_on
 from cfvit.paper.patches import attention_pictures, score_highest_lowest
-from cfvit.paper.runs import Result, Scored
+from cfvit.paper.runs import Result, top1
 from cfvit.paper.studies import DEFAULT, FAMILIES, LARGER_GRID, PLAIN, STUDIES, Published, Study, Variant
+from cfvit.plots import paper as pictures
 from cfvit.plots.explain import explain
-from cfvit.plots.paper import (
-    Bar,
-    Curve,
-    draw_attention,
-    draw_counts,
-    draw_curves,
-    draw_examples,
-    draw_highest_lowest,
-    draw_table,
-)
+from cfvit.plots.paper import Bar, Curve
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import autocast
@@ -47,16 +35,14 @@ from cfvit.training.setup import autocast
 Draw = Callable[[Path, str], object]
 """Writes the picture into a file, with a caption."""
 
-CURVE_THRESHOLDS = tuple(i / 50 for i in range(51))
-COUNT_THRESHOLDS = tuple(i / 20 for i in range(21))
+CURVE_ETAS = tuple(i / 50 for i in range(51))
+COUNT_ETAS = tuple(i / 20 for i in range(21))
+"""Etas of rows; those of two decimals are in the CSV file and in JSON alone."""
 PARITY, NEAR_PARITY = "parity", "near parity"
 EXAMPLES = 6
 ATTENTION_PICTURES = 4
 FALLBACK_ETA = 0.5
 SPEED_ROUNDS = 10
-
-
-# Cells and rows
 
 
 @dataclass(frozen=True)
@@ -71,23 +57,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table.
+    """A line of a table."""
 
-    Attributes:
-        name: what it is of.
-        cells: by measure, see `HEADINGS`.
-        seeds: how many runs the means are of.
-        place: where the paper prints it, or empty.
-        missing: why there are no figures of ours, or of fewer seeds, or None.
-        shown: whether it is in the table that people read; if not, it is in the CSV file and in JSON alone.
-    """
-
-    name: str
-    cells: Mapping[str, Cell]
-    seeds: int = 0
-    place: str = ""
-    missing: str | None = None
-    shown: bool = True
+    name: str  # what it is of
+    cells: Mapping[str, Cell]  # by measure, see `HEADINGS`
+    seeds: int = 0  # how many runs the means are of
+    place: str = ""  # where the paper prints it
+    missing: str | None = None  # why there are no figures of ours, or of fewer seeds
+    shown: bool = True  # whether people read it; if not, it is in the CSV file and in JSON alone
 
 
 HEADINGS: Mapping[str, tuple[str, int]] = {
@@ -111,13 +88,6 @@ HEADINGS: Mapping[str, tuple[str, int]] = {
 }
 """The text above the column of a measure, and its decimals."""
 
-
-def top1(scored: Scored, point: str | None = None) -> float:
-    """Top-1 in percent at an operating point; by default at the last one."""
-    logits = scored.logits[point or list(scored.logits)[-1]]
-    return top_k_accuracy(logits, scored.labels, 1)
-
-
 MEASURES: Mapping[str, Callable[[Result], float]] = {
     "accuracy": lambda result: top1(result.validation),
     "coarse": lambda result: top1(result.validation, "coarse"),
@@ -128,75 +98,26 @@ MEASURES: Mapping[str, Callable[[Result], float]] = {
 """Columns of an ablation."""
 
 
-def summarise(values: Sequence[float], paper: float | None = None) -> Cell:
-    """Mean and spread over seeds."""
-    if not values:
-        return Cell(None, 0.0, paper)
-    return Cell(statistics.fmean(values), max(values) - min(values), paper)
-
-
-def _row(
-    name: str, values: Mapping[str, Sequence[float]], seeds: int, published: Published | None, missing: str | None
+def mean_row(
+    name: str, values: Mapping[str, Sequence[float]], published: Published | None = None, missing: str | None = None
 ) -> Row:
-    """A row of the seeds' values by measure, beside what the paper prints."""
+    """A row of means and spreads over the seeds' values of each measure, beside what the paper prints."""
     printed = {} if published is None else {**published.values, "gmacs_as_paper": published.values.get("gmacs")}
-    cells = {name: summarise(each, printed.get(name)) for name, each in values.items()}
+    cells = {}
+    for measure, each in values.items():
+        figures = (statistics.fmean(each), max(each) - min(each)) if each else (None, 0.0)
+        cells[measure] = Cell(*figures, printed.get(measure))
+    seeds = max(map(len, values.values()))
     return Row(name, cells, seeds, "" if published is None else published.place, missing)
 
 
-# Accuracy and cost over eta
-
-
-def _stages(result: Result) -> tuple[Tensor, Tensor, Tensor, StageMacs]:
-    """Logits of both stages, labels and cost, on the validation images."""
-    scored, coarse = result.validation, result.macs["coarse"]
-    macs = StageMacs(coarse=coarse, fine=result.macs["fine"] - coarse, backbone=0)
-    return scored.logits["coarse"], scored.logits["fine"], scored.labels, macs
-
-
-def parity_threshold(result: Result, plain: Result, below: float = 0.0) -> float | None:
-    """The cheapest eta whose accuracy on the hold-out is at least the plain ViT's there; None if none is.
-
-    Args:
-        below: points that may be lost.
-    """
-    assert result.holdout is not None
-    assert plain.holdout is not None
-    logits, macs = result.holdout.logits, _stages(result)[-1]
-    trade = rank_images(logits["coarse"], logits["fine"], result.holdout.labels)
-    try:
-        return choose_eta(Accuracy(top1(plain.holdout) - below), trade, macs)
-    except CfvitError:  # out of reach
-        return None
-
-
-def at(result: Result, eta: float) -> SweepPoint:
-    """Accuracy and cost on the validation images at an eta."""
-    return sweep(*_stages(result), (eta,), result.rule)[0]
-
-
-def count_right(result: Result, eta: float) -> tuple[int, int]:
-    """How many validation images are answered right at the coarse and at the fine stage at an eta (Fig. 8)."""
-    coarse, fine, labels, _ = _stages(result)
-    hard = goes_on(result.rule.coarse(coarse), eta)
-    right_coarse, right_fine = (logits.argmax(-1) == labels for logits in (coarse, fine))
-    return int((right_coarse & ~hard).sum()), int((right_fine & hard).sum())
-
-
-def _columns(points: Sequence[SweepPoint]) -> dict[str, list[float]]:
-    """Values of several seeds by measure."""
-    return {
-        "eta": [point.threshold for point in points],
-        "accuracy": [point.accuracy for point in points],
-        "exit_share": [100 * point.exit_share for point in points],
-        "gmacs": [point.gmacs for point in points],
-    }
-
-
-def _mean_curve(results: Sequence[Result], thresholds: Sequence[float]) -> list[dict[str, list[float]]]:
-    """At each eta, the seeds' values by measure."""
-    curves = [sweep(*_stages(result), thresholds, result.rule) for result in results]
-    return [_columns(points) for points in zip(*curves, strict=True)]
+def published_row(published: Published) -> Row:
+    """A row of the paper's alone, with its accuracy and cost."""
+    name = published.family if published.name == "plain" else published.name
+    if "eta" in published.values:
+        name = f"CF-ViT ({published.family}), eta {published.values['eta']:g}"
+    cells = {measure: Cell(None, 0.0, published.values.get(measure)) for measure in ("eta", "accuracy", "gmacs")}
+    return Row(f"{name}, published", cells, 0, published.place)
 
 
 # Studies
@@ -204,50 +125,34 @@ def _mean_curve(results: Sequence[Result], thresholds: Sequence[float]) -> list[
 
 @dataclass(frozen=True)
 class Sources:
-    """What a study is made of.
+    """What a study is made of."""
 
-    Attributes:
-        results: by name of the run, its seeds; a run that is not there has none.
-        missing: by name of the run, why seeds of it are not there.
-        recipe: of all runs: backbone, batch size and precision of the scoring.
-        class_names: of the validation data.
-        speed: whether images per second are measured.
-        plain: what stands for the plain ViT of Figure 1, to begin a title.
-        parts: of a comparison: class indices by name of the part; all other classes are a part of their own.
-    """
-
-    results: Mapping[str, Sequence[Result]]
-    missing: Mapping[str, str]
-    recipe: Recipe
-    class_names: Sequence[str]
-    speed: bool = False
-    plain: str = "A plain ViT"
-    parts: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    results: Mapping[str, Sequence[Result]]  # by name of the run, its seeds
+    missing: Mapping[str, str]  # by name of the run, why seeds of it are not there
+    recipe: Recipe  # of all runs: backbone, batch size and precision of the scoring
+    class_names: Sequence[str]  # of the validation data
+    speed: bool = False  # whether images per second are measured
+    plain: str = "A plain ViT"  # what stands for the plain ViT of Figure 1, to begin a title
+    parts: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of a comparison: class indices by name
 
     def of(self, run: str) -> Sequence[Result]:
-        """The seeds of a run."""
+        """The seeds of a run; none of a run that is not there."""
         return self.results.get(run, ())
 
-    def first(self, run: str) -> Result | None:
-        """The first seed of a run, if there is one."""
-        return next(iter(self.of(run)), None)
+    @property
+    def family(self) -> str:
+        """Whose rows of Tables 2 and 3 stand beside the backbone of ours."""
+        return "LV-ViT-S" if self.recipe.backbone.startswith("lvvit") else "DeiT-S"
 
 
 @dataclass(frozen=True)
 class Made:
-    """A study as it was made.
-
-    Attributes:
-        rows: of its table.
-        draw: writes its picture; None if there is nothing to draw.
-        notes: what a reader has to know besides.
-        speeds: images per second by name of the run, of its first seed.
-    """
+    """A study as it was made."""
 
     rows: list[Row]
-    draw: Draw | None
-    notes: tuple[str, ...] = ()
-    speeds: Mapping[str, float] = field(default_factory=dict)
+    draw: Draw | None  # None if there is nothing to draw
+    notes: tuple[str, ...] = ()  # what a reader has to know besides
+    speeds: Mapping[str, float] = field(default_factory=dict)  # images per second by run, of its first seed
 
 
 def make(study: Study, sources: Sources) -> Made:
@@ -258,9 +163,8 @@ def make(study: Study, sources: Sources) -> Made:
         made = Made([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
     else:
         made = _KINDS[study.kind](study, sources)
-    family = family_of(sources.recipe.backbone)
-    others = [other for other in FAMILIES if other != family]
-    notes = [note for note in study.notes if family in note or not any(other in note for other in others)]
+    others = [family for family in FAMILIES if family != sources.family]
+    notes = [note for note in study.notes if sources.family in note or not any(other in note for other in others)]
     notes += made.notes
     scored = next((result.validation for run in study.runs for result in sources.of(run)), None)
     if scored is not None:  # the validation images are the same for all runs of a study
@@ -271,12 +175,7 @@ def make(study: Study, sources: Sources) -> Made:
     return replace(made, notes=tuple(notes))
 
 
-def family_of(backbone: str) -> str:
-    """Whose rows of Tables 2 and 3 stand beside a backbone of ours."""
-    return "LV-ViT-S" if backbone.startswith("lvvit") else "DeiT-S"
-
-
-def uncertainty(scored: Scored) -> str:
+def uncertainty(scored: Collected) -> str:
     """By how much an accuracy of one run may differ by the choice of the validation images."""
     count, accuracy = len(scored.labels), top1(scored)
     interval = share_estimate(round(accuracy / 100 * count), count, 0.95)
@@ -300,63 +199,60 @@ def seed_of_picture(*runs: Sequence[Result]) -> Iterator[str]:
 def _ablation(study: Study, sources: Sources) -> Made:
     rows = []
     for variant in study.variants:
-        results = sources.of(variant.run)
-        values = {name: [MEASURES[name](result) for result in results] for name in study.measures}
-        rows.append(_row(variant.label, values, len(results), variant.published, sources.missing.get(variant.run)))
-    columns = {
-        HEADINGS[name][0]: [
-            Bar(row.name, row.cells[name].paper, row.cells[name].ours, row.cells[name].spread) for row in rows
-        ]
-        for name in study.measures
+        values = {name: [MEASURES[name](result) for result in sources.of(variant.run)] for name in study.measures}
+        rows.append(mean_row(variant.label, values, variant.published, sources.missing.get(variant.run)))
+    columns = {}
+    for name in study.measures:
+        cells = [(row.name, row.cells[name]) for row in rows]
+        columns[HEADINGS[name][0]] = [Bar(row, cell.paper, cell.ours, cell.spread) for row, cell in cells]
+    return Made(rows, partial(pictures.draw_table, title=study.title, columns=columns))
+
+
+def _values(points: Sequence[SweepPoint]) -> dict[str, list[float]]:
+    """Values of several seeds by measure."""
+    return {
+        "eta": [point.threshold for point in points],
+        "accuracy": [point.accuracy for point in points],
+        "exit_share": [100 * point.exit_share for point in points],
+        "gmacs": [point.gmacs for point in points],
     }
-    return Made(rows, partial(draw_table, title=study.title, columns=columns))
 
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """A way of running a model, which a row of Table 2 or 3 is about.
-
-    Attributes:
-        name: the row's.
-        run: name of the run.
-        eta: a number, ``"parity"``, ``"near parity"`` or None for a plain ViT.
-        published: the paper's row, or None.
-    """
+    """A way of running a model, which a row of Table 2 or 3 is about."""
 
     name: str
     run: str
-    eta: float | str | None
+    eta: float | str | None  # a number, "parity", "near parity" or None for a plain ViT
     published: Published | None = None
 
     def threshold(self, result: Result, plain: Result | None) -> float | None:
         """The eta of a result at this point; None where the plain ViT's accuracy is out of reach or not known."""
         if self.eta in (PARITY, NEAR_PARITY):
-            return None if plain is None else parity_threshold(result, plain, 0.5 if self.eta == NEAR_PARITY else 0.0)
+            return None if plain is None else result.parity(plain, 0.5 if self.eta == NEAR_PARITY else 0.0)
         return None if self.eta is None else float(self.eta)
 
+    def row(self, results: Sequence[Result], plains: Mapping[int | None, Result], missing: str | None = None) -> Row:
+        """The row of this point.
 
-def operating_row(
-    point: OperatingPoint, results: Sequence[Result], plains: Mapping[int | None, Result], missing: str | None
-) -> Row:
-    """The row of an operating point.
-
-    Args:
-        plains: the plain ViT by seed.
-    """
-    if point.eta is None:
-        values = {name: [MEASURES[name](result) for result in results] for name in ("accuracy", "gmacs")}
-        return _row(point.name, {"eta": (), "exit_share": (), **values}, len(results), point.published, missing)
-    etas = [(result, point.threshold(result, plains.get(result.seed))) for result in results]
-    reached = [at(result, eta) for result, eta in etas if eta is not None]
-    unknown = sum(result.seed not in plains for result, eta in etas if eta is None)
-    reasons = [missing] if missing else []
-    for reason, count in (
-        ("no eta reaches the plain ViT's accuracy on the hold-out", len(results) - len(reached) - unknown),
-        ("the plain ViT is not there", unknown),
-    ):
-        if count:
-            reasons.append(reason if count == len(results) else f"{reason} for {count} of {len(results)} seeds")
-    return _row(point.name, _columns(reached), len(reached), point.published, "; ".join(reasons) or None)
+        Args:
+            plains: the plain ViT by seed.
+        """
+        if self.eta is None:
+            values = {name: [MEASURES[name](result) for result in results] for name in ("accuracy", "gmacs")}
+            return mean_row(self.name, {"eta": (), "exit_share": (), **values}, self.published, missing)
+        etas = [(result, self.threshold(result, plains.get(result.seed))) for result in results]
+        reached = [point for result, eta in etas if eta is not None for point in result.at([eta])]
+        unknown = sum(result.seed not in plains for result, eta in etas if eta is None)
+        reasons = [missing] if missing else []
+        for reason, count in (
+            ("no eta reaches the plain ViT's accuracy on the hold-out", len(results) - len(reached) - unknown),
+            ("the plain ViT is not there", unknown),
+        ):
+            if count:
+                reasons.append(reason if count == len(results) else f"{reason} for {count} of {len(results)} seeds")
+        return mean_row(self.name, _values(reached), self.published, "; ".join(reasons) or None)
 
 
 def points_of(study: Study, family: str) -> list[OperatingPoint]:
@@ -375,120 +271,46 @@ def points_of(study: Study, family: str) -> list[OperatingPoint]:
 
 
 def _operating_points(study: Study, sources: Sources) -> Made:
-    family = family_of(sources.recipe.backbone)
-    points = points_of(study, family)
+    points = points_of(study, sources.family)
     plains = {result.seed: result for result in sources.of(PLAIN)}
-    rows = [operating_row(point, sources.of(point.run), plains, sources.missing.get(point.run)) for point in points]
+    rows = [point.row(sources.of(point.run), plains, sources.missing.get(point.run)) for point in points]
     notes = [
         "eta at parity is the cheapest one whose accuracy on the hold-out is at least the plain ViT's there; the "
         "validation images are only scored."
     ]
-    plain, speeds = sources.first(PLAIN), {}
-    if plain is not None and study.name == "table2" and sources.speed:
-        models = {}
-        for point in points:
-            result = sources.first(point.run)
-            eta = None if result is None else point.threshold(result, plains.get(result.seed))
-            if result is not None and eta is not None:
-                models[point.name] = (result.open()[0], 1 - at(result, eta).exit_share)
-        speeds = images_per_second((points[0].name, plain.open()[0]), models, sources.recipe, SPEED_ROUNDS)
-        notes.append(
-            "Images per second are of the first seed, on random images, all rows prepared alike and timed in turn."
-        )
+    speeds = {}
     if study.name == "table2":
+        if plains and sources.speed:
+            speeds = _speeds(points, sources)
+            notes.append(
+                "Images per second are of the first seed, on random images, all rows prepared alike and timed in turn."
+            )
         for place, point in enumerate(points):
             speed, printed = speeds.get(point.name), {} if point.published is None else point.published.values
+            ratio = None if speed is None else speed / speeds[points[0].name]
             cells = {
                 "images_per_second": Cell(speed, 0.0, printed.get("images_per_second")),
-                "speedup": Cell(None if speed is None else speed / speeds[points[0].name], 0.0, printed.get("speedup")),
+                "speedup": Cell(ratio, 0.0, printed.get("speedup")),
             }
             rows[place] = replace(rows[place], cells={**rows[place].cells, **cells})
     beside = [point.published for point in points]
-    rows += [_published_row(row) for row in study.published if row.family == family and row not in beside]
+    rows += [published_row(row) for row in study.published if row.family == sources.family and row not in beside]
     curves = [curve for variant in study.variants for curve in _our_curves(variant, sources)]
-    draw = partial(draw_curves, title=study.title, ours=curves, published=_published_curves(study, family))
+    published = _published_curves(study, sources.family)
+    draw = partial(pictures.draw_curves, title=study.title, ours=curves, published=published)
     kept = {point.run: speeds[point.name] for point in points if point.name in speeds and point.eta in (None, PARITY)}
     return Made(rows, draw, tuple(notes), kept)
 
 
-def _comparison(study: Study, sources: Sources) -> Made:
-    """Operating points of one model in pairs with its plain ViT, on all images and on parts of them."""
-    made = _operating_points(study, sources)
-    result, plain = sources.of(DEFAULT)[0], sources.of(PLAIN)[0]
-    points = points_of(study, family_of(sources.recipe.backbone))
-    labels = result.validation.labels
-    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
-    for name, classes in sources.parts.items():
-        parts[name] = torch.isin(labels, torch.tensor(sorted(classes)))
-    listed = torch.tensor(sorted(frozenset().union(*sources.parts.values())), dtype=torch.long)
-    if sources.parts:
-        parts["other classes"] = ~torch.isin(labels, listed)
-    rows = []
-    for name, kept in ((name, kept) for name, kept in parts.items() if kept.any()):
-        ours, base = _restricted(result, kept), _restricted(plain, kept)
-        for point, row in zip(points, made.rows, strict=False):
-            if name:
-                point = replace(point, name=f"{point.name}, {name}", published=None)
-                row = operating_row(point, [base if point.eta is None else ours], {None: plain}, None)
-            eta = point.threshold(result, plain)
-            if eta is not None or point.eta is None:
-                row = replace(
-                    row, cells={**row.cells, **_paired(base if point.eta is None else ours, base, eta, listed)}
-                )
-            rows.append(row)
-    count, chosen = len(labels), len(result.holdout.labels) if result.holdout is not None else 0
-    notes = (
-        f"eta is chosen on {chosen:,} images, and the {count:,} test images are scored once. Brackets are 95% "
-        "intervals by the bootstrap over images (percentiles of 2,000 samples); differences are of the same images.",
-        *(f"{name}: {int(kept.sum()):,} images." for name, kept in parts.items() if name),
-    )
-    return replace(made, rows=rows + made.rows[len(points) :], notes=made.notes + notes)
-
-
-def _restricted(result: Result, kept: Tensor) -> Result:
-    """The same with a part of the validation images."""
-    scored = result.validation
-    logits = {point: values[kept] for point, values in scored.logits.items()}
-    return replace(result, validation=Scored(logits, scored.labels[kept], scored.indices[kept]))
-
-
-def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) -> dict[str, Cell]:
-    """Figures of a result at an eta that need the plain ViT's answers to the same images.
-
-    Args:
-        eta: None for the plain ViT itself.
-        listed: class indices of all parts that have a name.
-    """
-    labels, base = result.validation.labels, plain.validation.logits["plain"].argmax(-1)
-    answers, gmacs = base, MEASURES["gmacs"](plain)
-    if eta is not None:
-        coarse, fine, _, _ = _stages(result)
-        answers = torch.where(goes_on(result.rule.coarse(coarse), eta), fine.argmax(-1), coarse.argmax(-1))
-
-    def mean(values: Tensor) -> Cell:
-        percent = 100 * values.double().numpy()
-        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", rng=0)
-        low, high = drawn.confidence_interval
-        return Cell(float(percent.mean()), interval=(float(low), float(high)))
-
-    cells = {"accuracy": mean(answers == labels)}
-    outside = ~torch.isin(labels, listed)
-    if len(listed) and outside.any():
-        cells["bias"] = Cell(100 * float(torch.isin(answers[outside], listed).double().mean()))
-    if eta is not None:
-        cells["difference"] = mean((answers == labels).double() - (base == labels).double())
-        cells["agreement"] = Cell(100 * float((answers == base).double().mean()))
-        cells["saving"] = Cell(100 * (1 - at(result, eta).gmacs / gmacs))
-    return cells
-
-
-def _published_row(published: Published) -> Row:
-    """A row of the paper's alone, with its accuracy and cost."""
-    name = published.family if published.name == "plain" else published.name
-    if "eta" in published.values:
-        name = f"CF-ViT ({published.family}), eta {published.values['eta']:g}"
-    cells = {measure: Cell(None, 0.0, published.values.get(measure)) for measure in ("eta", "accuracy", "gmacs")}
-    return Row(f"{name}, published", cells, 0, published.place)
+def _speeds(points: Sequence[OperatingPoint], sources: Sources) -> dict[str, float]:
+    """Images per second of the first seed at each operating point, of which the first is the plain ViT's."""
+    plains, models = {result.seed: result for result in sources.of(PLAIN)}, {}
+    for point in points:
+        for result in sources.of(point.run)[:1]:
+            eta = point.threshold(result, plains.get(result.seed))
+            if eta is not None:
+                models[point.name] = (result.open()[0], 1 - result.at([eta])[0].exit_share)
+    return images_per_second((points[0].name, sources.of(PLAIN)[0].open()[0]), models, sources.recipe, SPEED_ROUNDS)
 
 
 def images_per_second(
@@ -519,7 +341,90 @@ def images_per_second(
     return {name: batch / timing.median for name, timing in timings.items()}
 
 
+def _comparison(study: Study, sources: Sources) -> Made:
+    """Operating points of one model in pairs with its plain ViT, on all images and on parts of them."""
+    made = _operating_points(study, sources)
+    result, plain = sources.of(DEFAULT)[0], sources.of(PLAIN)[0]
+    points = points_of(study, sources.family)
+    labels = result.validation.labels
+    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
+    for name, classes in sources.parts.items():
+        parts[name] = torch.isin(labels, torch.tensor(sorted(classes)))
+    listed = torch.tensor(sorted(frozenset().union(*sources.parts.values())), dtype=torch.long)
+    if sources.parts:
+        parts["other classes"] = ~torch.isin(labels, listed)
+    rows = []
+    for name, kept in parts.items():
+        if not kept.any():
+            continue
+        ours, base = _restricted(result, kept), _restricted(plain, kept)
+        for point, row in zip(points, made.rows, strict=False):
+            shown = base if point.eta is None else ours
+            if name:
+                row = replace(point, name=f"{point.name}, {name}", published=None).row([shown], {None: plain})
+            eta = point.threshold(result, plain)
+            if eta is not None or point.eta is None:
+                row = replace(row, cells={**row.cells, **_paired(shown, base, eta, listed)})
+            rows.append(row)
+    assert result.holdout is not None
+    notes = (
+        f"eta is chosen on {len(result.holdout.labels):,} images, and the {len(labels):,} test images are scored once. "
+        "Brackets are 95% intervals by the bootstrap over images (percentiles of 2,000 samples); differences are of "
+        "the same images.",
+        *(f"{name}: {int(kept.sum()):,} images." for name, kept in parts.items() if name),
+    )
+    return replace(made, rows=rows + made.rows[len(points) :], notes=made.notes + notes)
+
+
+def _restricted(result: Result, kept: Tensor) -> Result:
+    """The same with a part of the validation images."""
+    scored = result.validation
+    logits = {point: values[kept] for point, values in scored.logits.items()}
+    return replace(result, validation=Collected(logits, scored.labels[kept], scored.indices[kept], []))
+
+
+def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) -> dict[str, Cell]:
+    """Figures of a result at an eta that need the plain ViT's answers to the same images.
+
+    Args:
+        eta: None for the plain ViT itself.
+        listed: class indices of all parts that have a name.
+    """
+    labels, base = result.validation.labels, plain.validation.logits["plain"].argmax(-1)
+    answers = base
+    if eta is not None:
+        coarse, fine = result.validation.logits["coarse"], result.validation.logits["fine"]
+        answers = torch.where(goes_on(result.rule.coarse(coarse), eta), fine.argmax(-1), coarse.argmax(-1))
+
+    def mean(values: Tensor) -> Cell:
+        percent = 100 * values.double().numpy()
+        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", rng=0)
+        low, high = drawn.confidence_interval
+        return Cell(float(percent.mean()), interval=(float(low), float(high)))
+
+    cells = {"accuracy": mean(answers == labels)}
+    outside = ~torch.isin(labels, listed)
+    if len(listed) and outside.any():
+        cells["bias"] = Cell(100 * float(torch.isin(answers[outside], listed).double().mean()))
+    if eta is not None:
+        cells["difference"] = mean((answers == labels).double() - (base == labels).double())
+        cells["agreement"] = Cell(100 * float((answers == base).double().mean()))
+        cells["saving"] = Cell(100 * (1 - result.at([eta])[0].gmacs / MEASURES["gmacs"](plain)))
+    return cells
+
+
 # Curves and counts
+
+
+def _mean_curve(results: Sequence[Result], etas: Sequence[float]) -> list[dict[str, list[float]]]:
+    """At each eta, the seeds' values by measure."""
+    return [_values(points) for points in zip(*(result.at(etas) for result in results), strict=True)]
+
+
+def _mean_of(values: Sequence[Mapping[str, Sequence[float]]], label: str, joined: bool) -> Curve:
+    """Means over seeds of cost and accuracy, as a curve."""
+    costs, accuracies = ([statistics.fmean(point[name]) for point in values] for name in ("gmacs", "accuracy"))
+    return Curve(label, costs, accuracies, joined)
 
 
 def _our_curves(variant: Variant, sources: Sources) -> list[Curve]:
@@ -528,11 +433,9 @@ def _our_curves(variant: Variant, sources: Sources) -> list[Curve]:
     if not results:
         return []
     if variant.run == PLAIN:
-        cost, accuracy = (statistics.fmean(map(MEASURES[name], results)) for name in ("gmacs", "accuracy"))
-        return [Curve(variant.label, [cost], [accuracy], joined=False)]
-    points = _mean_curve(results, CURVE_THRESHOLDS)
-    costs, accuracies = ([statistics.fmean(point[name]) for point in points] for name in ("gmacs", "accuracy"))
-    return [Curve(variant.label, costs, accuracies)]
+        values = {name: [MEASURES[name](result) for result in results] for name in ("gmacs", "accuracy")}
+        return [_mean_of([values], variant.label, joined=False)]
+    return [_mean_of(_mean_curve(results, CURVE_ETAS), variant.label, joined=True)]
 
 
 def _published_curves(study: Study, family: str) -> list[Curve]:
@@ -554,37 +457,38 @@ def _curves(study: Study, sources: Sources) -> Made:
         results, missing = sources.of(variant.run), sources.missing.get(variant.run)
         curves += _our_curves(variant, sources)
         if not results:
-            rows.append(Row(variant.label, {}, 0, "", missing))
+            rows.append(Row(variant.label, {}, missing=missing))
             continue
-        for eta, values in zip(COUNT_THRESHOLDS, _mean_curve(results, COUNT_THRESHOLDS), strict=True):
-            row = _row(f"{variant.label}, eta {eta:g}", values, len(results), None, missing)
-            rows.append(replace(row, shown=_is_round(eta)))
-    default = sources.of(DEFAULT)
-    if study.name == "fig7" and default:
-        (values,) = _mean_curve(default, (1.0,))
-        rows.append(_row("without early exit", values, len(default), None, None))
-        cost, accuracy = (statistics.fmean(values[name]) for name in ("gmacs", "accuracy"))
-        curves.append(Curve("without early exit", [cost], [accuracy], joined=False))
-    rows += [_published_row(row) for row in table2.published if row.family == family]
-    draw = partial(draw_curves, title=study.title, ours=curves, published=_published_curves(table2, family))
+        for eta, values in zip(COUNT_ETAS, _mean_curve(results, COUNT_ETAS), strict=True):
+            row = mean_row(f"{variant.label}, eta {eta:g}", values, missing=missing)
+            rows.append(replace(row, shown=eta == round(eta, 1)))
+    if study.name == "fig7" and sources.of(DEFAULT):
+        always = _mean_curve(sources.of(DEFAULT), (1.0,))
+        rows.append(mean_row("without early exit", always[0]))
+        curves.append(_mean_of(always, "without early exit", joined=False))
+    rows += [published_row(row) for row in table2.published if row.family == family]
+    published = _published_curves(table2, family)
+    draw = partial(pictures.draw_curves, title=study.title, ours=curves, published=published)
     return Made(rows, draw, (f"Ours is built on {sources.recipe.backbone}, the published CF-ViT on {family}.",))
 
 
-def _is_round(eta: float) -> bool:
-    """Whether an eta has a single decimal: the others are left to the CSV file."""
-    return eta == round(eta, 1)
+def count_right(result: Result, eta: float) -> tuple[int, int]:
+    """How many validation images are answered right at the coarse and at the fine stage at an eta (Fig. 8)."""
+    logits, labels = result.validation.logits, result.validation.labels
+    hard = goes_on(result.rule.coarse(logits["coarse"]), eta)
+    coarse, fine = (logits[stage].argmax(-1) == labels for stage in ("coarse", "fine"))
+    return int((coarse & ~hard).sum()), int((fine & hard).sum())
 
 
 def _counts(study: Study, sources: Sources) -> Made:
     results, missing = sources.of(DEFAULT), sources.missing.get(DEFAULT)
-    counts = [[count_right(result, eta) for eta in COUNT_THRESHOLDS] for result in results]
+    counts = np.array([[count_right(result, eta) for eta in COUNT_ETAS] for result in results])  # [seeds, etas, 2]
     rows = []
-    for eta, pairs in zip(COUNT_THRESHOLDS, zip(*counts, strict=True), strict=True):
-        coarse, fine = zip(*pairs, strict=True)
-        row = _row(f"eta {eta:g}", {"right_coarse": coarse, "right_fine": fine}, len(results), None, missing)
-        rows.append(replace(row, shown=_is_round(eta)))
-    coarse, fine = zip(*counts[0], strict=True)
-    draw = partial(draw_counts, thresholds=COUNT_THRESHOLDS, coarse=coarse, fine=fine)
+    for eta, (coarse, fine) in zip(COUNT_ETAS, counts.transpose(1, 2, 0).tolist(), strict=True):
+        row = mean_row(f"eta {eta:g}", {"right_coarse": coarse, "right_fine": fine}, missing=missing)
+        rows.append(replace(row, shown=eta == round(eta, 1)))
+    coarse, fine = counts[0].T.tolist()
+    draw = partial(pictures.draw_counts, thresholds=COUNT_ETAS, coarse=coarse, fine=fine)
     return Made(rows, draw, tuple(seed_of_picture(results)))
 
 
@@ -593,8 +497,8 @@ def _counts(study: Study, sources: Sources) -> Made:
 
 def _patches(study: Study, sources: Sources) -> Made:
     recipe, device = sources.recipe, best_device()
-    results, scores, count, kept = sources.of(PLAIN), [], 0, 0
-    for result in results:
+    scores, count, kept = [], 0, 0
+    for result in sources.of(PLAIN):
         network, images = result.open()
         count = network.patch_embed.num_patches
         kept = max(1, round(100 / 196 * count))
@@ -604,12 +508,12 @@ def _patches(study: Study, sources: Sources) -> Made:
     rows = []
     for block in range(len(scores[0].highest)):
         values = {name: [getattr(score, name)[block] for score in scores] for name in ("highest", "lowest")}
-        rows.append(_row(f"block {block + 1}", values, len(results), None, sources.missing.get(PLAIN)))
+        rows.append(mean_row(f"block {block + 1}", values, missing=sources.missing.get(PLAIN)))
     whole = [score.whole for score in scores]
-    rows.append(_row("all patches", {"highest": whole, "lowest": whole}, len(results), None, None))
+    rows.append(mean_row("all patches", {"highest": whole, "lowest": whole}))
     highest, lowest = ([row.cells[name].ours or 0.0 for row in rows] for name in ("highest", "lowest"))
     draw = partial(
-        draw_highest_lowest,
+        pictures.draw_highest_lowest,
         title=f"{sources.plain} on {kept} of its {count} patches, by class attention",
         highest=highest[:-1],
         lowest=lowest[:-1],
@@ -626,10 +530,10 @@ def _attention(study: Study, sources: Sources) -> Made:
     readable = fine.validation.indices
     places = np.linspace(0, len(readable) - 1, min(ATTENTION_PICTURES, len(readable))).round().astype(int)
     chosen = readable[np.unique(places)].tolist()
-    pictures = attention_pictures(reader, plain, _batch(images, chosen))
+    drawn = attention_pictures(reader, plain, _batch(images, chosen))
     rows = [Row(images.source.name(index), {}, 1) for index in chosen]
     notes = seed_of_picture(*(sources.of(run) for run in study.runs))
-    return Made(rows, partial(draw_attention, pictures=pictures), tuple(notes))
+    return Made(rows, partial(pictures.draw_attention, pictures=drawn), tuple(notes))
 
 
 def _batch(images: EvalImages, indices: Sequence[int]) -> Tensor:
@@ -646,16 +550,13 @@ def _examples(study: Study, sources: Sources) -> Made:
     rows, sheets = [], {}
     for stage, answered in (("coarse", ~hard), ("fine", hard)):
         right = (scored.logits[stage].argmax(-1) == scored.labels) & answered
-        first, repeated = {}, []  # the first image of each class comes before others
-        for label, index in zip(scored.labels[right].tolist(), scored.indices[right].tolist(), strict=True):
-            if label in first:
-                repeated.append(index)
-            first.setdefault(label, index)
-        chosen = [*first.values(), *repeated][:EXAMPLES]
+        labels, indices = scored.labels[right].tolist(), scored.indices[right].tolist()
+        first = set(dict(zip(labels[::-1], indices[::-1], strict=True)).values())  # of each class: before others
+        chosen = sorted(indices, key=lambda index: index not in first)[:EXAMPLES]
         sheets[stage] = explain(model, _batch(images, chosen), eta) if chosen else []
         rows += [Row(f"right at the {stage} stage: {images.source.name(index)}", {}, 1) for index in chosen]
     note = f"eta is {eta:g}; shown are the first images of each class that were answered right."
-    draw = partial(draw_examples, **sheets) if rows else None
+    draw = partial(pictures.draw_examples, **sheets) if rows else None
     return Made(rows, draw, (note, *seed_of_picture(sources.of(DEFAULT))))
 
 

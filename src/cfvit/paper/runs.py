@@ -7,7 +7,7 @@ import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,27 +18,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfvit.benchmark.conditions import Conditions
+from cfvit.calibration import Accuracy, rank_images
+from cfvit.calibration.choice import choose_eta
 from cfvit.checkpoints import WEIGHTS_FILE
 from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.evaluation.metrics import collect
+from cfvit.evaluation.metrics import Collected, SweepPoint, collect, sweep, top_k_accuracy
 from cfvit.files import atomic_write
 from cfvit.methods.base import create_method
-from cfvit.modeling.cost import count_macs
+from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.paper.studies import DEFAULT, RunSpec
 from cfvit.processes import Process, best_device
+from cfvit.training import loop
 from cfvit.training.log import LOG_FILE
-from cfvit.training.loop import (
-    ALL_CELLS_FILE,
-    CHECKPOINT_FILE,
-    FREE_TO_CHANGE,
-    FREE_TO_FORK,
-    RECIPE_FILE,
-    Stopped,
-    train,
-)
+from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.setup import Data, Splits, autocast, open_splits, prepare, steps_per_epoch
 
@@ -50,78 +45,82 @@ NOTHING_TO_PREPARE: Mapping[str, Any] = {"initial_weights": None, "hold_decoded"
 """Fields of a recipe that only cost time where nothing is trained."""
 
 
-# Results
-
-
-@dataclass(frozen=True, eq=False)
-class Scored:
-    """A network's answers to some images.
-
-    Attributes:
-        logits: by operating point, cheapest first: ``[n, classes]``.
-        labels: class indices ``[n]``.
-        indices: of the images in their data set, ``[n]``.
-    """
-
-    logits: Mapping[str, Tensor]
-    labels: Tensor
-    indices: Tensor
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A trained network that a study can report: its cost and its answers.
+    """A trained network that a study can report: its cost and its answers."""
 
-    Attributes:
-        method: how it was trained.
-        macs: cost of an image at each operating point; ``fine_in_paper`` is the fine stage by the paper's accounting.
-        validation: answers to the images that it is scored on.
-        holdout: answers to the images that eta is chosen on, None if there are none.
-        open: gives the network and the validation images.
-        seed: of its training; None of a model that was given.
-        rule: how its confidence is measured.
-    """
+    macs: Mapping[str, int]  # of an image by operating point; ``fine_in_paper`` is the fine stage as the paper counts
+    validation: Collected  # answers to the images that it is scored on, by operating point, cheapest first
+    holdout: Collected | None  # answers to the images that eta is chosen on, None if there are none
+    open: Callable[[], tuple[Any, EvalImages]]  # the network and the validation images
+    seed: int | None = None  # of its training; None of a model that was given
+    rule: Exit = field(default_factory=Exit)  # how its confidence is measured
 
-    method: str
-    macs: Mapping[str, int]
-    validation: Scored
-    holdout: Scored | None
-    open: Callable[[], tuple[Any, EvalImages]]
-    seed: int | None = None
-    rule: Exit = field(default_factory=Exit)
+    @property
+    def stages(self) -> StageMacs:
+        """The cost of both stages."""
+        return StageMacs(coarse=self.macs["coarse"], fine=self.macs["fine"] - self.macs["coarse"], backbone=0)
+
+    def at(self, etas: Sequence[float]) -> list[SweepPoint]:
+        """Accuracy and cost on the validation images at each eta."""
+        logits, labels = self.validation.logits, self.validation.labels
+        return sweep(logits["coarse"], logits["fine"], labels, self.stages, etas, self.rule)
+
+    def parity(self, plain: Result, below: float = 0.0) -> float | None:
+        """The cheapest eta whose accuracy on the hold-out is at least the plain ViT's there; None if none is.
+
+        Args:
+            below: points that may be lost.
+        """
+        assert self.holdout is not None and plain.holdout is not None
+        trade = rank_images(self.holdout.logits["coarse"], self.holdout.logits["fine"], self.holdout.labels)
+        try:
+            return choose_eta(Accuracy(top1(plain.holdout) - below), trade, self.stages)
+        except CfvitError:  # out of reach
+            return None
+
+
+def top1(answers: Collected, point: str | None = None) -> float:
+    """Top-1 in percent at an operating point; by default at the last one."""
+    return top_k_accuracy(answers.logits[point or list(answers.logits)[-1]], answers.labels, 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Run(Result):
+    """A result that was trained here."""
+
+    recipe: Recipe
+    folder: Path
+    record: Record
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A run that is not there: why, and the seconds that it would take, if they are known."""
+
+    name: str
+    reason: str
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Record:
-    """What ``run.json`` says of a run.
-
-    Attributes:
-        epochs: that are trained in this folder; of a forked run, those after the fork.
-        conditions: see `Conditions`.
-        forked_from: folder of the run whose first epochs it shares, or None.
-        done: epochs, with a fraction, that took ``seconds``; 0 if another command trained the run.
-        seconds: time of the training and the scoring.
-        epoch_seconds: time of an epoch by the steps of the last call, without its start; None if not known.
-        finished: whether the run is trained and scored.
-        images: how many there are to train on, in the hold-out and in the validation data; empty while unfinished.
-        macs: see `Result`; empty while unfinished.
-        images_per_second: at the eta of parity, or of the plain ViT; None until it is measured.
-    """
+    """What ``run.json`` says of a run."""
 
     name: str
     method: str
     grid: str
     seed: int
-    epochs: int
-    conditions: dict[str, str]
-    forked_from: str | None = None
-    done: float = 0.0
-    seconds: float = 0.0
-    epoch_seconds: float | None = None
-    finished: bool = False
-    images: dict[str, int] = field(default_factory=dict)
-    macs: dict[str, int] = field(default_factory=dict)
-    images_per_second: float | None = None
+    epochs: int  # that are trained in this folder; of a forked run, those after the fork
+    conditions: dict[str, str]  # see `Conditions`
+    forked_from: str | None = None  # folder of the run whose first epochs it shares
+    done: float = 0.0  # epochs, with a fraction, that took ``seconds``; 0 if another command trained the run
+    seconds: float = 0.0  # time of the training and the scoring
+    epoch_seconds: float | None = None  # time of an epoch by the steps of the last call, without its start
+    finished: bool = False  # whether the run is trained and scored
+    images: dict[str, int] = field(default_factory=dict)  # of training, hold-out and validation; empty while unfinished
+    macs: dict[str, int] = field(default_factory=dict)  # see `Result`; empty while unfinished
+    images_per_second: float | None = None  # at the eta of parity, or of the plain ViT; None until it is measured
 
     def write(self, folder: Path) -> None:
         """Writes ``run.json``."""
@@ -143,24 +142,6 @@ def read_record(folder: Path) -> Record | None:
         raise CfvitError(
             f"{folder / RECORD_FILE} is damaged ({first_line(error)}): remove {folder} to train it again"
         ) from error
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Run(Result):
-    """A result that was trained here: its recipe, its folder and its record."""
-
-    recipe: Recipe
-    folder: Path
-    record: Record
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A run that is not there: why, and the seconds that it would take, if they are known."""
-
-    name: str
-    reason: str
-    seconds: float | None = None
 
 
 # Time
@@ -204,26 +185,16 @@ class Clock:
     """Times the steps of a training, which asks it after each of them whether to stop."""
 
     def __init__(self, stops: Callable[[], bool]) -> None:
-        self._stops, self._started, self._ends = stops, time.monotonic(), list[float]()
+        self.stops, self.started, self.ends = stops, time.monotonic(), list[float]()
 
     def __call__(self) -> bool:
-        self._ends.append(time.monotonic())
-        return self._stops()
-
-    @property
-    def steps(self) -> int:
-        """How many there were."""
-        return len(self._ends)
-
-    @property
-    def seconds(self) -> float:
-        """Since the beginning."""
-        return time.monotonic() - self._started
+        self.ends.append(time.monotonic())
+        return self.stops()
 
     @property
     def pace(self) -> float | None:
         """Seconds of a step without the first one, which waits for data and compilers; None after a single step."""
-        return (self._ends[-1] - self._ends[0]) / (self.steps - 1) if self.steps > 1 else None
+        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else None
 
 
 def time_left(record: Record, others: Iterable[Record]) -> float | None:
@@ -243,7 +214,7 @@ def time_left(record: Record, others: Iterable[Record]) -> float | None:
     return None if pace is None else pace * (record.epochs - record.done)
 
 
-# Runs
+# Training and scoring
 
 
 class Runs:
@@ -280,8 +251,8 @@ class Runs:
             recipe = spec.recipe(self.base, seed)
         except UsageError as error:
             return Missing(folder.name, f"cannot be trained so: {error}")
-        if (folder / RECIPE_FILE).exists():
-            was = load_recipe("deit", folder / RECIPE_FILE)
+        if (folder / loop.RECIPE_FILE).exists():
+            was = load_recipe("deit", folder / loop.RECIPE_FILE)
             if changed := _changed_fields(recipe, was):
                 name = changed[0]
                 raise CfvitError(
@@ -306,24 +277,26 @@ class Runs:
             record = read_record(folder)
             if record is None or not record.finished:
                 continue
-            if (folder / RECIPE_FILE).is_file():
-                found.append(read_run(load_recipe("deit", folder / RECIPE_FILE), folder))
+            path = folder / loop.RECIPE_FILE
+            if path.is_file():
+                found.append(read_run(load_recipe("deit", path), folder))
             else:
-                self.say(f"{folder} has no {RECIPE_FILE} and is left out: remove it, or put its recipe back")
+                self.say(f"{folder} has no {path.name} and is left out: remove it, or put its recipe back")
         return found
 
     def _train(self, recipe: Recipe, folder: Path) -> Missing | None:
         """Trains a run as far as the budget allows; None if it is trained."""
-        resume, fork = (folder / CHECKPOINT_FILE).exists(), None
+        resume, fork = (folder / loop.CHECKPOINT_FILE).exists(), None
         default = self.folder / f"{DEFAULT}-seed{recipe.seed}"
-        if not resume and default != folder and (default / ALL_CELLS_FILE).exists():
-            changed = _changed_fields(recipe, load_recipe("deit", default / RECIPE_FILE))
-            fork = default if set(changed) <= FREE_TO_FORK else None
+        if not resume and default != folder and (default / loop.ALL_CELLS_FILE).exists():
+            changed = _changed_fields(recipe, load_recipe("deit", default / loop.RECIPE_FILE))
+            fork = default if set(changed) <= loop.FREE_TO_FORK else None
         record = read_record(folder) or self._new_record(recipe, folder, fork)
         others = [each for each in map(read_record, self.folder.glob("*-seed*")) if each is not None]
         seconds = time_left(record, others)
         if seconds is None and self.budget.deadline is not None and not self.budget.is_over():
-            seconds = self._estimate(recipe, record)
+            pace = self._try_steps(recipe)
+            seconds = None if pace is None else pace * self.steps * record.epochs
         if not self.budget.fits(seconds or 0.0):
             return Missing(folder.name, "does not fit into the budget", seconds)
         begun = f"{'resumed' if resume else 'trained'}{'' if fork is None else f', begun as {fork.name}'}"
@@ -336,8 +309,8 @@ class Runs:
             stopped = True
         record = replace(
             record,
-            seconds=record.seconds + clock.seconds,
-            done=min(float(record.epochs), record.done + clock.steps / self.steps) if stopped else float(record.epochs),
+            seconds=record.seconds + time.monotonic() - clock.started,
+            done=min(record.epochs, record.done + len(clock.ends) / self.steps) if stopped else float(record.epochs),
             epoch_seconds=record.epoch_seconds if clock.pace is None else clock.pace * self.steps,
         )
         record.write(folder)
@@ -346,28 +319,23 @@ class Runs:
         reason = "was stopped by the budget and can be resumed"
         return Missing(folder.name, reason, time_left(record, others)) if stopped else None
 
-    def _estimate(self, recipe: Recipe, record: Record) -> float | None:
-        """Seconds of a training by its first steps, in a folder that is removed; None if they are too few."""
-        clock = Clock(lambda: clock.steps >= TRIAL_STEPS)
+    def _try_steps(self, recipe: Recipe) -> float | None:
+        """Seconds of a step by the first few of a training, in a folder that is removed; None if they are too few."""
+        clock = Clock(lambda: len(clock.ends) >= TRIAL_STEPS)
         with tempfile.TemporaryDirectory() as folder:
             try:
                 train(recipe.replace(NOTHING_TO_PREPARE), Path(folder), stop=clock)
             except Stopped:
-                if clock.steps < TRIAL_STEPS:  # by a signal
+                if len(clock.ends) < TRIAL_STEPS:  # by a signal
                     raise
-        return None if clock.pace is None else clock.pace * self.steps * record.epochs
+        return clock.pace
 
     def _new_record(self, recipe: Recipe, folder: Path, fork: Path | None = None) -> Record:
         shared = 0 if fork is None else round(recipe.all_cells_share * recipe.epochs)
-        return Record(
-            name=folder.name,
-            method=recipe.method,
-            grid="x".join(map(str, dict.fromkeys(recipe.grid))),  # 7 for 7 x 7
-            seed=recipe.seed,
-            epochs=recipe.epochs - shared,
-            conditions=asdict(self.conditions),
-            forked_from=None if fork is None else fork.name,
-        )
+        grid = "x".join(map(str, dict.fromkeys(recipe.grid)))  # 7 for 7 x 7
+        epochs, conditions = recipe.epochs - shared, asdict(self.conditions)
+        begun = None if fork is None else fork.name
+        return Record(folder.name, recipe.method, grid, recipe.seed, epochs, conditions, forked_from=begun)
 
     def _score(self, recipe: Recipe, folder: Path) -> None:
         """Runs the model over hold-out and validation images, and keeps its answers and its record."""
@@ -393,8 +361,8 @@ class Runs:
 
 def _changed_fields(recipe: Recipe, other: Recipe) -> list[str]:
     """Fields that change what is computed and differ."""
-    ours, theirs = recipe.to_dict(), other.to_dict()
-    return [name for name in ours if name not in FREE_TO_CHANGE | {"eval_interval"} and ours[name] != theirs[name]]
+    ours, theirs, free = recipe.to_dict(), other.to_dict(), loop.FREE_TO_CHANGE | {"eval_interval"}
+    return [name for name in ours if name not in free and ours[name] != theirs[name]]
 
 
 def _read_log(folder: Path) -> list[dict[str, Any]]:
@@ -426,7 +394,7 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
         for name in ("holdout", "validation"):
             keys = sorted(key for key in tensors if key.startswith(f"{name}.logits."))
             logits = {key.rpartition(".")[2]: tensors[key] for key in keys}
-            parts.append(Scored(logits, tensors[f"{name}.labels"], tensors[f"{name}.indices"]))
+            parts.append(Collected(logits, tensors[f"{name}.labels"], tensors[f"{name}.indices"], []))
     except (OSError, SafetensorError, KeyError) as error:
         raise CfvitError(f"{folder / SCORES_FILE} is damaged: remove {folder / RECORD_FILE} to score again") from error
 
@@ -436,17 +404,8 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
             raise CfvitError(f"{recipe.data[0]} has no validation images any more: name some with --val-data")
         return network, images.validation
 
-    return Run(
-        record.method,
-        record.macs,
-        validation=parts[1],
-        holdout=parts[0],
-        open=reopen,
-        seed=record.seed,
-        recipe=recipe,
-        folder=folder,
-        record=record,
-    )
+    own: dict[str, Any] = {"recipe": recipe, "folder": folder, "record": record}
+    return Run(record.macs, parts[1], parts[0], reopen, record.seed, **own)
 
 
 def require_splits(recipe: Recipe) -> Splits:
@@ -474,7 +433,7 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
     return images, create_method(recipe.method, recipe).load(network, folder).to(process.device)
 
 
-def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Scored:
+def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Collected:
     """Runs a network over images in the recipe's precision, with a progress bar; random cells follow the recipe's seed.
 
     Raises:
@@ -483,15 +442,8 @@ def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, ima
     device = best_device()
     loader = eval_loader(images, recipe.eval_batch_size, recipe.workers, device)
     torch.manual_seed(recipe.seed)
-    points: list[str] = []
-
-    def logits(batch: Tensor) -> list[Tensor]:
-        given = forward(batch)
-        points[:] = given
-        return list(given.values())
-
     with progress_bar(len(images)) as advance, autocast(recipe, device):
-        collected = collect(logits, loader, device, advance)
+        collected = collect(forward, loader, device, advance)
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(images)} images can be read: check the data")
-    return Scored(dict(zip(points, collected.logits, strict=True)), collected.labels, collected.indices)
+    return collected

@@ -33,17 +33,11 @@ PAPERS_METHOD: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A run, by what it changes in the recipe.
+    """A run, by what it changes in the recipe."""
 
-    Attributes:
-        name: its folder's name, before the seed.
-        changes: fields of the recipe.
-        grid_scale: each side of the coarse grid is multiplied by it and rounded.
-    """
-
-    name: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    grid_scale: float = 1.0
+    name: str  # of its folder, before the seed
+    changes: Mapping[str, Any] = field(default_factory=dict)  # fields of the recipe
+    grid_scale: float = 1.0  # each side of the coarse grid is multiplied by it and rounded
 
     def recipe(self, base: Recipe, seed: int) -> Recipe:
         """The recipe of this run, scored once at the end of its training.
@@ -85,20 +79,12 @@ RUNS: Mapping[str, RunSpec] = {
 
 @dataclass(frozen=True)
 class Published:
-    """A row that the paper prints.
+    """A row that the paper prints."""
 
-    Attributes:
-        name: of the row; in Tables 2 and 3 the method, or CF-ViT's eta.
-        place: where it stands in the paper.
-        values: by measure: ``accuracy``, ``coarse`` and ``fine`` (top-1 in percent), ``gmacs``, ``eta``,
-            ``images_per_second`` and ``speedup``; only what is printed.
-        family: one of `FAMILIES` in Tables 2 and 3, else empty.
-    """
-
-    name: str
-    place: str
-    values: Mapping[str, float]
-    family: str = ""
+    name: str  # in Tables 2 and 3 the method, or CF-ViT's eta
+    place: str  # where it stands in the paper
+    values: Mapping[str, float]  # what is printed, by measure: see `cfvit.paper.rows.HEADINGS`
+    family: str = ""  # one of `FAMILIES` in Tables 2 and 3
 
 
 @dataclass(frozen=True)
@@ -115,27 +101,16 @@ Kind = Literal["ablation", "operating_points", "comparison", "curves", "patches"
 
 @dataclass(frozen=True)
 class Study:
-    """A table or figure of the paper.
+    """A table or figure of the paper."""
 
-    Attributes:
-        name: on the command line.
-        title: what it shows.
-        kind: how its rows are made from the runs.
-        variants: what is compared.
-        measures: columns of an ablation, see `cfvit.paper.rows.MEASURES`.
-        etas: of the operating points: numbers, ``"parity"``, or ``"near parity"``.
-        published: the paper's rows of Tables 2 and 3.
-        notes: what a reader of the paper's figures has to know.
-    """
-
-    name: str
+    name: str  # on the command line
     title: str
-    kind: Kind
-    variants: tuple[Variant, ...]
-    measures: tuple[str, ...] = ()
-    etas: tuple[float | str, ...] = ()
-    published: tuple[Published, ...] = ()
-    notes: tuple[str, ...] = ()
+    kind: Kind  # how its rows are made from the runs
+    variants: tuple[Variant, ...]  # what is compared
+    measures: tuple[str, ...] = ()  # columns of an ablation, see `cfvit.paper.rows.MEASURES`
+    etas: tuple[float | str, ...] = ()  # of the operating points: numbers, "parity", or "near parity"
+    published: tuple[Published, ...] = ()  # the paper's rows of Tables 2 and 3
+    notes: tuple[str, ...] = ()  # what a reader of the paper's figures has to know
 
     @property
     def runs(self) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from rich.table import Table
 from cfvit.benchmark.conditions import Conditions, conditions_of
 from cfvit.errors import UsageError
 from cfvit.files import atomic_write, require_writable
-from cfvit.paper.given import compared, is_plain_vit, results_of_model, suitable_studies
-from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, at, make, parity_threshold
+from cfvit.paper.given import compared, is_plain_vit, results_of_model, suits
+from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, make
 from cfvit.paper.runs import Budget, Missing, Run, Runs, duration, logged_pace, require_splits
 from cfvit.paper.studies import (
     ALL,
@@ -38,48 +38,33 @@ from cfvit.training.setup import dtype_of
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
 
-Show = Callable[[Study, Sequence[Row], Sequence[str]], object]
+Show = Callable[[Study, Made], object]
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be reproduced.
+    """What is to be reproduced."""
 
-    Attributes:
-        name: of a study, or ``all``.
-        recipe: of all runs, with its data.
-        recipe_name: of the recipe that it was made from.
-        out: receives ``NAME.csv``, ``NAME.png``, ``NAME.md``, ``runs.csv`` and the runs.
-        seeds: every run is repeated with each.
-        budget: seconds in which to train; None for no limit.
-        model: a trained model to use instead of runs, or None.
-        plain: the plain ViT that table 2 compares the model with; only with ``model`` and ``calibration_data``.
-        calibration_data: labelled images that eta is chosen on.
-        parts: files that name the classes of a part of the data, for rows of their own.
-        speed: whether table 2 measures images per second.
-        command: as it was given, for the record.
-    """
-
-    name: str
-    recipe: Recipe
-    recipe_name: str
-    out: Path
-    seeds: tuple[int, ...]
-    budget: float | None = None
-    model: str | None = None
-    plain: str | None = None
-    calibration_data: str | None = None
-    parts: tuple[Path, ...] = ()
-    speed: bool = True
-    command: str = ""
+    name: str  # of a study, or "all"
+    recipe: Recipe  # of all runs, with its data
+    recipe_name: str  # of the recipe that it was made from
+    out: Path  # receives NAME.csv, NAME.png, NAME.md, runs.csv and the runs
+    seeds: tuple[int, ...]  # every run is repeated with each
+    budget: float | None = None  # seconds in which to train
+    model: str | None = None  # a trained model to use instead of runs
+    plain: str | None = None  # the plain ViT that table 2 compares it with; with `calibration_data` alone
+    calibration_data: str | None = None  # labelled images that eta is chosen on
+    parts: tuple[Path, ...] = ()  # files that name the classes of a part of the data, for rows of their own
+    speed: bool = True  # whether table 2 measures images per second
+    command: str = ""  # as it was given, for the record
 
 
 def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
     """Makes what is asked for. Runs that do not fit into the budget are left out and named.
 
     Args:
-        show: receives each study as it is made, its rows and its notes.
+        show: receives each study as it is made.
         say: receives a line at each step.
 
     Returns:
@@ -90,37 +75,50 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
         CfvitError: data, models or folders that cannot be used, or matplotlib is not installed.
     """
     require_matplotlib()
-    recipe, out = request.recipe, request.out
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UsageError(
-            "cfvit reproduce is one process: train single runs by torchrun -m cfvit train into "
-            f"{out / RUNS_FOLDER}/NAME-seedK, where they are found"
-        )
-    if not any(recipe.data):
-        raise UsageError("no data: name what to train and to score on with --data")
     studies = find_studies(request.name)
-    for name, value in PAPERS_METHOD.items():
-        if getattr(recipe, name) != value:
-            given = getattr(recipe, name)
-            raise UsageError(
-                f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
-            )
-    given = [request.plain is not None, request.calibration_data is not None]
-    if any(given) and (not all(given) or request.model is None or request.name != "table2"):
-        raise UsageError("--plain and --calibration-data go together, with --model and for table2 alone")
-    if request.parts and not all(given):
-        raise UsageError("--part divides the images of table2 with --model, --plain and --calibration-data: give these")
-    require_writable(out / RUNS_FILE)
-    conditions = conditions_of(dtype_of(recipe, best_device()), request.command)
+    _require_sense(request)
+    require_writable(request.out / RUNS_FILE)
+    conditions = conditions_of(dtype_of(request.recipe, best_device()), request.command)
     if request.model is not None:
         _reproduce_with_model(request, request.model, studies, conditions, show)
         return []
+    return _reproduce_with_runs(request, studies, conditions, show, say)
+
+
+def _require_sense(request: Request) -> None:
+    """Refuses what contradicts itself, before anything is read."""
+    recipe = request.recipe
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "cfvit reproduce is one process: train single runs by torchrun -m cfvit train into "
+            f"{request.out / RUNS_FOLDER}/NAME-seedK, where they are found"
+        )
+    if not any(recipe.data):
+        raise UsageError("no data: name what to train and to score on with --data")
+    for name, value in PAPERS_METHOD.items():
+        if (given := getattr(recipe, name)) != value:
+            raise UsageError(
+                f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
+            )
+    pair = [request.plain is not None, request.calibration_data is not None]
+    if any(pair) and (not all(pair) or request.model is None or request.name != "table2"):
+        raise UsageError("--plain and --calibration-data go together, with --model and for table2 alone")
+    if request.parts and not all(pair):
+        raise UsageError("--part divides the images of table2 with --model, --plain and --calibration-data: give these")
+
+
+def _reproduce_with_runs(
+    request: Request, studies: Sequence[Study], conditions: Conditions, show: Show, say: Say
+) -> list[Missing]:
+    """Studies of runs that are trained where they are not there; each study is written as soon as its runs are."""
+    recipe, out = request.recipe, request.out
     splits = require_splits(recipe)
     runs = Runs(recipe, out / RUNS_FOLDER, Budget(request.budget), len(splits.kept), conditions, say)
     results: dict[str, list[Run]] = {}
     missing: dict[str, list[Missing]] = {}
 
     def publish(study: Study) -> None:
+        """Makes a study of the runs that are there, and writes and shows it."""
         reasons = {name: "; ".join(f"{run.name} {run.reason}" for run in those) for name, those in missing.items()}
         made = make(study, Sources(results, reasons, recipe, splits.class_names, request.speed))
         for name, speed in made.speeds.items():  # kept for `runs.csv`
@@ -128,7 +126,7 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
             replace(first.record, images_per_second=speed).write(first.folder)
         used = [run for name in study.runs for run in results.get(name, ())]
         write_study(study, made, out, _account_of_runs(request, used, conditions))
-        show(study, made.rows, made.notes)
+        show(study, made)
 
     waiting = list(studies)
     for seed in request.seeds:
@@ -163,7 +161,10 @@ def _reproduce_with_model(
     recipe, of_plain = request.recipe, is_plain_vit(model)
     data, parts, scored_on = recipe.val_data or recipe.data[0], dict[str, frozenset[int]](), ""
     if request.plain is None or request.calibration_data is None:
-        suited = suitable_studies(studies, model, skip_others=request.name == ALL)
+        suited = [study for study in studies if suits(study, model)]
+        if request.name != ALL and not suited:
+            needed = "a plain ViT" if of_plain else "one trained model"
+            raise UsageError(f"{request.name} needs more than {needed}: leave out --model and its runs are trained")
         results = results_of_model(model, recipe)
     else:
         variants = tuple(variant for variant in studies[0].variants if variant.run in (PLAIN, DEFAULT))
@@ -195,20 +196,15 @@ def _reproduce_with_model(
             note = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
             made = replace(made, notes=(*made.notes, note))
         write_study(study, made, request.out, account)
-        show(study, made.rows, made.notes)
+        show(study, made)
 
 
 def _account(conditions: Conditions, *, trained_on: str = "", **run: str) -> dict[str, str]:
     """What was run, by name, in the order of reading."""
     where = asdict(conditions)
-    return {
-        "command": f"`{where['command']}`",
-        **run,
-        "hardware": where["hardware"],
-        "dtype": where["dtype"],
-        "trained on": trained_on,
-        **{name: where[name] for name in ("versions", "commit", "date")},
-    }
+    here = {name: where[name] for name in ("hardware", "dtype")}
+    code = {name: where[name] for name in ("versions", "commit", "date")}
+    return {"command": f"`{where['command']}`", **run, **here, "trained on": trained_on, **code}
 
 
 def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditions) -> dict[str, str]:
@@ -246,44 +242,49 @@ def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str])
         account: what was run, by name.
     """
     write_csv(out / f"{study.name}.csv", made.rows)
-    picture = out / f"{study.name}.png"
+    picture, shown = out / f"{study.name}.png", [f"![{study.title}]({study.name}.png)", ""]
     if made.draw is None:
         picture.unlink(missing_ok=True)
+        shown = []
     else:
-        caption = (
-            "Ours: {data}, {images}; recipe {recipe}; epochs {epochs}; seed {seeds}; {hardware}, {dtype}. "
-        ).format(**account)
-        made.draw(picture, f"{caption}Paper: {SETTING}.")
+        caption = "Ours: {data}, {images}; recipe {recipe}; epochs {epochs}; seed {seeds}; {hardware}, {dtype}. "
+        made.draw(picture, f"{caption.format(**account)}Paper: {SETTING}.")
     headings, lines = table_of(made.rows)
-    text = [f"# {study.title}", ""]
-    text += [f"![{study.title}]({study.name}.png)", ""] if made.draw is not None else []
-    for words in (headings, ["---"] * len(headings), *lines):
-        text.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
-    text += ["", f"Columns headed *paper* and places are of {PAPER} ({SETTING}).", ""]
-    text += [*(f"- {note}" for note in made.notes), *([""] if made.notes else []), "## What was run", ""]
-    text += [*(f"- {name}: {value}" for name, value in account.items() if value), ""]
+    table = [
+        f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |"
+        for words in (headings, ["---"] * len(headings), *lines)
+    ]
+    legend = f"Columns headed *paper* and places are of {PAPER} ({SETTING})."
+    notes = [*(f"- {note}" for note in made.notes), *([""] if made.notes else [])]
+    run = [f"- {name}: {value}" for name, value in account.items() if value]
+    text = [f"# {study.title}", "", *shown, *table, "", legend, "", *notes, "## What was run", "", *run, ""]
     with atomic_write(out / f"{study.name}.md") as file:
         file.write_text("\n".join(text), encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line for each row; of each measure ours, the spread over seeds, and the paper's."""
-    measures = _columns_of(rows)
-    sure = {name for row in rows for name, cell in row.cells.items() if cell.interval is not None}
-    kinds = ("", "_spread", "_paper", "_low", "_high")
-    figures = [f"{measure}{kind}" for measure in measures for kind in kinds[: 5 if measure in sure else 3]]
-    lines = []
-    for row in rows:
-        values: list[float | None] = []
-        for measure in measures:
-            cell = row.cells.get(measure, Cell(None))
-            values += [cell.ours, None if cell.ours is None else cell.spread, cell.paper]
-            values += (cell.interval or (None, None)) if measure in sure else ()
-        lines.append([row.name, *map(_plain, values), row.seeds, row.place, row.missing or ""])
-    _write_lines(path, ["row", *figures, "seeds", "place", "missing"], lines)
+    columns, lines = ["row"], [{"row": row.name} for row in rows]
+    for measure in _measures_of(rows):
+        cells = [row.cells.get(measure, Cell(None)) for row in rows]
+        figures: dict[str, Sequence[float | None]] = {
+            measure: [cell.ours for cell in cells],
+            f"{measure}_spread": [None if cell.ours is None else cell.spread for cell in cells],
+            f"{measure}_paper": [cell.paper for cell in cells],
+        }
+        if any(cell.interval for cell in cells):
+            ends = [cell.interval or (None, None) for cell in cells]
+            figures |= {f"{measure}_low": [low for low, _ in ends], f"{measure}_high": [high for _, high in ends]}
+        columns += figures
+        for name, values in figures.items():
+            for line, value in zip(lines, values, strict=True):
+                line[name] = _plain(value)
+    for line, row in zip(lines, rows, strict=True):
+        line |= {"seeds": str(row.seeds), "place": row.place, "missing": row.missing or ""}
+    _write_lines(path, [*columns, "seeds", "place", "missing"], lines)
 
 
-def _columns_of(rows: Sequence[Row]) -> list[str]:
+def _measures_of(rows: Sequence[Row]) -> list[str]:
     """Measures that some row has a figure of, in the order of `HEADINGS`."""
     return [name for name in HEADINGS if any(_has_figure(row.cells.get(name)) for row in rows)]
 
@@ -296,16 +297,18 @@ def _plain(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def _write_lines(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+def _write_lines(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> None:
     with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *lines])
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and words of a table: ours with the spread over several seeds, beside the paper's; no empty columns."""
     rows = [row for row in rows if row.shown]
     columns: list[list[str]] = [["", *(row.name for row in rows)]]
-    for measure in _columns_of(rows):
+    for measure in _measures_of(rows):
         text, digits = HEADINGS[measure]
         cells = [row.cells.get(measure, Cell(None)) for row in rows]
         columns.append([text])
@@ -321,34 +324,28 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return list(headings), [list(line) for line in lines]
 
 
-def print_table(study: Study, rows: Sequence[Row], notes: Sequence[str]) -> None:
+def print_table(study: Study, made: Made) -> None:
     """The table on standard output at its full width, however narrow the terminal, and its notes."""
-    headings, lines = table_of(rows)
+    headings, lines = table_of(made.rows)
     table = Table(*headings, box=None)
     for line in lines:
         table.add_row(*map(escape, line))
     console = Console(width=1000, highlight=False)
     console.print(study.title, style="bold", markup=False)
     console.print(table)
-    for note in notes:
+    for note in made.notes:
         console.print(f"- {note}", markup=False)
     console.print()
 
 
 def as_json(study: Study, row: Row) -> dict[str, Any]:
     """A row as one JSON object."""
-    return {
-        "study": study.name,
-        "row": row.name,
-        "seeds": row.seeds,
-        "measures": {
-            name: {kind: value for kind, value in asdict(cell).items() if kind != "interval" or value is not None}
-            for name, cell in row.cells.items()
-            if _has_figure(cell)
-        },
-        "place": row.place or None,
-        "missing": row.missing,
-    }
+    measures = {name: asdict(cell) for name, cell in row.cells.items() if _has_figure(cell)}
+    for cell in measures.values():
+        if cell["interval"] is None:
+            del cell["interval"]
+    named = {"study": study.name, "row": row.name, "seeds": row.seeds}
+    return {**named, "measures": measures, "place": row.place or None, "missing": row.missing}
 
 
 def write_runs(path: Path, runs: Sequence[Run]) -> None:
@@ -366,18 +363,15 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
         record = run.record
         figures: dict[str, float | None] = {"images_per_second": record.images_per_second}
         figures |= {f"training_{name}": value for name, value in logged_pace(run.folder).items()}
-        if "fine" not in run.macs:
-            figures |= {name: MEASURES[name](run) for name in ("accuracy", "gmacs")}
-        else:
-            figures |= {name: MEASURES[name](run) for name in ("coarse", "fine")}
-            eta = parity_threshold(run, plains[run.seed]) if run.seed in plains else None
-            if eta is not None:
-                point = at(run, eta)
-                figures |= {"accuracy": point.accuracy, "gmacs": point.gmacs}
-                figures |= {"exit_share": 100 * point.exit_share, "eta": eta}
+        staged = "fine" in run.macs
+        figures |= {name: MEASURES[name](run) for name in (("coarse", "fine") if staged else ("accuracy", "gmacs"))}
+        eta = run.parity(plains[run.seed]) if staged and run.seed in plains else None
+        if eta is not None:
+            (point,) = run.at([eta])
+            figures |= {"accuracy": point.accuracy, "gmacs": point.gmacs}
+            figures |= {"exit_share": 100 * point.exit_share, "eta": eta}
         values: dict[str, Any] = {name: _plain(value) for name, value in figures.items()}
         values |= {"run": record.name, "model": f"{run.recipe.backbone}, method {record.method}", "grid": record.grid}
         values |= {"seed": record.seed, "epochs": run.recipe.epochs, "seconds": f"{record.seconds:.0f}"}
-        values |= record.conditions
-        lines.append([values.get(column, "") for column in columns])
+        lines.append({**values, **record.conditions})
     _write_lines(path, columns, lines)

@@ -26,51 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of a table in one of its columns.
+    """One row of a table in one of its columns."""
 
-    Attributes:
-        name: of the row.
-        paper: the printed value, None if the paper has none.
-        ours: the mean over seeds, None if it was not run.
-        spread: highest less lowest of our seeds.
-    """
-
-    name: str
-    paper: float | None
-    ours: float | None
-    spread: float = 0.0
+    name: str  # of the row
+    paper: float | None  # the printed value, None if the paper has none
+    ours: float | None  # the mean over seeds, None if it was not run
+    spread: float = 0.0  # highest less lowest of our seeds
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy against cost.
+    """Accuracy against cost."""
 
-    Attributes:
-        name: in the legend.
-        gmacs: cost of an image, in 1e9 multiply-accumulates.
-        accuracy: top-1 in percent, one for each cost.
-        joined: whether a line goes through the points.
-    """
-
-    name: str
-    gmacs: Sequence[float]
-    accuracy: Sequence[float]
-    joined: bool = True
+    name: str  # in the legend
+    gmacs: Sequence[float]  # cost of an image, in 1e9 multiply-accumulates
+    accuracy: Sequence[float]  # top-1 in percent, one for each cost
+    joined: bool = True  # whether a line goes through the points
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPicture:
-    """The class attention of one image at both patch sizes.
+    """The class attention of one image at both patch sizes."""
 
-    Attributes:
-        image: ``[S, S, 3]`` in [0, 1].
-        coarse: ``[g, g]``.
-        fine: ``[2g, 2g]``.
-    """
-
-    image: np.ndarray
-    coarse: np.ndarray
-    fine: np.ndarray
+    image: np.ndarray  # ``[S, S, 3]`` in [0, 1]
+    coarse: np.ndarray  # ``[g, g]``
+    fine: np.ndarray  # ``[2g, 2g]``
 
 
 _SETTINGS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 
@@ -22,6 +22,7 @@ from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (
     LEVEL,
     Answers,
+    ClassScore,
     class_scores,
     judge,
     reliability_of,
@@ -87,32 +88,13 @@ def write_report(
         CfvitError: matplotlib is not installed, or the file cannot be written; it is then as it was.
     """
     require_report(path)
-    (coarse, fine), exit = collected.logits, model.exit
+    coarse, fine, exit = collected.logits["coarse"], collected.logits["fine"], model.exit
     trade = rank_images(coarse, fine, collected.labels, exit.measure, exit.coarse_temperature)
     answers = judge(collected, exit, threshold)
     scores = class_scores(answers, model.config.num_classes)
     chosen, gone_on = trade.operate(threshold, macs, LEVEL), int(answers.gone_on.sum())
     reliability = (reliability_of(answers.coarse), reliability_of(answers.fine))
-    easiest = sorted(scores, key=lambda score: (-score.exit_share, -score.right / score.images))
-    class_tables, exits = [("Classes by the share of their images that is answered coarsely", easiest)], None
-    if len(scores) > _MOST_CLASSES:
-        exits = Markup(draw_exit_shares([score.exit_share for score in easiest], "exits"))
-        class_tables = [
-            (f"The {_FEW_CLASSES} easiest classes", easiest[:_FEW_CLASSES]),
-            (f"The {_FEW_CLASSES} hardest classes, hardest first", easiest[: -_FEW_CLASSES - 1 : -1]),
-        ]
-    gaining = sorted((score for score in scores if score.gain > 0), key=lambda score: (-score.gain, -score.images))
-
-    environment = Environment(
-        loader=PackageLoader("cfvit", "plots"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"signed": signed, "counted": _counted}
-    page = environment.get_template("report.html").render(
+    page = _template().render(
         model=model,
         model_name=model_name,
         data_name=data_name,
@@ -133,12 +115,7 @@ def write_report(
             ("coarse stage alone", macs.coarse, trade.images - gone_on, "coarse"),
             ("both stages", macs.both, gone_on, "fine"),
         ),
-        scores=scores,
-        exits=exits,
-        class_tables=class_tables,
-        gaining=gaining,
-        losing=sum(score.gain < 0 for score in scores),
-        most_gains=_GAINS,
+        **_classes(scores),
         sheets=_sheets(model, collected, source, answers, threshold),
         day=datetime.now(UTC).date() if day is None else day,
         version=cfvit.__version__,
@@ -146,6 +123,35 @@ def write_report(
     )
     with atomic_write(path) as file:
         file.write_text(page, encoding="utf-8")
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader("cfvit", "plots"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"signed": signed, "counted": _counted}
+    return environment.get_template("report.html")
+
+
+def _classes(scores: list[ClassScore]) -> dict[str, Any]:
+    """Classes for the template: all of a few, the easiest and hardest of many, and what the fine stage gains."""
+    easiest = sorted(scores, key=lambda score: (-score.exit_share, -score.right / score.images))
+    tables, exits = [("Classes by the share of their images that is answered coarsely", easiest)], None
+    if len(scores) > _MOST_CLASSES:
+        exits = Markup(draw_exit_shares([score.exit_share for score in easiest], "exits"))
+        tables = [
+            (f"The {_FEW_CLASSES} easiest classes", easiest[:_FEW_CLASSES]),
+            (f"The {_FEW_CLASSES} hardest classes, hardest first", easiest[: -_FEW_CLASSES - 1 : -1]),
+        ]
+    gaining = sorted((score for score in scores if score.gain > 0), key=lambda score: (-score.gain, -score.images))
+    losing = sum(score.gain < 0 for score in scores)
+    gains = {"gaining": gaining, "losing": losing, "most_gains": _GAINS}
+    return {"scores": scores, "exits": exits, "class_tables": tables, **gains}
 
 
 def _notes(

@@ -18,23 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Bar:
-    """A contender beside the backbone.
+    """A contender beside the backbone."""
 
-    Attributes:
-        label: its name.
-        mode: in which it was prepared.
-        ratio: how many times faster than the backbone in the same mode.
-        eager_ratio: how many times faster than the backbone in eager mode.
-        macs_ratio: the same by the MACs.
-        telling: whether the machine was quiet enough for ``ratio`` to be used.
-    """
-
-    label: str
-    mode: str
-    ratio: Estimate
-    eager_ratio: float
-    macs_ratio: float
-    telling: bool
+    label: str  # its name
+    mode: str  # in which it was prepared
+    ratio: Estimate  # how many times faster than the backbone in the same mode
+    eager_ratio: float  # how many times faster than the backbone in eager mode
+    macs_ratio: float  # the same by the MACs
+    telling: bool  # whether the machine was quiet enough for ``ratio`` to be used
 
 
 def draw_speed(panels: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:

@@ -33,14 +33,14 @@ class Reporter:
         self.log: IO[str] | None = None
         self.task: TaskID | None = None
         self.board: Any = None
-        self.place, self.spoken = "", time.monotonic()
+        self.unit, self.spoken = "step", time.monotonic()
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("{task.fields[loss]}"),
             console=self.console,
             disable=not active or not self.console.is_terminal,
         )
@@ -78,25 +78,25 @@ class Reporter:
         if self.progress.disable:
             self.say(text)
 
-    def start_epoch(self, epoch: int, epochs: int, done: int, steps: int) -> None:
-        """A bar for the epoch, ``done`` of its ``steps`` behind it."""
+    def start(self, place: str, unit: str, total: int, done: int = 0) -> None:
+        """A bar for what comes next, ``done`` of its ``total`` steps or images behind it."""
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.place = f"epoch {epoch + 1}/{epochs}"
-        self.task = self.progress.add_task(self.place, total=steps, completed=done, loss="")
+        self.unit = unit
+        self.task = self.progress.add_task(place, total=total, completed=done, loss="")
 
-    def advance(self, loss: Tensor) -> None:
-        """One step further."""
+    def advance(self, count: int = 1, loss: Tensor | None = None) -> None:
+        """So many steps or images further. The loss is read, which waits for a GPU, only where it is shown."""
         if self.task is None:
             return
-        if not self.progress.disable:
-            self.progress.update(self.task, advance=1, loss=f"{loss.item():.3f}")
-            return
-        task = self.progress.tasks[-1]
-        task.completed += 1
-        if time.monotonic() - self.spoken >= SECONDS_BETWEEN_LINES:
+        task, shown = self.progress.tasks[-1], not self.progress.disable
+        speaks = not shown and time.monotonic() - self.spoken >= SECONDS_BETWEEN_LINES
+        text = "" if loss is None or not (shown or speaks) else f"loss {loss.item():.3f}"
+        self.progress.update(self.task, advance=count, loss=text)
+        if speaks:
             self.spoken = time.monotonic()
-            self.say(f"{self.place}: step {task.completed:.0f} of {task.total:.0f}, loss {loss.item():.3f}")
+            behind = f"{task.description}: {self.unit} {task.completed:.0f} of {task.total:.0f}"
+            self.say(", ".join(filter(None, (behind, text))))
 
     def log_step(self, **values: float) -> None:
         """A line of the log on a training step."""

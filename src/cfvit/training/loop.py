@@ -36,6 +36,8 @@ from cfvit.training.step import take_step
 CHECKPOINT_FILE = "checkpoint.pt"
 ALL_CELLS_FILE = "all_cells.pt"
 RECIPE_FILE = "recipe.yaml"
+TEACHER = "teacher"
+"""In the place of an operating point: what the teacher answers."""
 
 
 def train(
@@ -177,7 +179,8 @@ def _stop_signal(process: Process, stop: Callable[[], bool], reporter: Reporter)
 
     def receive(number: int, _: object) -> None:
         received.append(number)
-        reporter.say("stopping after this step, which is then saved")
+        what = "step" if reporter.unit == "step" else "evaluation"
+        reporter.say(f"stopping after this {what}, which is then saved")
 
     previous = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -198,16 +201,7 @@ def _run(
 ) -> dict[str, float]:
     steps = steps_per_epoch(recipe, len(images.train), process.world)
     sampler = TrainSampler(images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world)
-    loader: DataLoader[Any] = DataLoader(
-        images.train,
-        recipe.batch_size,
-        sampler=sampler,
-        num_workers=recipe.workers,
-        pin_memory=process.device.type == "cuda",
-        drop_last=True,
-        persistent_workers=recipe.workers > 0,
-        worker_init_fn=leave_signals_to_the_run,
-    )
+    loader = _loader(recipe, images, sampler, process)
     pace = Pace(recipe, trained, process)
     figures: dict[str, float] = {}
     all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
@@ -216,7 +210,8 @@ def _run(
         sampler.set_position(epoch, done * recipe.accumulate * recipe.batch_size)
         batches = iter(loader)
         ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
-        reporter.start_epoch(epoch, recipe.epochs, done, steps)
+        place = f"epoch {epoch + 1}/{recipe.epochs}"
+        reporter.start(place, "step", steps, done)
         pace.start(ratio)
         for _ in range(done, steps):
             loss = take_step(recipe, trained, batches, ratio, process)
@@ -229,7 +224,7 @@ def _run(
                 lr = trained.optimizer.param_groups[0]["lr"]
                 mean_loss = reduce_tensor(loss, process.world).item() if process.world > 1 else loss.item()
                 reporter.log_step(epoch=epoch, step=trained.step, loss=mean_loss, lr=lr, **pace.figures())
-            reporter.advance(loss)
+            reporter.advance(loss=loss)
             stops = not ends and stopping()
             if saves or stops:
                 _require_finite(loss, trained.step, out)
@@ -237,15 +232,28 @@ def _run(
             if stops:
                 raise _stopped(trained)
         if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
-            reporter.say_without_bar(f"epoch {epoch + 1}/{recipe.epochs}: evaluating")
-            figures = _evaluate_and_save(recipe, out, images, trained, process)
+            figures = _evaluate_and_save(recipe, out, images, trained, process, reporter, place)
             reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
         if epoch + 1 == all_cells_epochs:
             _save_checkpoint(recipe, out / ALL_CELLS_FILE, trained, process)
         _save_checkpoint(recipe, out / CHECKPOINT_FILE, trained, process)
         if epoch + 1 < recipe.epochs and stopping():
             raise _stopped(trained)
-    return figures or _evaluate_and_save(recipe, out, images, trained, process)
+    return figures or _evaluate_and_save(recipe, out, images, trained, process, reporter, "the end")
+
+
+def _loader(recipe: Recipe, images: Data, sampler: TrainSampler, process: Process) -> DataLoader[Any]:
+    """Batches to train on, of whole images only, in the sampler's order."""
+    return DataLoader(
+        images.train,
+        recipe.batch_size,
+        sampler=sampler,
+        num_workers=recipe.workers,
+        pin_memory=process.device.type == "cuda",
+        drop_last=True,
+        persistent_workers=recipe.workers > 0,
+        worker_init_fn=leave_signals_to_the_run,
+    )
 
 
 def _stopped(trained: Trained) -> Stopped:
@@ -275,22 +283,29 @@ def _save_checkpoint(recipe: Recipe, path: Path, trained: Trained, process: Proc
             torch.save({"recipe": recipe.to_dict(), "world": process.world, **trained.state_dict()}, file)
 
 
-def _evaluate_and_save(recipe: Recipe, out: Path, images: Data, trained: Trained, process: Process) -> dict[str, float]:
+def _evaluate_and_save(
+    recipe: Recipe,
+    out: Path,
+    images: Data,
+    trained: Trained,
+    process: Process,
+    reporter: Reporter,
+    place: str,
+) -> dict[str, float]:
     """Scores the best weights, chooses eta on the hold-out, and writes the model.
 
     With a teacher the share of images that it answers alike is a score too, and without labels the one by which eta
     is chosen.
     """
     _require_finite_weights(trained, out)
+    reporter.say_without_bar(f"{place}: evaluating")
     method, model, teacher = trained.method, trained.best_weights().eval(), trained.teacher
     if process.world > 1:
         distribute_bn(model, process.world, reduce=True)
-    names: list[str] = []
 
-    def forward(batch: Tensor) -> list[Tensor]:
-        answers = method.answers(model, batch)
-        names[:] = answers
-        return [*answers.values(), *([teacher.answer(batch)] if teacher and recipe.uses_teacher else [])]
+    def forward(batch: Tensor) -> dict[str, Tensor]:
+        taught = {TEACHER: teacher.answer(batch)} if teacher and recipe.uses_teacher else {}
+        return {**method.answers(model, batch), **taught}
 
     figures: dict[str, float] = {}
     for split, dataset, labelled in (
@@ -300,10 +315,11 @@ def _evaluate_and_save(recipe: Recipe, out: Path, images: Data, trained: Trained
         if dataset is None:
             continue
         loader = eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
+        reporter.start(f"{place}, evaluating", "image", len(dataset))
         with autocast(recipe, process.device):
-            collected = collect(forward, loader, process.device)
-        scored = dict(zip(names, collected.logits, strict=False))
-        taught = collected.logits[-1].argmax(dim=-1) if recipe.uses_teacher else None
+            collected = collect(forward, loader, process.device, reporter.advance)
+        scored = dict(collected.logits)
+        taught = scored.pop(TEACHER).argmax(dim=-1) if recipe.uses_teacher else None
         for point, logits in scored.items():
             if labelled:
                 for k in (1, 5):

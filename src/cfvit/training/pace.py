@@ -31,22 +31,25 @@ class Pace:
 
     def __init__(self, recipe: Recipe, trained: Trained, process: Process) -> None:
         self.images_per_step, self.world = recipe.batch_size * recipe.accumulate, process.world
-        self.trained, self.macs = trained, 0
+        self.trained, self.macs = trained, dict[float, int]()
         self.matrix_rate = matrix_rate(process.device, dtype_of(recipe, process.device))
 
     def start(self, split: float) -> None:
         """Counts anew, from now on with this share of cells split."""
-        self.begun, self.steps = time.monotonic(), 0
-        self.macs = gradient_macs(self.trained.method, self.trained.model, split)
+        self.begun, self.steps, self.split = time.monotonic(), 0, split
 
     def advance(self) -> None:
         """One step further."""
         self.steps += 1
 
     def figures(self) -> dict[str, float]:
-        """``images_per_second`` and ``matrix_share`` since the start."""
-        own = self.steps * self.images_per_step / (time.monotonic() - self.begun)
-        share = own * self.macs / self.matrix_rate
+        """``images_per_second`` and ``matrix_share`` since the start, without the time that the first count takes."""
+        now = time.monotonic()
+        own = self.steps * self.images_per_step / (now - self.begun)
+        if self.split not in self.macs:
+            self.macs[self.split] = gradient_macs(self.trained.method, self.trained.model, self.split)
+            self.begun += time.monotonic() - now
+        share = own * self.macs[self.split] / self.matrix_rate
         return {"images_per_second": round(own * self.world, 1), "matrix_share": float(f"{share:.3g}")}
 
 

@@ -32,46 +32,34 @@ from cfvit.training.tokens.label_maps import LabelledImages, LabelledTransform
 
 @dataclass(frozen=True)
 class Data:
-    """The images of a run.
-
-    Attributes:
-        holdout: images of the training source that are kept out of training.
-        validation: always with labels.
-    """
+    """The images of a run."""
 
     train: TrainImages
-    holdout: EvalImages | None
-    validation: EvalImages | None
+    holdout: EvalImages | None  # images of the training source that are kept out of training
+    validation: EvalImages | None  # always with labels
 
 
 @dataclass
 class Trained:
-    """All that changes during training, and what it is trained by.
-
-    Attributes:
-        model: holds the weights and is saved.
-        network: what runs in a step: what the method makes of the model, perhaps compiled and distributed.
-        average: the averaged weights, None where nothing is averaged.
-        classes: the size of the head.
-        step: counts optimiser steps.
-    """
+    """All that changes during training, and what it is trained by."""
 
     method: Method
-    model: Any
-    network: Any
+    model: Any  # holds the weights and is saved
+    network: Any  # what runs in a step: what the method makes of the model, perhaps compiled and distributed
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
-    average: ModelEmaV3 | None
+    average: ModelEmaV3 | None  # the averaged weights, None where nothing is averaged
     teacher: Teacher | None
-    classes: int
-    step: int = 0
+    classes: int  # the size of the head
+    step: int = 0  # counts optimiser steps
 
     def best_weights(self) -> Any:
         """The averaged model, or the model itself where nothing is averaged."""
         return self.model if self.average is None else self.average.module
 
     def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs, on any device, for `load_state_dict`."""
         return {
             "step": self.step,
             "class_names": self.model.class_names,
@@ -82,6 +70,7 @@ class Trained:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         if self.average is not None:
@@ -92,19 +81,13 @@ class Trained:
 
 @dataclass(frozen=True)
 class Splits:
-    """The images of a run before any transform.
+    """The images of a run before any transform."""
 
-    Attributes:
-        source: the training images, of which ``kept`` are trained on and ``held`` are kept out.
-        validation: of another split, with labels.
-        class_names: by class index.
-    """
-
-    source: DataSource
+    source: DataSource  # the training images, of which ``kept`` are trained on and ``held`` are kept out
     kept: list[int]
     held: list[int]
-    validation: DataSource | None
-    class_names: list[str]
+    validation: DataSource | None  # of another split, with labels
+    class_names: list[str]  # by class index
 
 
 def open_splits(recipe: Recipe) -> Splits:

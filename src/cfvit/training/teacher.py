@@ -26,21 +26,13 @@ from cfvit.modeling.weights import read_weights
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A trained classifier that is asked about a student's images.
+    """A trained classifier that is asked about a student's images."""
 
-    Attributes:
-        name: what timm calls it.
-        model: a timm model in evaluation mode.
-        data_config: its own preprocessing, timm's keys.
-        student_config: ``mean`` and ``std`` by which the images that it is called with are normalised.
-        class_names: by class index, where the teacher names its classes.
-    """
-
-    name: str
-    model: Any
-    data_config: Mapping[str, Any]
-    student_config: Mapping[str, Any]
-    class_names: list[str] | None = None
+    name: str  # what timm calls it
+    model: Any  # a timm model in evaluation mode
+    data_config: Mapping[str, Any]  # its own preprocessing, timm's keys
+    student_config: Mapping[str, Any]  # ``mean`` and ``std`` by which the images that it is called with are normalised
+    class_names: list[str] | None = None  # by class index, where the teacher names its classes
 
     @property
     def device(self) -> torch.device:

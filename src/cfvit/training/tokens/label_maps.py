@@ -35,21 +35,13 @@ ORIGIN_FILE = "labels.json"
 
 @dataclass(frozen=True)
 class MapsOrigin:
-    """What the label maps of a folder were made of, as it is written into the folder.
+    """What the label maps of a folder were made of, as it is written into the folder."""
 
-    Attributes:
-        teacher: its name.
-        weights_sha256: of the teacher's weights; these, not the name, tell teachers apart.
-        class_names: of the data, by class index.
-        size: places on a side of a map.
-        cfvit: the version that made the maps.
-    """
-
-    teacher: str
-    weights_sha256: str
-    class_names: list[str]
-    size: int
-    cfvit: str
+    teacher: str  # its name
+    weights_sha256: str  # of the teacher's weights; these, not the name, tell teachers apart
+    class_names: list[str]  # of the data, by class index
+    size: int  # places on a side of a map
+    cfvit: str  # the version that made the maps
 
 
 def read_origin(root: Path) -> MapsOrigin | None:

@@ -39,17 +39,11 @@ _MAX_SCORE = torch.finfo(torch.float16).max
 
 @dataclass(frozen=True)
 class LabelCounts:
-    """What `make_token_labels` did.
+    """What `make_token_labels` did."""
 
-    Attributes:
-        made: label maps written.
-        kept: label maps that were there.
-        unreadable: names of images without a label map, and why.
-    """
-
-    made: int
-    kept: int
-    unreadable: list[tuple[str, str]]
+    made: int  # label maps written
+    kept: int  # label maps that were there
+    unreadable: list[tuple[str, str]]  # names of images without a label map, and why
 
 
 def make_token_labels(
