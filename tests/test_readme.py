@@ -160,6 +160,7 @@ def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Out
     assert outcome.status == 0, outcome.err
     promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures", "report"}
     promised |= {"MAPS"} if arguments[0] == "token-labels" else set()
+    promised |= {arguments[arguments.index("--output") + 1]} if "--output" in arguments else set()
     assert {path.name for path in place.iterdir()} == before | promised
 
 
