@@ -25,7 +25,7 @@ import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
@@ -237,7 +237,7 @@ class Service:
             return asked, protocol.read_input(asked.inputs[0], body[end:], self.model.image_size, most)
 
         asked, images = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
-        names = [info.name for info in self.metadata().outputs]
+        names = [info.name for info in self.metadata.outputs]
         wanted = names if asked.outputs is None else [output.name for output in asked.outputs]
         if unknown := set(wanted) - set(names):
             raise CfvitError(f"outputs {sorted(unknown)} are not known: ask for some of {names}")
@@ -250,15 +250,20 @@ class Service:
         }
         outputs = [
             {**info.model_dump(), "shape": [len(answers), *info.shape[1:]], "data": values[info.name]}
-            for info in self.metadata().outputs
+            for info in self.metadata.outputs
             if info.name in wanted
         ]
         named = {} if asked.id is None else {"id": asked.id}
         eta = {"eta": min(answer.eta for answer in answers)}
         return JSONResponse({"model_name": self.settings.name, **named, "parameters": eta, "outputs": outputs})
 
-    def metadata(self) -> protocol.ModelMetadata:
+    async def describe(self) -> protocol.ModelMetadata:
         """Tell what the model takes and gives."""
+        return self.metadata
+
+    @functools.cached_property
+    def metadata(self) -> protocol.ModelMetadata:
+        """What the model takes and gives."""
         tensors = {
             "images": ("FP32", [-1, 3, *self.model.image_size]),
             "files": ("BYTES", [-1]),
@@ -273,23 +278,19 @@ class Service:
             name=self.settings.name, versions=["1"], platform=platform, inputs=infos[:2], outputs=infos[2:]
         )
 
-    def server(self) -> dict[str, Any]:
+    async def server(self) -> dict[str, Any]:
         """Tell what this server is."""
         return {"name": "cfvit", "version": cfvit.__version__, "extensions": []}
 
-    def live(self) -> dict[str, bool]:
+    async def live(self) -> dict[str, bool]:
         """Tell that the server runs."""
         return {"live": True}
 
-    def ready(self) -> JSONResponse:
+    async def ready(self) -> JSONResponse:
         """Tell whether the server takes new work: status 200 if it does, 503 if it is ending."""
         return JSONResponse({"ready": not self.draining}, 503 if self.draining else 200)
 
-    def parameters(self) -> protocol.Parameters:
-        """Tell what may be changed while the server runs."""
-        return protocol.Parameters(eta=self.scheduler.eta)
-
-    def set_parameters(self, parameters: protocol.Parameters) -> protocol.Parameters:
+    async def set_parameters(self, parameters: protocol.Parameters) -> protocol.Parameters:
         """Change eta for all images to come. Allowed if the server was started so."""
         if not self.settings.allow_parameters:
             raise HTTPException(403, "parameters are fixed: start the server with --allow-parameters")
@@ -297,7 +298,7 @@ class Service:
         log.info("eta is set", extra={"fields": {"eta": parameters.eta}})
         return parameters
 
-    def stats(self) -> protocol.Stats:
+    async def stats(self) -> protocol.Stats:
         """Tell the figures of the last minute."""
         latest = self.metrics.latest()
         p50, p95 = (1e3 * latest[int(share * len(latest))] if latest else None for share in (0.5, 0.95))
@@ -314,7 +315,7 @@ class Service:
             ready=not self.draining,
         )
 
-    def show_metrics(self) -> Response:
+    async def show_metrics(self) -> Response:
         """Tell counts and times in Prometheus' text format."""
         for stage, name in enumerate(STAGES):
             self.metrics.queues.labels(name).set(self.scheduler.queue_length(stage))
@@ -322,12 +323,12 @@ class Service:
         self.metrics.eta.labels("now").set(self.scheduler.eta_now)
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    def check_key(
+    async def check_key(
         self, given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None
     ) -> None:
-        """Refuses requests without the key, if there is one; in constant time."""
-        key = self.settings.api_key
-        if key is not None and not (given and hmac.compare_digest(given.credentials.encode(), key.encode())):
+        """Refuses requests without the key; in constant time."""
+        key = self.settings.api_key or ""
+        if not (given and hmac.compare_digest(given.credentials.encode(), key.encode())):
             header = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "no key, or a wrong one: send Authorization: Bearer KEY", header)
 
@@ -550,7 +551,7 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
         responses: dict[int | str, dict[str, Any]] = {status: {"model": protocol.Failure} for status in statuses}
         app.add_api_route(path, answer, methods=[method], responses=responses, **given)
 
-    key = {"dependencies": [Depends(service.check_key)]}
+    key: dict[str, Any] = {"dependencies": [Depends(service.check_key)]} if settings.api_key else {}
     model = f"/v2/models/{settings.name}"
     file = {"schema": {"type": "string", "format": "binary"}}
     form = {
@@ -563,14 +564,13 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     route("POST", "/predict", service.predict, limits, openapi_extra=upload, **key)
     route("POST", "/explain", service.explain, (*limits, 501), openapi_extra=upload, **key)
     route("GET", "/stats", service.stats, (401,), **key)
-    route("GET", "/metrics", service.show_metrics, (401,), response_class=PlainTextResponse, **key)
+    route("GET", "/metrics", service.show_metrics, (401,), response_class=Response, **key)
     route("GET", "/v2", service.server, (401,), **key)
     route("GET", "/v2/health/live", service.live)
     route("GET", "/v2/health/ready", service.ready, (503,))
-    route("GET", model, service.metadata, (401,), **key)
+    route("GET", model, service.describe, (401,), **key)
     route("GET", f"{model}/ready", service.ready, (503,))
-    route("GET", f"{model}/parameters", service.parameters, (401,), **key)
-    route("PUT", f"{model}/parameters", service.set_parameters, (401, 403, 413, 422), **key)
+    route("PUT", f"{model}/parameters", service.set_parameters, (400, 401, 403, 408, 413, 422, 503), **key)
     infer = {"requestBody": {"required": True, "content": {"application/json": {"schema": protocol.infer_schema()}}}}
     route("POST", f"{model}/infer", service.infer, limits, openapi_extra=infer, response_model=protocol.Inferred, **key)
     app.mount("/", Page(directory=PAGE, html=True))

@@ -1,0 +1,178 @@
+"""Load on loopback: a two-stage server against one of the plain backbone, both on ONNX Runtime, by the same requests.
+
+python benchmark/load.py PHOTOS [--model deit_tiny_imagenet] [--server-cpu 0]
+
+Each server is a process of its own. eta is set so that the given share of the photos is hard. In each round the servers
+are measured in turn: the throughput with many clients that wait for their answers (saturation), and then the times of
+requests that come at random at half of that rate. Printed are medians over the rounds; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import cyclopts
+import httpx
+import torch
+from torch import Tensor
+
+from cfvit import Predictor, export, load
+from cfvit.deploy.server import Settings, serve
+from cfvit.inference.engines.exported import read_exported
+from cfvit.inference.engines.onnx import OnnxGraph
+from cfvit.modeling.batches import Rows
+
+QUEUES = {  # options of the two-stage servers
+    "two queues": ["--coarse-batch", "8", "--fine-batch", "4", "--fine-wait", "20"],
+    "two queues, no wait": ["--coarse-batch", "8", "--fine-batch", "4", "--fine-wait", "0"],
+    "one queue": [
+        "--coarse-batch",
+        "8",
+        "--fine-batch",
+        "8",
+        "--fine-wait",
+        "0",
+    ],  # a batch's hard images go on at once
+}
+app = cyclopts.App()
+
+
+@dataclass(eq=False)
+class PlainState(Rows):
+    logits: Tensor
+
+
+class PlainEngine:
+    """The plain backbone in the coarse stage's place; at eta 0 there is no other."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model, self.weight = read_exported(folder), torch.empty(0)
+        self._run = OnnxGraph(folder / "plain.onnx", torch.get_num_threads())
+
+    def coarse(self, images: Tensor) -> tuple[PlainState, Tensor]:
+        logits = torch.from_numpy(self._run({"images": images.numpy()})["logits"])
+        return PlainState(logits), self.model.exit.coarse(logits)
+
+    def fine(self, images: Tensor, state: PlainState) -> tuple[Tensor, Tensor]:
+        return state.logits, self.model.exit.coarse(state.logits)
+
+
+@app.command
+def plain(folder: Path, /) -> None:
+    """Serves the plain backbone of a folder; the measurement starts this."""
+    serve(Predictor(PlainEngine(folder), 0.0), Settings(name="model"), "127.0.0.1", 0)
+
+
+def start(cpu: int | None, *command: str | Path) -> tuple[subprocess.Popen[Any], str]:
+    """A server's process and address."""
+    if cpu is not None:
+        command = ("taskset", "-c", str(cpu), *command)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    port = json.loads(process.stderr.readline())["port"]
+    subprocess.Popen(["cat"], stdin=process.stderr, stdout=subprocess.DEVNULL)  # the log must not fill its pipe
+    return process, f"http://127.0.0.1:{port}"
+
+
+def connected(address: str) -> httpx.AsyncClient:
+    """A client with as many connections as it needs."""
+    return httpx.AsyncClient(base_url=address, timeout=60, limits=httpx.Limits(max_connections=None))
+
+
+async def saturation(address: str, photos: list[bytes], clients: int, seconds: float) -> float:
+    """Answers per second for clients that send the next photo when they have the answer."""
+    done, end = 0, time.monotonic() + seconds
+
+    async def client(seed: int) -> None:
+        nonlocal done
+        choose = random.Random(seed)
+        while time.monotonic() < end:
+            (await http.post("/predict", content=choose.choice(photos))).raise_for_status()
+            done += time.monotonic() < end
+
+    async with connected(address) as http:
+        await asyncio.gather(*map(client, range(clients)))
+    return done / seconds
+
+
+async def times(address: str, photos: list[bytes], rate: float, seconds: float) -> tuple[float, float, float]:
+    """p50, p95 and p99, in milliseconds, of requests that come independently of each other at so many per second."""
+    choose, taken = random.Random(0), []
+
+    async def request() -> None:
+        start = time.monotonic()
+        (await http.post("/predict", content=choose.choice(photos))).raise_for_status()
+        taken.append(1e3 * (time.monotonic() - start))
+
+    end = time.monotonic() + seconds
+    async with connected(address) as http, asyncio.TaskGroup() as group:
+        while time.monotonic() < end:
+            group.create_task(request())
+            await asyncio.sleep(choose.expovariate(rate))
+    cuts = quantiles(taken, n=100)
+    return cuts[49], cuts[94], cuts[98]
+
+
+@app.default
+def measure(
+    photos: Path,
+    /,
+    *,
+    model: str = "deit_tiny_imagenet",
+    hard: float = 0.24,
+    clients: int = 16,
+    seconds: float = 10,
+    rounds: int = 5,
+    server_cpu: int | None = None,
+) -> None:
+    """Measures the servers and prints a table."""
+    files = [file.read_bytes() for file in sorted(photos.rglob("*")) if file.is_file()]
+    with tempfile.TemporaryDirectory() as name:
+        folder, network = Path(name), load(model)
+        export(network, folder)
+        batch = {0: torch.export.Dim("batch", min=1)}
+        given: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
+        image = torch.zeros(2, 3, *network.image_size)
+        torch.onnx.export(network.backbone.eval(), (image,), folder / "plain.onnx", dynamo=True, verbose=False, **given)
+        common = ("--model", folder, "--name", "model", "--port", "0", "--allow-parameters")
+        servers = {"plain": start(server_cpu, sys.executable, __file__, "plain", folder)}
+        servers |= {
+            name: start(server_cpu, sys.executable, "-m", "cfvit", "serve", *common, *options)
+            for name, options in QUEUES.items()
+        }
+        address = servers["one queue"][1]
+        sure = [
+            httpx.post(f"{address}/explain", content=file, timeout=60).json()["coarse_confidence"] for file in files
+        ]
+        eta = sorted(sure)[round(hard * len(sure))]
+        for name in QUEUES:
+            httpx.put(f"{servers[name][1]}/v2/models/model/parameters", json={"eta": eta}).raise_for_status()
+        figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in servers}
+        for number in range(rounds):
+            for name, (_, address) in servers.items():
+                rate = asyncio.run(saturation(address, files, clients, seconds))
+                figures[name].append((rate, *asyncio.run(times(address, files, rate / 2, seconds))))
+                print(number, name, *(f"{value:.1f}" for value in figures[name][-1]), file=sys.stderr)
+        for process, _ in servers.values():
+            process.terminate()
+            process.wait()
+    print("| server | times plain | p50 | p95 | p99, times plain |\n|---|---|---|---|---|")
+    for name in figures:
+        pairs = zip(figures[name], figures["plain"], strict=True)
+        ratios = [[own / other for own, other in zip(*pair, strict=True)] for pair in pairs]
+        print(f"| {name} |", " | ".join(f"{median(column):.2f}" for column in zip(*ratios, strict=True)), "|")
+
+
+if __name__ == "__main__":
+    app()
