@@ -1,6 +1,7 @@
 """Load on loopback: a two-stage server against one of the plain backbone, both on ONNX Runtime, by the same requests.
 
-python benchmark/load.py PHOTOS [--model deit_tiny_imagenet] [--server-cpu 0]
+cfvit export deit_tiny_imagenet FOLDER
+python benchmark/load.py deit_tiny_imagenet FOLDER PHOTOS [--server-cpu 0]
 
 Each server is a process of its own. eta is set so that the given share of the photos is hard. In each round the servers
 are measured in turn: the throughput with many clients that wait for their answers (saturation), and then the times of
@@ -15,7 +16,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from cfvit import Predictor, export, load
+from cfvit import Predictor, load
 from cfvit.deploy.server import Settings, serve
 from cfvit.inference.engines.exported import read_exported
 from cfvit.inference.engines.onnx import OnnxGraph
@@ -126,10 +126,11 @@ async def times(address: str, photos: list[bytes], rate: float, seconds: float) 
 
 @app.default
 def measure(
+    model: str,
+    folder: Path,
     photos: Path,
     /,
     *,
-    model: str = "deit_tiny_imagenet",
     hard: float = 0.24,
     clients: int = 16,
     seconds: float = 10,
@@ -138,19 +139,21 @@ def measure(
 ) -> None:
     """Measures the servers and prints a table."""
     files = [file.read_bytes() for file in sorted(photos.rglob("*")) if file.is_file()]
-    with tempfile.TemporaryDirectory() as name:
-        folder, network = Path(name), load(model)
-        export(network, folder)
+    if not (folder / "plain.onnx").exists():
+        network = load(model)
         batch = {0: torch.export.Dim("batch", min=1)}
         given: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"], "dynamic_shapes": (batch,)}
-        image = torch.zeros(2, 3, *network.image_size)
-        torch.onnx.export(network.backbone.eval(), (image,), folder / "plain.onnx", dynamo=True, verbose=False, **given)
-        common = ("--model", folder, "--name", "model", "--port", "0", "--allow-parameters")
-        servers = {"plain": start(server_cpu, sys.executable, __file__, "plain", folder)}
-        servers |= {
-            name: start(server_cpu, sys.executable, "-m", "cfvit", "serve", *common, *options)
-            for name, options in QUEUES.items()
-        }
+        images = torch.zeros(2, 3, *network.image_size)
+        torch.onnx.export(
+            network.backbone.eval(), (images,), folder / "plain.onnx", dynamo=True, verbose=False, **given
+        )
+    common = ("--model", folder, "--name", "model", "--port", "0", "--allow-parameters")
+    servers = {"plain": start(server_cpu, sys.executable, __file__, "plain", folder)}
+    servers |= {
+        name: start(server_cpu, sys.executable, "-m", "cfvit", "serve", *common, *options)
+        for name, options in QUEUES.items()
+    }
+    try:
         address = servers["one queue"][1]
         sure = [
             httpx.post(f"{address}/explain", content=file, timeout=60).json()["coarse_confidence"] for file in files
@@ -164,9 +167,9 @@ def measure(
                 rate = asyncio.run(saturation(address, files, clients, seconds))
                 figures[name].append((rate, *asyncio.run(times(address, files, rate / 2, seconds))))
                 print(number, name, *(f"{value:.1f}" for value in figures[name][-1]), file=sys.stderr)
+    finally:
         for process, _ in servers.values():
             process.terminate()
-            process.wait()
     print("| server | times plain | p50 | p95 | p99, times plain |\n|---|---|---|---|---|")
     for name in figures:
         pairs = zip(figures[name], figures["plain"], strict=True)
