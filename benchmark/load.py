@@ -3,9 +3,10 @@
 cfvit export deit_tiny_imagenet FOLDER
 python benchmark/load.py deit_tiny_imagenet FOLDER PHOTOS [--server-cpu 0]
 
-Each server is a process of its own. eta is set so that the given share of the photos is hard. In each round the servers
-are measured in turn: the throughput with many clients that wait for their answers (saturation), and then the times of
-requests that come at random at half of that rate. Printed are medians over the rounds; ratios are taken within a round.
+eta is set so that the given share of the photos is hard. In each round the servers are measured in turn: answers per
+second and CPU time of the server per answer with clients that wait for their answers (saturation), and then the times
+of requests that come at random at half of that rate. Ratios to the plain server are taken within a round; printed are
+their medians. On a machine with other work, only the CPU time means something.
 """
 
 from __future__ import annotations
@@ -90,20 +91,26 @@ def connected(address: str) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=address, timeout=60, limits=httpx.Limits(max_connections=None))
 
 
-async def saturation(address: str, photos: list[bytes], clients: int, seconds: float) -> float:
-    """Answers per second for clients that send the next photo when they have the answer."""
-    done, end = 0, time.monotonic() + seconds
+def cpu_seconds(process: subprocess.Popen[Any]) -> float:
+    """CPU time that a process has taken; Linux alone tells."""
+    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+async def saturation(address: str, photos: list[bytes], clients: int, seconds: float) -> tuple[int, float]:
+    """Answers, and seconds, for clients that send the next photo when they have the answer."""
+    done, start = 0, time.monotonic()
 
     async def client(seed: int) -> None:
         nonlocal done
         choose = random.Random(seed)
-        while time.monotonic() < end:
+        while time.monotonic() < start + seconds:
             (await http.post("/predict", content=choose.choice(photos))).raise_for_status()
-            done += time.monotonic() < end
+            done += 1
 
     async with connected(address) as http:
         await asyncio.gather(*map(client, range(clients)))
-    return done / seconds
+    return done, time.monotonic() - start
 
 
 async def times(address: str, photos: list[bytes], rate: float, seconds: float) -> tuple[float, float, float]:
@@ -163,14 +170,16 @@ def measure(
             httpx.put(f"{servers[name][1]}/v2/models/model/parameters", json={"eta": eta}).raise_for_status()
         figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in servers}
         for number in range(rounds):
-            for name, (_, address) in servers.items():
-                rate = asyncio.run(saturation(address, files, clients, seconds))
-                figures[name].append((rate, *asyncio.run(times(address, files, rate / 2, seconds))))
+            for name, (process, address) in servers.items():
+                before = cpu_seconds(process)
+                count, taken = asyncio.run(saturation(address, files, clients, seconds))
+                own = (count / taken, 1e3 * (cpu_seconds(process) - before) / count)
+                figures[name].append((*own, *asyncio.run(times(address, files, own[0] / 2, seconds))))
                 print(number, name, *(f"{value:.1f}" for value in figures[name][-1]), file=sys.stderr)
     finally:
         for process, _ in servers.values():
             process.terminate()
-    print("| server | times plain | p50 | p95 | p99, times plain |\n|---|---|---|---|---|")
+    print("| times plain | answers/s | CPU time of an answer | p50 | p95 | p99 |\n|---|---|---|---|---|---|")
     for name in figures:
         pairs = zip(figures[name], figures["plain"], strict=True)
         ratios = [[own / other for own, other in zip(*pair, strict=True)] for pair in pairs]

@@ -633,6 +633,7 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
     service = app.state.service
     config = uvicorn.Config(app, log_config=LOGGING, access_log=False, server_header=False)
     config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
+    config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
