@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import uvicorn
 from conftest import COLOURS, Outcome
 from safetensors.torch import load_file, save_file
 
@@ -133,6 +134,8 @@ def _in_small(words: Sequence[str]) -> list[str]:
         if "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
         arguments += TINY_BENCH
+    elif command == "serve":
+        arguments += ["--port", "0"]
     elif command in ("eval", "calibrate"):
         arguments += ["--workers", "0"]
     return [command, *arguments]
@@ -147,7 +150,9 @@ def _cfvit_arguments(line: str) -> list[str] | None:
 
 
 @pytest.mark.parametrize("line", COMMANDS.values())
-def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Outcome]) -> None:
+def test_console_lines_run(
+    line: str, place: Path, cfvit_main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = _cfvit_arguments(line)
     if arguments is None:
         made = re.fullmatch(r"make (\w+)", line.split("#")[0].strip())
@@ -156,6 +161,7 @@ def test_console_lines_run(line: str, place: Path, cfvit_main: Callable[..., Out
         return
     before = {path.name for path in place.iterdir()}
     arguments = _in_small(arguments)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # serve ends as soon as it listens
     outcome = cfvit_main(*arguments)
     assert outcome.status == 0, outcome.err
     promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures", "report"}
