@@ -148,6 +148,28 @@ def test_it_resumes_as_if_nothing_had_happened(recipe: Recipe, tmp_path: Path) -
         torch.testing.assert_close(load_file(tmp_path / "stopped" / "model.safetensors")[name], tensor)
 
 
+def test_the_saved_model_is_part_of_the_way_back_to_where_the_run_began(recipe: Recipe, tmp_path: Path) -> None:
+    _, model = prepare(recipe, CPU)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    saved, reached = {}, {}
+    for share in (0.0, 0.25, 1.0):
+        train(replace(recipe, epochs=1, initial_share=share), tmp_path / f"{share}")
+        saved[share] = load(tmp_path / f"{share}").state_dict()
+        reached[share] = torch.load(tmp_path / f"{share}" / "checkpoint.pt")["model"]
+    for name, begun in start.items():
+        torch.testing.assert_close(reached[0.25][name], reached[0.0][name], msg="training itself is as without")
+        torch.testing.assert_close(saved[0.0][name], reached[0.0][name])
+        torch.testing.assert_close(saved[0.25][name], 0.75 * reached[0.0][name] + 0.25 * begun)
+        torch.testing.assert_close(saved[1.0][name], begun)
+
+
+def test_a_share_of_random_weights_is_refused(recipe: Recipe, fails: Callable[..., Any]) -> None:
+    labelled = replace(recipe, label_weight=1.0, fine_teacher_weight=0.0, coarse_teacher_weight=0.0)
+    lost = replace(labelled, initial_weights=None, initial_share=0.3)
+    with fails("initial_share is 0.3 in a run from random weights", UsageError):
+        assemble(lost, prepare(lost, CPU)[1], 90, CPU)
+
+
 def test_another_architecture_may_teach(recipe: Recipe, tmp_path: Path) -> None:
     other = timm.create_model("test_efficientnet", num_classes=3)
     save_file(other.state_dict(), tmp_path / "other.safetensors")

@@ -80,6 +80,13 @@ class Recipe(ModelConfig, Objective):
     ema_decay: Number = Field(
         default=0.9999, ge=0, le=1, description="decay of the averaged weights, warmed up; 0 for none"
     )
+    initial_share: Number = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="the model that is scored and saved is this share of the weights that the run starts from, and "
+        "the rest of those that it came to: keeps what the photos do not show (WiSE-FT, Wortsman et al., 2022)",
+    )
 
     crop_scale_min: Number = Field(
         default=0.08, ge=0.001, le=1, description="least share of the image in a training crop"
@@ -252,6 +259,7 @@ ADAPT = Recipe(
     weight_decay=0.0,
     drop_path_rate=0.0,
     ema_decay=0.999,
+    initial_share=0.3,
     crop_scale_min=0.35,
     auto_augment="none",
     color_jitter=0.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -52,11 +53,20 @@ class Trained:
     average: ModelEmaV3 | None  # the averaged weights, None where nothing is averaged
     teacher: Teacher | None
     classes: int  # the size of the head
+    initial: dict[str, torch.Tensor] | None = None  # the weights that the run began with, where they have a share
+    initial_share: float = 0.0  # of them in the model that is saved
     step: int = 0  # counts optimiser steps
 
+    @torch.no_grad()
     def best_weights(self) -> Any:
-        """The averaged model, or the model itself where nothing is averaged."""
-        return self.model if self.average is None else self.average.module
+        """What is scored and saved: the averaged model, or the model itself, moved towards where the run began."""
+        best = self.model if self.average is None else self.average.module
+        if self.initial is not None:
+            best = copy.deepcopy(best)
+            for name, tensor in best.state_dict().items():
+                if tensor.is_floating_point():
+                    tensor.lerp_(self.initial[name], self.initial_share)
+        return best
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, on any device, for `load_state_dict`."""
@@ -210,7 +220,14 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype_of(recipe, process.device) is torch.float16)
     teacher, classes = _teacher(recipe, model, process.device), len(model.class_names)
-    return Trained(method, model, network, optimizer, scheduler, scaler, average, teacher, classes)
+    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()} if recipe.initial_share else None
+    if initial is not None and recipe.initial_weights is None:
+        raise UsageError(
+            f"initial_share is {recipe.initial_share:g} in a run from random weights: name trained ones with "
+            "--initial-weights FILE, or give --initial-share 0"
+        )
+    trained_by = (optimizer, scheduler, scaler, average, teacher, classes, initial, recipe.initial_share)
+    return Trained(method, model, network, *trained_by)
 
 
 def _teacher(recipe: Recipe, model: Any, device: torch.device) -> Teacher | None:
