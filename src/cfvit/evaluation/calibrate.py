@@ -93,11 +93,9 @@ def calibrate_model(
     images = (collected.logits["coarse"], collected.logits["fine"], collected.labels)
     check_images(*images)
     require_classes(collected.labels.tolist(), len(collected.labels))
-    temperatures, fitted_on, doubts = (1.0, 1.0), 0, list[str]()
+    temperatures, doubts = (1.0, 1.0), list[str]()
     if scale_temperatures:
-        (coarse, fine, labels), images = _halves(images)
-        temperatures, fitted_on = (fit_temperature(coarse, labels), fit_temperature(fine, labels)), len(labels)
-        doubts += _doubts(temperatures, labels.tolist(), names)
+        temperatures, images, doubts = _fit_on_half(images, names)
     if training is None:
         doubts.append(NOT_COMPARED)
     calibration = calibrate(
@@ -112,20 +110,36 @@ def calibrate_model(
         class_names=model.class_names,
     )
     now = datetime.now(UTC).isoformat(timespec="seconds")
+    fitted_on = len(collected.labels) - len(images[-1])
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
     return dataclasses.replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
 
 
-def _doubts(temperatures: Sequence[float], labels: Sequence[int], names: Sequence[object]) -> list[str]:
-    """What speaks against temperatures that were fitted on images with these labels."""
-    count, doubts = len(labels), []
+def _fit_on_half(images: Images, names: Sequence[object]) -> tuple[tuple[float, float], Images, list[str]]:
+    """Temperatures of both stages by a random half, the other half of the images, and what speaks against the former.
+
+    The half is not taken within each class, though a rare class may then miss in it, which is a warning. The promise
+    of `Risk` counts worse answers as a binomial number, which they are in a random half of images drawn
+    independently. Halved within each class they are not, as the classes' shares vary less than in a
+    draw: with one class that is always worse and one that never is, a promise at a low confidence
+    would break more often than it may. Odd classes would also weigh more in one half.
+    """
+    total = len(images[-1])
+    if total < 2:
+        raise CfvitError("1 image cannot be halved to fit temperatures on: give at least 2")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))
+    count = total // 2
+    coarse, fine, labels = (column[order[:count]] for column in images)
+    temperatures = fit_temperature(coarse, labels), fit_temperature(fine, labels)
+    doubts = []
     if count < FEW_IMAGES:
         doubts.append(f"{count} images are few to fit a temperature on: use more")
-    if missing := missing_classes(labels, names, count):
+    if missing := missing_classes(labels.tolist(), names, count):
         doubts.append(f"{missing} that temperatures were fitted on: give more of them")
     if any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures):
         doubts.append("a temperature is at the bound of its range: do not rely on it")
-    return doubts
+    coarse, fine, labels = (column[order[count:]] for column in images)
+    return temperatures, (coarse, fine, labels), doubts
 
 
 def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
@@ -150,24 +164,6 @@ def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
     extra = np.interp(np.arange(1, batch_size + 1), [0, *sizes], rising) / batch_size
     *between, both = (timed[-1].coarse + extra).tolist()
     return StageLatency(timed[-1].coarse, both, tuple(between))
-
-
-def _halves(images: Images) -> tuple[Images, Images]:
-    """Logits of both stages and labels, parted at random, the second half the larger if they are odd.
-
-    Not within each class, though a rare class may then miss in one half, which is a warning. The promise
-    of `Risk` counts worse answers as a binomial number, which they are in a random half of images drawn
-    independently. Halved within each class they are not, as the classes' shares vary less than in a
-    draw: with one class that is always worse and one that never is, a promise at a low confidence
-    would break more often than it may. Odd classes would also weigh more in one half.
-    """
-    count = len(images[2])
-    if count < 2:
-        raise CfvitError("1 image cannot be halved to fit temperatures on: give at least 2")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))
-    coarse, fine, labels = (column[order] for column in images)
-    middle = count // 2
-    return (coarse[:middle], fine[:middle], labels[:middle]), (coarse[middle:], fine[middle:], labels[middle:])
 
 
 def check_drift_of(
