@@ -536,6 +536,17 @@ def test_cost_of_other_grids_and_shares(cfvit_main: Callable[..., Outcome]) -> N
     assert "hierarchy" in refused.err[0]
 
 
+def test_cost_of_a_method(cfvit_main: Callable[..., Outcome]) -> None:
+    [line] = map(json.loads, cfvit_main("cost", "deit_small_patch16_224", "--method", "evit", "--json").out)
+    assert (line["method"], line["backbone"]) == ("evit", "deit_small_patch16_224")
+    assert (round(line["gmacs"], 1), round(line["backbone_gmacs"], 1)) == (3.0, 4.6)
+    half = ("cost", "deit_small_patch16_224", "--method", "evit", "--method-options.keep-rate", "0.5")
+    assert cfvit_main(*half).out[-1] == "| deit_small_patch16_224 | EViT | keep 0.5 | 2.31 | 4.60 |"
+    refused = cfvit_main("cost", "deit_small_patch16_224", "--method", "plain", "--method-options.keep-rate", "0.5")
+    assert refused.status == 2
+    assert cfvit_main("cost", "deit_small_patch16_224", "--method", "evitt").status == 2
+
+
 def test_eval_writes_a_report(
     colours: Path, colour_model: Path, tmp_path: Path, cfvit_main: Callable[..., Outcome]
 ) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfvit import CoarseToFineViT, create_model
+from cfvit import CoarseToFineViT
 from cfvit.methods.evit import ReorganisingViT, fuse_inattentive
+from cfvit.methods.plain_blocks import places_of_reduction
 
 
 def test_if_all_are_kept_it_is_timms_network(
@@ -37,6 +38,5 @@ def test_the_least_attended_are_fused_by_their_attention() -> None:
     assert fuse_inattentive(tokens, attention, 4) is tokens
 
 
-def test_the_places_are_those_of_the_paper() -> None:
-    with torch.device("meta"):
-        assert ReorganisingViT(create_model("deit_tiny_patch16_224").backbone, 0.7).places == (3, 6, 9)
+def test_the_places_are_those_of_the_paper(make_model: Callable[..., CoarseToFineViT]) -> None:
+    assert places_of_reduction(make_model(depth=12).backbone) == (3, 6, 9)

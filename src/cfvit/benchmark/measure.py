@@ -209,7 +209,7 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
     entries: list[Entry] = []
     reference: tuple[Contender, Mode] = (contenders[0], "eager")
     pairs = [reference, *((each, mode) for mode in plan.modes for each in contenders if each.modes is None)]
-    pairs += [(each, mode) for each in contenders for mode in each.modes or ()]
+    pairs += [(each, mode) for each in contenders for mode in each.modes or () if mode in ("eager", *plan.modes)]
     for contender, mode in dict.fromkeys(pairs):
         runner = contender.build(mode)
         for share in plan.shares if contender.fine_macs is not None else (None,):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
-from cfvit.cli.parameters import Json, Share
+from cfvit.cli.parameters import Json, Share, read_options
 from cfvit.errors import CfvitError
-from cfvit.modeling.config import read_grid
+from cfvit.modeling.config import Grid, ModelConfig, read_grid
 
 COSTED_BACKBONES = (
     "deit_tiny_patch16_224",
@@ -87,16 +87,25 @@ def cost(
         tuple[Share, ...],
         Parameter(help="shares of images that go on, to give the mean cost for", consume_multiple=True),
     ] = (0.24, 0.5),
+    method: Annotated[str | None, Parameter(help="tell what this method of cfvit train would cost instead")] = None,
+    method_options: Annotated[
+        dict[str, str] | None, Parameter(help="options of the method; by default those of its paper")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Tell what backbones would cost in two stages, before any training: parameters and GMACs of an image.
 
-    The output is a Markdown table; nothing is downloaded or computed, only counted.
+    The output is a Markdown table; nothing is downloaded or computed, only counted. With --method: what an image costs
+    at each operating point of that method, cheapest first, and at the last one as gmacs.
     """
     import torch
 
     from cfvit.modeling.cost import count_macs
     from cfvit.modeling.model import create_model
+
+    if method is not None:
+        _print_cost_of_method(backbones, read_grid(coarse_grid), method, read_options(method_options or {}), json)
+        return
 
     shares = [f"{share:.0%} hard" for share in fine_share]
     columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]
@@ -114,3 +123,26 @@ def cost(
     if not json:
         for row in (columns, ["---"] * len(columns), *rows):
             sys.stdout.write(f"| {' | '.join(row)} |\n")
+
+
+def _print_cost_of_method(
+    backbones: tuple[str, ...], grid: Grid, method: str, options: dict[str, Any], json: bool
+) -> None:
+    import torch
+
+    from cfvit.methods.base import create_method
+
+    chosen, plain = create_method(method, options=options), create_method("plain")
+    if not json:
+        sys.stdout.write("| backbone | method | operating point | GMACs | plain |\n| --- | --- | --- | --- | --- |\n")
+    for name in backbones:
+        config = ModelConfig(backbone=name, coarse_grid=grid)
+        with torch.device("meta"):
+            macs, (whole,) = chosen.macs(chosen.build(config)), plain.macs(plain.build(config)).values()
+        points = {point: count / 1e9 for point, count in macs.items()}
+        if json:
+            dearest = max(points.values())
+            print_json(method=method, backbone=name, gmacs=dearest, backbone_gmacs=whole / 1e9, points=points)
+        else:
+            for point, gmacs in points.items():
+                sys.stdout.write(f"| {name} | {chosen.title} | {point} | {gmacs:.2f} | {whole / 1e9:.2f} |\n")

@@ -73,9 +73,13 @@ def load_predictor(model: str, threshold: float | None, calibration: Path | None
     return Predictor(load_model(model, calibration).to(best_device()), threshold)
 
 
+OPEN_FIELDS = ("timm_kwargs", "method_options")
+"""Fields of a recipe that hold names with values, given as ``--timm-kwargs.NAME VALUE``."""
+
+
 def _overrides_class() -> type:
     """All fields of a recipe as optional flags, so that only those given override it."""
-    words: dict[str, Any] = {"timm_kwargs": dict[str, str], "coarse_grid": str, "data": list[str]}
+    words: dict[str, Any] = {"coarse_grid": str, "data": list[str]} | dict.fromkeys(OPEN_FIELDS, dict[str, str])
     hints = typing.get_type_hints(Recipe) | words
     flags = []
     for name, text in field_help(Recipe).items():
@@ -101,6 +105,9 @@ NO_OVERRIDES = Overrides()
 def given_fields(overrides: Overrides) -> dict[str, Any]:
     """The fields of a recipe that were given as flags."""
     given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    if "timm_kwargs" in given:
-        given["timm_kwargs"] = {k.replace("-", "_"): read_value(text) for k, text in given["timm_kwargs"].items()}
-    return given
+    return given | {name: read_options(given[name]) for name in OPEN_FIELDS if name in given}
+
+
+def read_options(words: dict[str, str]) -> dict[str, Any]:
+    """Names with values as the command line gives them, ``keep-rate 0.7``, read as YAML reads values."""
+    return {name.replace("-", "_"): read_value(text) for name, text in words.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.modeling.config import ModelConfig, Objective
+from cfvit.files import atomic_write
+from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
+from cfvit.modeling.weights import WEIGHTS_FILE
 
 
 @dataclass(frozen=True)
@@ -59,14 +61,27 @@ class Batch:
     token_labels: TokenLabels | None = None
 
 
+def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Tensor]]]) -> dict[str, int]:
+    """What an image costs at each operating point, counted on a copy of the network without data."""
+    meta = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+    image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
+    return {name: macs_of(partial(answer, image)) for name, answer in points(meta).items()}
+
+
+@configuration
+class Options:
+    """What one method alone can be told. A method with options adds them as fields, at the settings of its paper."""
+
+
 class Method(ABC):
     """A way of answering images by a ViT.
 
     Args:
         objective: what its training minimises.
+        options: values for fields of `options_class`, by name.
 
     Raises:
-        UsageError: an objective that the method has no use for.
+        UsageError: an objective that the method has no use for, an option that it lacks or a value out of range.
     """
 
     name: ClassVar[str]
@@ -75,9 +90,11 @@ class Method(ABC):
     """As tables spell it; by default the name."""
     modes: ClassVar[tuple[Any, ...] | None] = None
     """The only modes that its speed is measured in; None for any."""
+    options_class: ClassVar[type[Any]] = Options
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, options: Mapping[str, Any] | None = None) -> None:
         self.objective = objective
+        self.options: Any = self.options_class(**(options or {}))
 
     @abstractmethod
     def build(
@@ -114,9 +131,7 @@ class Method(ABC):
 
     def macs(self, network: Any) -> dict[str, int]:
         """What an image costs at each operating point, in multiply-accumulates."""
-        meta = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
-        image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
-        return {name: macs_of(partial(answer, image)) for name, answer in self.points(meta).items()}
+        return count_points(network, self.points)
 
     def engine(self, network: Any, compile: bool | None = None) -> Any:
         """The `cfvit.inference.engines.Engine` of a network with an exit between two stages; None for others.
@@ -146,14 +161,16 @@ class Method(ABC):
             CfvitError: a folder that is damaged or holds another network.
         """
         try:
-            network.load_state_dict(load_file(folder / "model.safetensors"))
+            network.load_state_dict(load_file(folder / WEIGHTS_FILE))
         except (OSError, SafetensorError, RuntimeError) as error:
             raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
         return network.eval()
 
-    @abstractmethod
     def save(self, network: Any, folder: Path) -> None:
-        """Writes the network into a folder that `load` reads; of a single network `cfvit.load` or timm reads it too."""
+        """Writes the network into a folder that `load` reads; a method may choose a format that others read as well."""
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        with atomic_write(folder / WEIGHTS_FILE) as file:
+            save_file(weights, file, metadata={"format": "pt", "method": self.name})
 
 
 METHODS: dict[str, type[Method]] = {}
@@ -182,13 +199,13 @@ def known_methods() -> dict[str, type[Method]]:
     return dict(sorted(METHODS.items()))
 
 
-def create_method(name: str, objective: Objective | None = None) -> Method:
-    """The method of a name, with the paper's objective by default.
+def create_method(name: str, objective: Objective | None = None, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of a name, by default with the paper's objective and with the settings of its own paper.
 
     Raises:
-        UsageError: there is none of that name.
+        UsageError: there is none of that name, or it has no such option.
     """
     methods = known_methods()
     if name not in methods:
         raise UsageError(f"there is no method {name!r}: choose among {', '.join(sorted(methods))}")
-    return methods[name](Objective() if objective is None else objective)
+    return methods[name](Objective() if objective is None else objective, options)

@@ -1,6 +1,7 @@
 """EViT: inattentive patches are fused into one token.
 
 Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", ICLR 2022.
+The authors lower the keep rate from 1 in the first epochs; here it is fixed.
 """
 
 from __future__ import annotations
@@ -13,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from cfvit.methods.base import register
-from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, transform
+from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, places_of_reduction, transform
+from cfvit.methods.slimming import KeepRate
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
-
-KEEP = 0.7
-"""The share of patch tokens that stay each time. The authors lower it from 1 in the first epochs; here it is fixed."""
 
 
 @register("evit")
@@ -25,12 +24,13 @@ class EViT(PlainBlocks):
     """The plain ViT with three reductions of its tokens, in training as well."""
 
     title = "EViT"
+    options_class = KeepRate
 
     def in_training(self, network: Any) -> nn.Module:
-        return ReorganisingViT(network, KEEP)
+        return ReorganisingViT(network, self.options.keep_rate)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"keep {KEEP}": ReorganisingViT(network, KEEP)}
+        return {f"keep {self.options.keep_rate:g}": self.in_training(network)}
 
 
 class ReorganisingViT(nn.Module):
@@ -44,20 +44,22 @@ class ReorganisingViT(nn.Module):
     def __init__(self, backbone: Any, keep: float) -> None:
         super().__init__()
         self.backbone, self.keep = backbone, keep
-        quarter = max(1, len(backbone.blocks) // 4)
-        self.places = (quarter, 2 * quarter, 3 * quarter)
-        """Counted from 0: blocks 4, 7 and 10 of 12."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        tokens = embed(self.backbone, images)
-        for index, block in enumerate(self.backbone.blocks):
-            tokens, query, key = attend(block, tokens)
-            if index in self.places:
-                row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
-                tokens = fuse_inattentive(tokens, row, math.ceil(self.keep * row.shape[1]))
-            tokens = transform(block, tokens)
-        return classify(self.backbone, tokens)
+        return classify(self.backbone, run_reorganising(self.backbone, embed(self.backbone, images), self.keep))
+
+
+def run_reorganising(backbone: Any, tokens: Tensor, keep: float) -> Tensor:
+    """All blocks, between whose halves three reduce the tokens: ``[B, 1 + n, D]`` to what is left of them."""
+    places = places_of_reduction(backbone)
+    for index, block in enumerate(backbone.blocks):
+        tokens, query, key = attend(block, tokens)
+        if index in places:
+            row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
+            tokens = fuse_inattentive(tokens, row, math.ceil(keep * row.shape[1]))
+        tokens = transform(block, tokens)
+    return tokens
 
 
 def fuse_inattentive(tokens: Tensor, class_attention: Tensor, kept: int) -> Tensor:

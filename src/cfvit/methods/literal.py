@@ -43,6 +43,8 @@ class Literal(CfViT):
         """
         network = build_model(config, initial_weights, class_names, LiteralPort)
         require_plain_vit(network.backbone)
+        if hasattr(network.backbone, "token_logits"):
+            raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")
         if (config.selection, config.feature_reuse) != ("attention", "mlp"):
             raise UsageError(
                 "the method is written for the paper's selection and feature reuse: leave them as they are"

@@ -1,4 +1,4 @@
-"""The parts of timm's plain ViT, for methods that reorder the tokens between them."""
+"""The parts of timm's plain ViT and of LV-ViT, for methods that drop, merge or reorder the tokens between them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from cfvit.errors import UsageError
 from cfvit.methods.plain import Plain
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
+from cfvit.modeling.tokens import gather_tokens, rank_cells
 
 
 class PlainBlocks(Plain):
-    """A method that takes the blocks of timm's plain ViT apart."""
+    """A method that runs the weights of a plain ViT in another way and adds none to them."""
 
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
@@ -32,15 +33,15 @@ class PlainBlocks(Plain):
 
 
 def require_plain_vit(backbone: Any) -> None:
-    """Checks that a backbone is the ViT of DeiT, which these parts are written for.
+    """Checks that a backbone is the ViT of DeiT, or LV-ViT, which these parts are written for.
 
     Raises:
         UsageError: it is another one.
     """
-    kinds = {type(block).__name__ for block in backbone.blocks} | {type(backbone).__name__}
+    kind, blocks = type(backbone).__name__, {type(block).__name__ for block in backbone.blocks}
     reason = None
-    if kinds != {"Block", "VisionTransformer"}:
-        reason = f"timm's plain VisionTransformer, this is {', '.join(sorted(kinds))}"
+    if kind not in ("VisionTransformer", "LVViT") or blocks != {"Block"}:
+        reason = f"timm's plain VisionTransformer or LV-ViT, this is {', '.join([kind, *sorted(blocks)])}"
     elif not all(
         type(block.attn) is Attention and block.attn.gate is None and isinstance(block.attn.norm, nn.Identity)
         for block in backbone.blocks
@@ -70,23 +71,68 @@ def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return attention.q_norm(query), attention.k_norm(key), value
 
 
-def attend(block: Any, tokens: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def attend(block: Any, tokens: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The attention half of a block, fused: its output tokens, queries and keys.
 
     Args:
-        sizes: ``[B, T]``, how many patches each token stands for: attention is in proportion. None for one each.
+        bias: added to the attention's logits, ``[B, 1 or H, 1 or T, T]``; where it is bool, False forbids a key.
     """
     attention = block.attn
     query, key, value = project(attention, block.norm1(tokens))
-    bias = None if sizes is None else sizes.log()[:, None, None].expand(-1, -1, query.shape[2], -1)
+    bias = None if bias is None else bias.expand(-1, -1, query.shape[2], -1)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     update = attention.proj(mixed.transpose(1, 2).flatten(2))
     return tokens + block.drop_path1(block.ls1(update)), query, key
 
 
-def transform(block: Any, tokens: Tensor) -> Tensor:
-    """The MLP half of a block: ``[B, T, D] -> [B, T, D]``."""
-    return tokens + block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+def attend_kept(block: Any, tokens: Tensor, kept: Tensor) -> Tensor:
+    """The attention half of a block in training, where tokens that were dropped are seen by themselves alone.
+
+    Kept tokens come out as if the others were not there, and gradients reach the decisions, as each exponential of
+    the softmax is multiplied by its key's.
+
+    Args:
+        kept: ``[B, T]``, 1 for tokens that are kept and 0 for those that are dropped.
+    """
+    attention = block.attn
+    query, key, value = project(attention, block.norm1(tokens))
+    logits = ((query * attention.scale) @ key.transpose(-2, -1)).float()
+    itself = torch.eye(tokens.shape[1], device=tokens.device)
+    seen = itself + (1 - itself) * kept[:, None, None]
+    weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * seen
+    maps = weights / weights.sum(dim=-1, keepdim=True)
+    mixed = maps.to(value.dtype) @ value
+    return tokens + block.drop_path1(block.ls1(attention.proj(mixed.transpose(1, 2).flatten(2))))
+
+
+def transform(block: Any, tokens: Tensor, joined: Tensor | None = None) -> Tensor:
+    """The MLP half of a block: ``[B, T, D] -> [B, T, D]``.
+
+    Args:
+        joined: further channels for an MLP that takes more than the tokens' own, ``[B, T, d]``.
+    """
+    normed = block.norm2(tokens)
+    update = block.mlp(normed if joined is None else torch.cat([normed, joined], dim=-1))
+    return tokens + block.drop_path2(block.ls2(update))
+
+
+def places_of_reduction(backbone: Any) -> tuple[int, int, int]:
+    """After each quarter of the blocks but the last, where several methods drop tokens: 3, 6 and 9 of 12, from 0."""
+    quarter = max(1, len(backbone.blocks) // 4)
+    return quarter, 2 * quarter, 3 * quarter
+
+
+def keep_highest(tokens: Tensor, scores: Tensor, count: int) -> Tensor:
+    """The class token and the ``count`` patches with the highest scores, in their order.
+
+    Args:
+        tokens: ``[B, 1 + n, D]``.
+        scores: of the patches, ``[B, n]``.
+    """
+    if count >= scores.shape[1]:
+        return tokens
+    kept = rank_cells(scores, count)[0].sort(dim=1).values
+    return torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], kept)], dim=1)
 
 
 def classify(backbone: Any, tokens: Tensor) -> Tensor:

@@ -10,14 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
-from cfvit.methods.base import register
+from cfvit.methods.base import Options, register
 from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, transform
+from cfvit.modeling.config import configuration
 from cfvit.modeling.tokens import gather_tokens, rank_cells
 
-MERGED = (13, 8)
-"""r, the number of tokens that a block merges away, at each operating point; the first is trained at."""
+
+@configuration
+class Merging(Options):
+    """How many tokens are merged."""
+
+    merged: int = Field(default=13, ge=0, description="r, the number of tokens that each block merges away")
 
 
 @register("tome")
@@ -25,12 +31,13 @@ class ToMe(PlainBlocks):
     """The plain ViT with merging, in training as well."""
 
     title = "ToMe"
+    options_class = Merging
 
     def in_training(self, network: Any) -> nn.Module:
-        return MergingViT(network, MERGED[0])
+        return MergingViT(network, self.options.merged)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"r={merged}": MergingViT(network, merged) for merged in MERGED}
+        return {f"r={self.options.merged}": MergingViT(network, self.options.merged)}
 
 
 class MergingViT(nn.Module):
@@ -49,7 +56,8 @@ class MergingViT(nn.Module):
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
         tokens, sizes = embed(self.backbone, images), None
         for block in self.backbone.blocks:
-            tokens, _, key = attend(block, tokens, sizes)
+            bias = None if sizes is None else sizes.log()[:, None, None]  # attention in proportion to size
+            tokens, _, key = attend(block, tokens, bias)
             tokens, sizes = merge_similar(tokens, key.mean(dim=1), sizes, self.merged)
             tokens = transform(block, tokens)
         return classify(self.backbone, tokens)

@@ -71,7 +71,13 @@ def _usage_error(error: ValidationError, names: list[str]) -> CfvitError:
         near = difflib.get_close_matches(name, names, n=1)
         return UsageError(
             f"there is no field {name!r}: "
-            + (f"did you mean {near[0]!r}?" if near else f"choose among {', '.join(names)}")
+            + (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"choose among {', '.join(names)}"
+                if names
+                else "leave it out"
+            )
         )
     if first["type"] == "missing_argument":
         return UsageError(f"{name} is missing: give it")

@@ -341,7 +341,7 @@ class Runs:
         """Runs the model over hold-out and validation images, and keeps its answers and its record."""
         started = time.monotonic()
         images, network = restore(recipe, folder)
-        method = create_method(recipe.method, recipe)
+        method = create_method(recipe.method, recipe, recipe.method_options)
         tensors, counts = {}, {"train": len(images.train)}
         for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
             assert dataset is not None  # `require_splits` has refused data without
@@ -430,7 +430,7 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
     """
     process = Process(0, 1, best_device())
     images, network = prepare(recipe.replace(NOTHING_TO_PREPARE), process)
-    return images, create_method(recipe.method, recipe).load(network, folder).to(process.device)
+    return images, create_method(recipe.method, recipe, recipe.method_options).load(network, folder).to(process.device)
 
 
 def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Collected:

@@ -50,6 +50,10 @@ class Recipe(ModelConfig, Objective):
     method: str = Field(
         default="cf_vit", description="what is trained: cf_vit, plain (the ViT itself), coarse_only, ..."
     )
+    method_options: Annotated[Mapping[str, Any], BeforeValidator(lambda value: value or {})] = Field(
+        default_factory=dict,
+        description="what the method alone can be told, as in --method dynamicvit --method-options.keep-rate 0.6",
+    )
     initial_weights: str | None = Field(
         default=None,
         description="start from these: 'timm', a file or folder of backbone weights, or a cfvit model; "

@@ -128,7 +128,7 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
     """
     splits = open_splits(recipe)
     torch.manual_seed(recipe.seed)
-    method = create_method(recipe.method, recipe)
+    method = create_method(recipe.method, recipe, recipe.method_options)
     config = recipe.model_config(len(splits.class_names))
     model = method.build(config, recipe.initial_weights, splits.class_names)
     model.class_names = splits.class_names
@@ -198,7 +198,7 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
     Raises:
         CfvitError: no such optimiser or teacher, too few images for one step.
     """
-    method = create_method(recipe.method, recipe)
+    method = create_method(recipe.method, recipe, recipe.method_options)
     network: Any = accelerate_training(method.in_training(model))
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = create_optimizer(recipe, model, recipe.lr_base * images_per_step / recipe.lr_base_size)
