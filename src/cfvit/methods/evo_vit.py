@@ -1,0 +1,105 @@
+"""Evo-ViT: half of the patches go through a block, the others follow a representative of theirs.
+
+Xu et al., "Evo-ViT: Slow-Fast Token Evolution for Dynamic Vision Transformer", AAAI 2022; as described, not by its
+code. Choices that the paper leaves open: the representative is the mean of the patches that it stands for, weighted by
+their class attention; a patch that bypasses a block keeps its class attention of before; the mean patch is classified
+by the class token's own head, and the class token gives the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cfvit.methods.base import Batch, register
+from cfvit.methods.plain import single_answer_loss
+from cfvit.methods.plain_blocks import PlainBlocks, attend, embed, transform
+from cfvit.methods.slimming import KeepRate
+from cfvit.modeling.config import Number, configuration
+from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
+
+MOMENTUM = 0.5
+"""Of the running average of class attention."""
+
+
+@configuration
+class SlowShare(KeepRate):
+    """How many patches go through a block."""
+
+    keep_rate: Number = Field(default=0.5, gt=0, le=1, description="share of the patches that go through a block")
+
+
+class SlowFastViT(nn.Module):
+    """A plain ViT whose blocks, after the first third, compute the patches of highest class attention alone.
+
+    Args:
+        backbone: timm's plain ViT.
+        keep: share of the patches that go through a block.
+    """
+
+    def __init__(self, backbone: Any, keep: float) -> None:
+        super().__init__()
+        self.backbone, self.keep = backbone, keep
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits by the class token and by the mean patch, ``[B, classes]`` each."""
+        vit = self.backbone
+        tokens, average = embed(vit, images), None
+        count = math.ceil(round(self.keep * (tokens.shape[1] - 1), 6))
+        for index, block in enumerate(vit.blocks):
+            if average is None or index < len(vit.blocks) // 3 or count == average.shape[1]:
+                tokens, query, key = attend(block, tokens)
+                average = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
+                tokens = transform(block, tokens)
+            else:
+                tokens, average = evolve(block, tokens, average, count)
+        tokens = vit.norm(tokens)
+        return vit.forward_head(tokens), vit.head(tokens[:, 1:].mean(dim=1))
+
+
+def evolve(block: Any, tokens: Tensor, average: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A block for the class token, the ``count`` patches of highest class attention and a representative of the rest.
+
+    Args:
+        tokens: ``[B, 1 + n, D]``, the class token first.
+        average: running class attention ``[B, n]``.
+
+    Returns:
+        All tokens, those that went through the block first, and their class attention in the same order.
+    """
+    slow, fast = rank_cells(average, count)
+    waiting = average.gather(1, fast)
+    weights = (waiting / waiting.sum(dim=1, keepdim=True)).to(tokens.dtype)
+    bypassing = gather_tokens(tokens[:, 1:], fast)
+    representative = (weights[..., None] * bypassing).sum(dim=1, keepdim=True)
+    chosen = torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], slow), representative], dim=1)
+    chosen, query, key = attend(block, chosen)
+    row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)[:, :count]
+    chosen = transform(block, chosen)
+    bypassing = bypassing + chosen[:, -1:] - representative  # what both halves of the block added to it
+    seen = MOMENTUM * average.gather(1, slow) + (1 - MOMENTUM) * row
+    return torch.cat([chosen[:, :-1], bypassing], dim=1), torch.cat([seen, waiting], dim=1)
+
+
+@register("evo_vit")
+class EvoViT(PlainBlocks):
+    """The plain ViT with slow and fast patches, in training as well."""
+
+    title = "Evo-ViT"
+    options_class = SlowShare
+
+    def in_training(self, network: Any) -> nn.Module:
+        return SlowFastViT(network, self.options.keep_rate)
+
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        by_class, by_patches = running(batch.images)
+        return 0.5 * single_answer_loss(by_class, batch, self) + 0.5 * single_answer_loss(by_patches, batch, self)
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        slow_fast = SlowFastViT(network, self.options.keep_rate)
+        return {f"keep {self.options.keep_rate:g}": lambda images: slow_fast(images)[0]}
