@@ -1,0 +1,190 @@
+"""IA-RED2: interpreters, trained by reward, drop the patches that an image does not need.
+
+Pan et al., "IA-RED2: Interpretability-Aware Redundancy Reduction for Vision Transformers", NeurIPS 2021; as described,
+not by its code. Choices that the paper leaves open: all interpreters and the backbone train together; a bias makes
+interpreters keep everything at first; a wrong answer is punished by 1; the share in the reward is the mean over groups;
+without labels an answer is right that agrees with the teacher's.
+
+How many patches an image keeps is its own affair, so an image costs the mean over those that training saw; before any
+training, the share per group is one at which DeiT-S costs the 3.2 GMACs that the paper prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from cfvit.methods.base import Batch, Options, count_points, register
+from cfvit.methods.plain import single_answer_loss
+from cfvit.methods.plain_blocks import attend, classify, embed, keep_highest, project, transform
+from cfvit.methods.slimming import ExtendedViT, ExtendsPlainViT
+from cfvit.modeling.config import Number, configuration
+
+GROUPS = 3
+KEEP_ABOVE = 0.5
+PUBLISHED_SHARE = 0.83
+"""Of the patches that enter a group, those that it keeps, before any training."""
+
+FIRST_BIAS = 2.0
+MOMENTUM = 0.99
+"""Of the running mean of shares that images keep."""
+
+
+@configuration
+class Penalty(Options):
+    """What a wrong answer costs."""
+
+    penalty: Number = Field(default=1.0, ge=0, description="tau: a wrong answer is rewarded by -tau")
+
+
+class Interpreter(nn.Module):
+    """How much each token is worth keeping, in (0, 1): ``[B, n, D] -> [B, n]``.
+
+    The mean over heads of the sigmoid of a token's query times the key of a learned policy token.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.norm, self.query, self.key = nn.LayerNorm(dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.policy = nn.Parameter(torch.randn(dim) * 0.02)
+        self.bias = nn.Parameter(torch.tensor(FIRST_BIAS))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query = self.query(self.norm(tokens)).unflatten(-1, (self.heads, -1))
+        key = self.key(self.policy).unflatten(-1, (self.heads, -1))
+        return ((query * key).sum(dim=-1) * self.scale + self.bias).sigmoid().mean(dim=-1)
+
+
+class InterpretedViT(ExtendedViT):
+    """A plain ViT with an interpreter before each third of its blocks."""
+
+    def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
+        super().__init__(backbone, options, trained)
+        depth, heads = len(backbone.blocks), backbone.blocks[0].attn.num_heads
+        self.starts = [depth * group // GROUPS for group in range(GROUPS)]
+        self.interpreters = nn.ModuleList(Interpreter(backbone.embed_dim, heads) for _ in self.starts)
+        self.plan = PUBLISHED_SHARE ** torch.arange(1, GROUPS + 1, device="cpu")
+        """Shares of all patches that are left in each group, mean over images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, each with the patches that it needs.
+
+        The tokens of all images lie in one row, since they differ in number; only attention is computed image by image.
+        """
+        tokens = embed(self.backbone, images)
+        lengths, row = [tokens.shape[1]] * len(images), tokens.flatten(0, 1)[None]
+        for index, block in enumerate(self.backbone.blocks):
+            if index in self.starts:
+                kept = self.interpreters[self.starts.index(index)](row)[0] >= KEEP_ABOVE
+                parts = [F.pad(part[1:], (1, 0), value=True) for part in kept.split(lengths)]  # class tokens stay
+                row, lengths = row[:, torch.cat(parts)], [int(part.sum()) for part in parts]
+            images_of = [part.split(lengths, dim=2) for part in project(block.attn, block.norm1(row))]
+            mixed = [F.scaled_dot_product_attention(*image) for image in zip(*images_of, strict=True)]
+            update = block.attn.proj(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))
+            row = transform(block, row + block.ls1(update))
+        return torch.cat([classify(self.backbone, image) for image in row.split(lengths, dim=1)])
+
+    def with_counts(self, images: Tensor, counts: list[int]) -> Tensor:
+        """The same with given numbers of patches in each group, those that are worth most."""
+        tokens = embed(self.backbone, images)
+        for index, block in enumerate(self.backbone.blocks):
+            if index in self.starts:
+                group = self.starts.index(index)
+                tokens = keep_highest(tokens, self.interpreters[group](tokens[:, 1:]), counts[group])
+            tokens = transform(block, attend(block, tokens)[0])
+        return classify(self.backbone, tokens)
+
+
+class Played(NamedTuple):
+    """What training needs of a batch, by drawn decisions and by the likeliest ones.
+
+    Attributes:
+        logits, greedy_logits: ``[B, classes]``.
+        shares, greedy_shares: of all patches that each group keeps, ``[B, groups]``.
+        log_probability: of the drawn decisions, mean over patches, ``[B]``.
+    """
+
+    logits: Tensor
+    shares: Tensor
+    log_probability: Tensor
+    greedy_logits: Tensor
+    greedy_shares: Tensor
+
+
+class PlayingViT(nn.Module):
+    """The network in training: dropped patches are masked, as images of a batch drop different ones."""
+
+    def __init__(self, network: InterpretedViT) -> None:
+        super().__init__()
+        self.network = network
+        self._ddp_params_and_buffers_to_ignore = ["network.plan"]  # which stays on the CPU
+
+    def forward(self, images: Tensor) -> Played:
+        drawn = self._play(images, torch.bernoulli)
+        with torch.no_grad():
+            greedy_logits, greedy_shares, _ = self._play(images, lambda worth: (worth >= KEEP_ABOVE).to(worth.dtype))
+        if not images.is_meta:
+            assert self.network.plan is not None
+            self.network.plan.lerp_(greedy_shares.mean(dim=0).float().cpu(), 1 - MOMENTUM)
+        return Played(*drawn, greedy_logits, greedy_shares)
+
+    def _play(self, images: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        network = self.network
+        tokens = embed(network.backbone, images)
+        kept = tokens.new_ones(len(tokens), tokens.shape[1] - 1)
+        shares, log_probability, seen = [], tokens.new_zeros(len(tokens)), None
+        for index, block in enumerate(network.backbone.blocks):
+            if index in network.starts:
+                worth = network.interpreters[network.starts.index(index)](tokens[:, 1:].detach()).float()
+                decision = decide(worth.detach())
+                likelihood = torch.where(decision > 0, worth, 1 - worth).clamp(min=1e-6).log()
+                log_probability = log_probability + (kept * likelihood).mean(dim=1)
+                kept = kept * decision
+                shares.append(kept.mean(dim=1))
+                seen = F.pad(kept > 0, (1, 0), value=True)[:, None, None]
+            tokens = transform(block, attend(block, tokens, seen)[0])
+        return classify(network.backbone, tokens), torch.stack(shares, dim=1), log_probability
+
+
+def reward(logits: Tensor, shares: Tensor, answer: Tensor, penalty: float) -> Tensor:
+    """``1 - share^2`` of images that are answered rightly, ``-penalty`` of others: ``[B]``."""
+    return torch.where(logits.argmax(dim=-1) == answer, 1 - shares.mean(dim=1).square(), -penalty)
+
+
+@register("ia_red2")
+class IaRed2(ExtendsPlainViT):
+    """Interpreters learn by REINFORCE against the reward of their likeliest decisions, the backbone by the labels."""
+
+    title = "IA-RED2"
+    modes = ("eager", "accelerated")
+    options_class = Penalty
+    network_class = InterpretedViT
+
+    def in_training(self, network: Any) -> nn.Module:
+        return PlayingViT(network)
+
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        played: Played = running(batch.images)
+        answer = batch.teacher if batch.target is None else batch.target
+        assert answer is not None
+        answer = answer.argmax(dim=-1) if answer.is_floating_point() else answer
+        drawn = reward(played.logits, played.shares, answer, self.options.penalty)
+        greedy = reward(played.greedy_logits, played.greedy_shares, answer, self.options.penalty)
+        gain = -((drawn - greedy).detach() * played.log_probability).mean()
+        return single_answer_loss(played.logits, batch, self) + gain
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {f"above {KEEP_ABOVE}": network}
+
+    def macs(self, network: Any) -> dict[str, int]:
+        """At the mean share of patches that images keep."""
+        counts = (network.backbone.patch_embed.num_patches * network.plan).round().int().tolist()
+        (point,) = self.points(network)
+        return count_points(network, lambda meta: {point: partial(meta.with_counts, counts=counts)})
