@@ -33,6 +33,24 @@ class SmallAnswer(Rows):
     logits: Tensor
 
 
+def resized(large: Any, config: ModelConfig, size: tuple[int, int], trained: bool) -> Any:
+    """Another network like ``large`` for smaller images, with its weights if it is trained, else with random ones.
+
+    Args:
+        size: height and width of the images in pixels.
+    """
+    small: Any = create_backbone(
+        config.backbone,
+        img_size=size,
+        num_classes=config.num_classes,
+        pretrained=trained and Weights("the large network", large.state_dict(), large.patch_embed.grid_size),
+        **config.timm_kwargs,
+    )
+    small.data_config, small.image_size = {**large.data_config, "input_size": (3, *size)}, size
+    small.timm_kwargs = large.timm_kwargs
+    return small
+
+
 class CascadeOfViTs(nn.Module):
     """Two networks without shared weights, in the form of a coarse and a fine stage.
 
@@ -88,17 +106,7 @@ class Cascade(CfViT):
         """Two plain ViTs, the small one for images of half the side; both start from the same trained weights."""
         large = Plain(self.objective).build(config, initial_weights, class_names)
         size = (large.image_size[0] // 2, large.image_size[1] // 2)
-        small: Any = create_backbone(
-            config.backbone,
-            img_size=size,
-            num_classes=config.num_classes,
-            pretrained=initial_weights is not None
-            and Weights("the large network", large.state_dict(), large.patch_embed.grid_size),
-            **config.timm_kwargs,
-        )
-        small.data_config, small.image_size = {**large.data_config, "input_size": (3, *size)}, size
-        small.timm_kwargs = large.timm_kwargs
-        return CascadeOfViTs(config, small, large)
+        return CascadeOfViTs(config, resized(large, config, size, initial_weights is not None), large)
 
     def in_training(self, network: Any) -> nn.Module:
         return network

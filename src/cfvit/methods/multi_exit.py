@@ -1,0 +1,102 @@
+"""What networks with any number of exits have in common: each stage goes on from what the one before saw."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfvit.calibration import choose_threshold
+from cfvit.methods.base import Batch, Method
+from cfvit.methods.plain import single_answer_loss
+from cfvit.modeling.exit import confidence_of, goes_on
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a stage says of a batch, and the next one takes over.
+
+    Attributes:
+        logits: ``[B, classes]``.
+        parts: whatever the next stage needs, with a row for each image.
+    """
+
+    logits: Tensor
+    parts: tuple[Tensor, ...] = ()
+
+    def __getitem__(self, images: Tensor) -> Seen:
+        """The rows of a mask."""
+        return Seen(self.logits[images], tuple(part[images] for part in self.parts))
+
+
+class MultiExitNetwork(nn.Module):
+    """A network of stages with an exit after each.
+
+    Args:
+        exits: their names, cheapest first.
+    """
+
+    etas: Tensor
+
+    def __init__(self, exits: list[str]) -> None:
+        super().__init__()
+        self.exits = exits
+        self.register_buffer("etas", torch.ones(len(exits) - 1))  # of all exits but the last; at 1 all images go on
+
+    @abstractmethod
+    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+        """A stage, on images ``[B, 3, S, S]`` and what the stage before saw of them; None for the first."""
+
+    def forward(self, images: Tensor, stages: int | None = None) -> list[Tensor]:
+        """Logits ``[B, classes]`` at all exits, or at the first ``stages``."""
+        answers, seen = [], None
+        for index in range(stages or len(self.exits)):
+            seen = self.stage(index, images, seen)
+            answers.append(seen.logits)
+        return answers
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and the stage at which each image exits by its confidence and ``etas``: ``[B, classes], [B]``."""
+        seen = self.stage(0, images, None)
+        logits, stages = seen.logits, torch.zeros(len(images), dtype=torch.long, device=images.device)
+        going = torch.arange(len(images), device=images.device)
+        for index, eta in enumerate(self.etas.tolist(), start=1):
+            hard = goes_on(confidence_of(seen.logits), eta)
+            going = going[hard]
+            if len(going) == 0:
+                break
+            seen = self.stage(index, images[going], seen[hard])
+            logits, stages = logits.index_copy(0, going, seen.logits), stages.index_fill(0, going, index)
+        return logits, stages
+
+
+class MultiExit(Method):
+    """All exits learn side by side; the operating points are the exits, each at the cost of all stages up to it."""
+
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        losses = [single_answer_loss(logits, batch, self) for logits in running(batch.images)]
+        return torch.stack(losses).sum()
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        def answer(stages: int, images: Tensor) -> Tensor:
+            return network(images, stages)[-1]
+
+        return {name: partial(answer, stages) for stages, name in enumerate(network.exits, start=1)}
+
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(network.exits, network(images), strict=True))  # all in one pass
+
+    def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
+        """From the last exit to the first, each eta may lose its part of ``max_drop`` against what would go on."""
+        *earlier, (_, answer) = logits.items()
+        chosen: dict[str, float] = {}
+        for stage, (name, own) in reversed(list(enumerate(earlier))):
+            eta = choose_threshold(own, answer, labels, max_drop / len(earlier))
+            network.etas[stage] = chosen[f"eta_{name}"] = eta
+            answer = torch.where(goes_on(confidence_of(own), eta)[:, None], answer, own)
+        return chosen
