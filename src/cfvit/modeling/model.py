@@ -278,7 +278,15 @@ class CoarseToFineViT(nn.Module):
             anatomy.gather_rotation(fine, places),
             anatomy.gather_rotation(self._cell_rotation(fine, images.device), others),
         )
-        return backbone.norm(anatomy.run_blocks(backbone, anatomy.enter(backbone, tokens), rotation))
+        return backbone.norm(self.run_fine(anatomy.enter(backbone, tokens), rotation))
+
+    def run_fine(self, tokens: Tensor, rotation: Tensor | None) -> Tensor:
+        """All blocks on the mixed sequence ``[B, p + T, D]``; a subclass may drop tokens on the way.
+
+        Args:
+            rotation: of all patches in ``tokens``, where positions are rotary.
+        """
+        return anatomy.run_blocks(self.backbone, tokens, rotation)
 
     def _reuse(
         self,
