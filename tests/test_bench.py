@@ -750,7 +750,8 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1))
-    assert {row.name for row in bench.batches[0].rows} == {*NAMES[:6], "cascade of two ViTs"}
+    peers = {row.name.split(", ")[0] for row in bench.batches[0].rows} - {*NAMES[:6]}
+    assert peers == {"cascade of two ViTs", "MSDNet"}
     refused = {note.split(": ")[0] for note in bench.notes if note.startswith("without ")}
     assert {"without EViT", "without literal port", "without ToMe"} <= refused
 
@@ -772,10 +773,11 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
         (size, each["drift"] <= 1.05) for size, each in zip((1, 4), first["measured"], strict=True)
     ]
     assert all(each["matrix_gmacs_per_second"] > 0 for each in first["measured"])
+    rows = [row for row in rows if row["name"] in NAMES]  # there are more peers
     names = ["backbone", *(name for name in NAMES if name != "literal port"), "literal port"]
     assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
     macs = count_macs(load(colour_model))
-    assert [row["macs_ratio"] for row in rows[-10:-7]] == [
+    assert [row["macs_ratio"] for row in rows[-9:-6]] == [
         macs.backbone / cost for cost in (macs.coarse, macs.fine, macs.both)
     ]
 

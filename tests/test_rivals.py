@@ -1,0 +1,449 @@
+"""What methods from other papers have in common: they train, are scored, costed and saved by one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cfvit import CoarseToFineViT, load
+from cfvit.errors import UsageError
+from cfvit.methods.base import Batch, create_method
+from cfvit.methods.evo_vit import evolve
+from cfvit.methods.ia_red2 import reward
+from cfvit.methods.plain_blocks import attend, attend_kept, embed
+from cfvit.methods.ps_vit import impact
+from cfvit.methods.sit import Mixtures
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.tokens import coarse_image
+
+COMPARATORS = {
+    "tome": ["r=13"],
+    "evit": ["keep 0.7"],
+    "cascade": ["coarse", "fine"],
+    "literal": ["coarse", "fine"],
+    "dynamicvit": ["keep 0.7"],
+    "evo_vit": ["keep 0.5"],
+    "sit": ["keep 0.5"],
+    "ps_vit": ["masks"],
+    "ia_red2": ["above 0.5"],
+    "dvt": ["4x4", "6x6", "8x8"],
+    "cf_evit": ["coarse", "fine"],
+    "msdnet": [f"exit {number}" for number in range(1, 6)],
+}
+
+
+@pytest.fixture
+def config(make_model: Callable[..., CoarseToFineViT]) -> ModelConfig:
+    return make_model().config
+
+
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_a_step_of_training_reaches_every_weight(
+    name: str, config: ModelConfig, make_images: Callable[..., Tensor]
+) -> None:
+    torch.manual_seed(0)
+    method = create_method(name)
+    network = method.build(config).train()
+    images = make_images(network, 4)
+    losses = []
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(12):
+        loss = method.loss(method.in_training(network), Batch(images, torch.arange(4)), 1.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_it_is_scored_and_costed_at_each_operating_point(
+    name: str, config: ModelConfig, make_images: Callable[..., Tensor]
+) -> None:
+    method = create_method(name)
+    network = method.build(config).eval()
+    images = make_images(network, 3)
+    answers, macs = method.answers(network, images), method.macs(network)
+    assert list(answers) == list(macs) == list(method.points(network)) == COMPARATORS[name]
+    assert all(answer.shape == (3, config.num_classes) for answer in answers.values())
+    assert sorted(macs.values()) == list(macs.values()), "cheapest first"
+    for point, answer in answers.items():
+        torch.testing.assert_close(method.points(network)[point](images), answer)
+
+
+@pytest.mark.parametrize("name", ["tome", "evit", "evo_vit"])
+def test_a_plain_network_is_saved_in_timms_format(
+    name: str, config: ModelConfig, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    method = create_method(name)
+    network = method.build(config, class_names=list("abcdefg")).eval()
+    method.save(network, tmp_path)
+    read = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = make_images(network, 2)
+    torch.testing.assert_close(read(images), network(images))
+
+
+@pytest.mark.parametrize("name", COMPARATORS)
+def test_a_saved_network_is_loaded_with_its_exit(
+    name: str, config: ModelConfig, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    method = create_method(name)
+    network = method.build(config, class_names=list("abcdefg")).eval()
+    chosen = method.choose_exit(network, method.answers(network, make_images(network, 4)), torch.arange(4), 100.0)
+    method.save(network, tmp_path)
+    read = method.load(method.build(config), tmp_path)
+    images = make_images(network, 2)
+    for answer, expected in zip(
+        method.answers(read, images).values(), method.answers(network, images).values(), strict=True
+    ):
+        torch.testing.assert_close(answer, expected)
+    assert method.choose_exit(read, method.answers(read, make_images(network, 4)), torch.arange(4), 100.0) == chosen
+    assert not hasattr(network, "exit") or read.exit == network.exit
+
+
+def test_both_networks_of_a_cascade_are_saved_in_timms_format(config: ModelConfig, tmp_path: Path) -> None:
+    method = create_method("cascade")
+    network = method.build(config, class_names=list("abcdefg")).eval()
+    method.save(network, tmp_path)
+    for name in ("small", "large"):
+        read = timm.create_model(f"local-dir:{tmp_path / name}", pretrained=True).eval()
+        images = torch.randn(2, 3, *getattr(network, name).image_size)
+        torch.testing.assert_close(read(images), getattr(network, name)(images))
+
+
+def test_the_literal_port_is_saved_as_the_model_that_it_is(
+    config: ModelConfig, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    method = create_method("literal")
+    network = method.build(config).eval()
+    method.save(network, tmp_path)
+    images = make_images(network, 2)
+    torch.testing.assert_close(load(tmp_path).eval()(images).fine, network(images).fine, rtol=1e-4, atol=1e-4)
+
+
+ON_PLAIN_VITS = [name for name in COMPARATORS if name not in ("cascade", "msdnet")]
+
+
+@pytest.mark.parametrize("name", ON_PLAIN_VITS)
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"backbone": "deit_tiny_distilled_patch16_224"}, "VisionTransformerDistilled"),
+        ({"reg_tokens": 2}, "no other token"),
+        ({"class_token": True, "no_embed_class": True}, "absolute positions"),
+        ({"dynamic_img_size": True}, "images of one size"),
+    ],
+)
+def test_other_backbones_are_refused(
+    name: str, options: dict[str, Any], reason: str, make_model: Callable[..., CoarseToFineViT]
+) -> None:
+    with pytest.raises(UsageError, match=reason):
+        create_method(name).build(make_model(**options).config)
+
+
+@pytest.mark.parametrize("options", [{"selection": "random"}, {"feature_reuse": "none"}])
+def test_the_literal_port_has_no_variants(options: dict[str, Any], make_model: Callable[..., CoarseToFineViT]) -> None:
+    with pytest.raises(UsageError, match="selection and feature reuse"):
+        create_method("literal").build(make_model(**options).config)
+
+
+def test_the_literal_port_has_no_convolutional_stem(make_model: Callable[..., CoarseToFineViT]) -> None:
+    with pytest.raises(UsageError, match="not LVViT"):
+        create_method("literal").build(make_model(backbone="lvvit_tiny_patch16_224", patch_size=8).config)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "backbone", "printed"),
+    [
+        ("plain", {}, "deit_small_patch16_224", "4.6"),
+        ("tome", {}, "deit_small_patch16_224", "2.7"),
+        ("tome", {"merged": 8}, "deit_small_patch16_224", "3.4"),
+        ("evit", {}, "deit_small_patch16_224", "3.0"),
+        ("evit", {"keep_rate": 0.5}, "deit_small_patch16_224", "2.3"),
+        ("evit", {}, "lvvit_small_patch16_224", "4.7"),
+        ("dynamicvit", {}, "deit_small_patch16_224", "2.9"),
+        ("dynamicvit", {}, "lvvit_small_patch16_224", "4.6"),
+        ("evo_vit", {}, "deit_small_patch16_224", "3.0"),
+        ("ps_vit", {}, "deit_small_patch16_224", "2.6"),
+        ("ia_red2", {}, "deit_small_patch16_224", "3.2"),
+    ],
+)
+def test_costs_are_those_that_the_papers_print(name: str, options: dict[str, Any], backbone: str, printed: str) -> None:
+    method = create_method(name, options=options)
+    with torch.device("meta"):
+        network = method.build(ModelConfig(backbone=backbone))
+    (macs,) = method.macs(network).values()
+    assert abs(macs / 1e9 - float(printed)) < 0.1
+
+
+def test_msdnets_exits_cost_what_its_authors_print() -> None:
+    """Theirs, in millions, count norms and activations besides."""
+    method = create_method("msdnet")
+    with torch.device("meta"):
+        network = method.build(ModelConfig(backbone="deit_small_patch16_224"))
+    printed = (339.90, 685.46, 1008.16, 1254.47, 1360.53)
+    for macs, expected in zip(method.macs(network).values(), printed, strict=True):
+        assert 0.99 * expected < macs / 1e6 < expected
+
+
+def test_msdnet_starts_from_scratch(config: ModelConfig, fails: Callable[..., Any]) -> None:
+    with fails("no use for weights of a ViT", UsageError):
+        create_method("msdnet").build(config, "weights.safetensors")
+
+
+def test_options_are_those_of_the_method(fails: Callable[..., Any]) -> None:
+    with fails("no field 'keep_rat': did you mean 'keep_rate'", UsageError):
+        create_method("evit", options={"keep_rat": 0.5})
+    with fails("keep_rate is 1.5: give at most 1", UsageError):
+        create_method("evit", options={"keep_rate": 1.5})
+    with fails("no field 'keep_rate': leave it out", UsageError):
+        create_method("plain", options={"keep_rate": 0.5})
+
+
+# What fails if a method is wrong
+
+
+@pytest.fixture
+def build(make_model: Callable[..., CoarseToFineViT]) -> Callable[..., tuple[Any, Any]]:
+    """A method and its network, whose backbone has weights that are far from symmetry, in evaluation mode."""
+
+    def make(name: str, **options: Any) -> tuple[Any, Any]:
+        torch.manual_seed(0)
+        model = make_model()
+        method = create_method(name, options=options)
+        network = method.build(model.config)
+        getattr(network, "backbone", network).load_state_dict(model.backbone.state_dict())
+        return method, network.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["evit", "dynamicvit", "evo_vit", "sit", "ia_red2"])
+def test_who_keeps_all_answers_as_the_plain_network(
+    name: str, build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    method, network = build(name, **({} if name == "ia_red2" else {"keep_rate": 1.0}))  # which at first keeps all
+    images = make_images(network, 3)
+    (answer,) = method.answers(network, images).values()
+    torch.testing.assert_close(answer, getattr(network, "backbone", network)(images), rtol=1e-5, atol=1e-5)
+
+
+def test_dropped_tokens_are_as_if_they_were_not_there_and_their_decisions_have_gradients(
+    build: Callable[..., Any],
+) -> None:
+    block = build("plain")[1].blocks[0]
+    tokens, kept = torch.randn(2, 9, 48), torch.tensor([1.0, 1, 0, 1, 0, 0, 1, 1, 0]).repeat(2, 1).requires_grad_()
+    masked = attend_kept(block, tokens, kept)
+    there = kept[0] > 0
+    torch.testing.assert_close(masked[:, there], attend(block, tokens[:, there])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(attend_kept(block, tokens, torch.ones(2, 9)), attend(block, tokens)[0])
+    (gradient,) = torch.autograd.grad(masked[:, there].square().sum(), kept)
+    assert (gradient[:, ~there] != 0).all()
+
+
+class ByPlace(nn.Module):
+    """In place of a predictor: surely keeps the last ``share`` of the patches, the later the rather."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, patches: Tensor, kept: Tensor) -> Tensor:
+        places = torch.linspace(1, 0, patches.shape[1])
+        scores = 1e4 * (self.share - places)
+        return torch.stack([scores, -scores], dim=-1).expand(len(patches), -1, -1)
+
+
+def test_dynamicvit_keeps_the_patches_of_highest_score(
+    build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    _, network = build("dynamicvit", keep_rate=0.5)
+    network.predictors = nn.ModuleList(ByPlace(0.5) for _ in range(3))
+    images, vit = make_images(network, 2), network.backbone
+    tokens = embed(vit, images)
+    for index, block in enumerate(vit.blocks):
+        if index in (1, 2, 3):  # of five blocks
+            tokens = torch.cat([tokens[:, :1], tokens[:, -(64 >> index) :]], dim=1)
+        tokens = block(tokens)
+    torch.testing.assert_close(network(images), vit.forward_head(vit.norm(tokens)), rtol=1e-5, atol=1e-5)
+
+
+def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_drops(
+    build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    method, network = build("dynamicvit", keep_rate=0.5)
+    network.predictors = nn.ModuleList(ByPlace(0.5**stage) for stage in (1, 2, 3))
+    images = make_images(network, 2)
+    decided = method.in_training(network)(images)
+    assert decided.shares.tolist() == [[0.5, 0.25, 0.125]] * 2
+    assert decided.kept.tolist() == [[0.0] * 56 + [1.0] * 8] * 2
+    torch.testing.assert_close(decided.logits, network(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(decided.teacher_logits, network.backbone(images))
+
+
+def test_evo_vit_moves_all_that_bypass_a_block_alike(build: Callable[..., Any]) -> None:
+    block = build("plain")[1].blocks[0]
+    tokens, average = torch.randn(1, 7, 48), torch.tensor([[0.1, 0.3, 0.05, 0.25, 0.1, 0.2]])
+    after, attention = evolve(block, tokens, average, 3)
+    slow, fast = [2, 4, 6], [1, 5, 3]  # tokens, by falling attention
+    weights = torch.tensor([0.1, 0.1, 0.05]) / 0.25
+    representative = (weights[:, None] * tokens[0, fast]).sum(dim=0)
+    alone = block(torch.cat([tokens[:, [0, *slow]], representative[None, None]], dim=1))
+    torch.testing.assert_close(after[:, :4], alone[:, :4], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after[0, 4:] - tokens[0, fast], (alone[0, 4] - representative).expand(3, -1))
+    assert attention[0, 3:].tolist() == average[0, [0, 4, 2]].tolist()
+
+
+def test_sits_new_tokens_are_means_of_old_ones() -> None:
+    torch.manual_seed(0)
+    mixtures = Mixtures(8, 5)
+    for parameter in mixtures.parameters():
+        nn.init.normal_(parameter)
+    constant = torch.randn(1, 1, 8).expand(2, 9, 8)
+    torch.testing.assert_close(mixtures(constant), constant[:, :5])
+    tokens = torch.randn(2, 9, 8)
+    assert (mixtures(tokens) <= tokens.amax(dim=1, keepdim=True) + 1e-6).all()
+    assert (mixtures(tokens) >= tokens.amin(dim=1, keepdim=True) - 1e-6).all()
+
+
+def test_sit_has_fewer_tokens_from_stage_to_stage(make_model: Callable[..., CoarseToFineViT]) -> None:
+    method = create_method("sit")
+    network = method.build(make_model(depth=16).config)
+    images = torch.randn(1, 3, *network.image_size)
+    counts = [layer.shape[1] - 1 for layer in network.layers(images)]
+    assert counts == [64] * 9 + [32] * 3 + [16] * 2 + [8] * 2
+
+
+def test_ps_vit_chooses_nested_masks_from_the_last_block_to_the_first(
+    build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    counts, errors = [], []
+    for tolerance in (0.001, 0.1, 0.5):
+        method, network = build("ps_vit", tolerance=tolerance)
+        images = make_images(network, 3)
+        method.in_training(network)(images)
+        vit, plan = network.backbone, network.plan.tolist()
+        assert plan == sorted(plan, reverse=True)
+        assert sorted(network.order.tolist()) == list(range(64))
+        before = vit.blocks[:-1](embed(vit, images))
+        first = impact(vit.blocks[-1], before, torch.tensor([0]))[1:].argsort(descending=True)
+        assert network.order[: plan[-1]].tolist() == first[: plan[-1]].tolist()
+        (answer,) = method.answers(network, images).values()
+        counts.append(sum(plan))
+        errors.append((answer - vit(images)).norm().item())
+        assert method.answers(network, images[:1])["masks"].shape == (1, 7)
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 3
+    assert errors == sorted(errors)
+
+
+def test_ps_vits_masks_are_saved_with_it(
+    build: Callable[..., Any], make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    method, network = build("ps_vit", tolerance=0.5)
+    images = make_images(network, 3)
+    method.in_training(network)(images)
+    method.save(network, tmp_path)
+    _, read = build("ps_vit", tolerance=0.5)
+    read = method.load(read, tmp_path)
+    assert method.macs(read) == method.macs(network) != method.macs(build("ps_vit")[1])
+    torch.testing.assert_close(method.answers(read, images), method.answers(network, images))
+
+
+@pytest.fixture
+def choosy(build: Callable[..., Any]) -> tuple[Any, Any]:
+    """IA-RED2 with interpreters that drop some patches of each image."""
+    method, network = build("ia_red2")
+    for interpreter in network.interpreters:
+        interpreter.bias.zero_()
+        nn.init.normal_(interpreter.policy)
+        nn.init.normal_(interpreter.query.weight, std=0.3)
+    return method, network
+
+
+def test_ia_red2_drops_what_it_masks_in_training(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
+    method, network = choosy
+    images = make_images(network, 4)
+    played = method.in_training(network)(images)
+    assert played.greedy_shares[:, -1].unique().numel() > 1, "images keep different numbers"
+    assert 0 < played.greedy_shares.min() < played.greedy_shares.max() < 1
+    torch.testing.assert_close(network(images), played.greedy_logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.cat([network(image[None]) for image in images]), network(images))
+
+
+def test_ia_red2_costs_what_its_images_keep(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
+    method, network = choosy
+    images, before = make_images(network, 1), network.plan.clone()
+    shares = method.in_training(network)(images).greedy_shares[0]
+    torch.testing.assert_close(network.plan, 0.99 * before + 0.01 * shares)
+    network.plan.copy_(shares)
+    with FlopCounterMode(display=False) as counter:
+        network(images)
+    assert method.macs(network) == {"above 0.5": pytest.approx(counter.get_total_flops() / 2, rel=2e-3)}
+
+
+def test_ia_red2_rewards_right_answers_from_few_patches() -> None:
+    logits, answer = torch.tensor([[2.0, 1], [2, 1], [2, 1]]), torch.tensor([0, 0, 1])
+    shares = torch.tensor([[0.5, 0.5], [1.0, 1.0], [0.0, 0.0]])
+    assert reward(logits, shares, answer, 3.0).tolist() == [0.75, 0.0, -3.0]
+
+
+def test_dvts_exits_are_its_networks_until_reuse_is_learnt(
+    build: Callable[..., Any], config: ModelConfig, make_images: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    plain_method, plain = build("plain")
+    plain_method.save(plain, tmp_path)
+    method = create_method("dvt")
+    network = method.build(config, str(tmp_path)).eval().requires_grad_(False)
+    images = make_images(network, 4)
+    first, _, last = method.answers(network, images).values()
+    torch.testing.assert_close(last, plain(images), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(first, network.vits[0](coarse_image(images)))
+    for relation in network.relations:
+        nn.init.normal_(relation.last.weight, std=0.1)
+    assert (method.answers(network, images)["8x8"] - last).abs().max() > 1e-3
+    torch.testing.assert_close(method.answers(network, images)["4x4"], first)
+
+
+def test_dvt_exits_by_confidence(config: ModelConfig, make_images: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    method = create_method("dvt")
+    network = method.build(config).eval().requires_grad_(False)
+    for vit in network.vits:
+        nn.init.normal_(vit.head.weight)  # timm begins with zeros
+    images = make_images(network, 6)
+    answers = list(method.answers(network, images).values())
+    network.etas.copy_(torch.tensor([answers[0].softmax(-1).amax(-1).median() + 1e-6, 0.0]))
+    logits, stages = network.predict(images)
+    assert sorted(stages.tolist()) == [0] * 3 + [1] * 3
+    torch.testing.assert_close(logits, torch.where((stages == 0)[:, None], answers[0], answers[1]))
+    chosen = method.choose_exit(network, method.answers(network, images), answers[2].argmax(dim=-1), 100.0)
+    assert list(chosen.values()) == [pytest.approx(eta) for eta in reversed(network.etas.tolist())]
+    assert network.predict(images)[1].tolist() == [0] * 6, "all accuracy may be lost"
+
+
+def test_cf_evit_is_cf_vit_but_for_its_fine_stage(
+    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+) -> None:
+    model = make_model()
+    images = make_images(model, 3)
+    costs = {}
+    for keep in (1.0, 0.5):
+        method = create_method("cf_evit", options={"keep_rate": keep})
+        network = method.build(model.config).eval()
+        network.load_state_dict(model.state_dict())
+        coarse, fine = method.answers(network, images).values()
+        costs[keep] = method.macs(network)
+        torch.testing.assert_close(coarse, model(images).coarse)
+        same = torch.allclose(fine, model(images).fine, rtol=1e-4, atol=1e-5)
+        assert same == (keep == 1.0)
+    assert costs[1.0] == pytest.approx(create_method("cf_vit").macs(model), rel=1e-3)
+    assert costs[0.5]["coarse"] == costs[1.0]["coarse"]
+    assert costs[0.5]["fine"] < costs[1.0]["fine"]
