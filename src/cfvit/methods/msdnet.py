@@ -1,0 +1,141 @@
+"""MSDNet: a convolutional network of four resolutions with an exit after each of its five blocks.
+
+Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018, in its form for
+ImageNet: 4 layers in each block, growth 16, 32 channels, factors 1-2-4-4; as described, not by its code. There is no
+ViT in it. It is trained from scratch, on images of the size that the backbone would take.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from cfvit.errors import UsageError
+from cfvit.methods.base import register
+from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, Seen
+from cfvit.modeling.backbones import patch_size
+from cfvit.modeling.config import ModelConfig
+
+BLOCKS, LAYERS, CHANNELS, GROWTH = 5, 4, 32, 16
+FACTORS = (1, 2, 4, 4)
+"""From the finest resolution to the coarsest: of channels, of growth and of the width of bottlenecks."""
+
+
+def convolve(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
+
+
+def bottleneck(before: int, after: int, factor: int, stride: int = 1) -> nn.Sequential:
+    """A convolution behind a layer of at most ``factor * after`` channels."""
+    inner = min(before, factor * after)
+    return nn.Sequential(convolve(before, inner, 1), convolve(inner, after, 3, stride))
+
+
+class Join(nn.Module):
+    """New maps of a resolution, made of its own and of those of the next finer one, are joined to its own.
+
+    Args:
+        width: channels of a resolution of factor 1.
+        factor: of the resolution.
+        finer: factor of the next finer one, None where there is none.
+    """
+
+    def __init__(self, width: int, factor: int, finer: int | None) -> None:
+        super().__init__()
+        new = GROWTH * factor // (1 if finer is None else 2)
+        self.own = bottleneck(width * factor, new, factor)
+        self.finer = None if finer is None else bottleneck(width * finer, new, finer, stride=2)
+
+    def forward(self, own: Tensor, finer: Tensor | None) -> Tensor:
+        parts = [own] if self.finer is None else [own, self.finer(finer)]
+        return torch.cat([*parts, self.own(own)], dim=1)
+
+
+class Layer(nn.Module):
+    """A layer on all resolutions that are left: from maps of each to maps of each, the finest first.
+
+    Args:
+        width: channels of a resolution of factor 1 that come in.
+        entering: factors of the resolutions that come in.
+        leaving: how many resolutions go out; where the finest ends, half of the channels of the others end too.
+    """
+
+    def __init__(self, width: int, entering: tuple[int, ...], leaving: int) -> None:
+        super().__init__()
+        self.first = len(entering) - leaving
+        places = range(self.first, len(entering))
+        self.joins = nn.ModuleList(Join(width, entering[i], entering[i - 1] if i else None) for i in places)
+        self.width = (width + GROWTH) // (2 if self.first else 1)
+        self.shrink = None
+        if self.first:
+            sizes = ((factor * (width + GROWTH), factor * self.width) for factor in entering[self.first :])
+            self.shrink = nn.ModuleList(convolve(before, after, 1) for before, after in sizes)
+
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        after = [join(maps[i], maps[i - 1] if i else None) for i, join in enumerate(self.joins, start=self.first)]
+        return after if self.shrink is None else [shrink(own) for shrink, own in zip(self.shrink, after, strict=True)]
+
+
+class MultiScaleDenseNet(MultiExitNetwork):
+    """The network; a stage hands on the maps of its resolutions."""
+
+    def __init__(self, size: tuple[int, int], num_classes: int) -> None:
+        super().__init__([f"exit {number}" for number in range(1, BLOCKS + 1)])
+        self.image_size, self.class_names = size, None
+        self.data_config: dict[str, Any] = {
+            "input_size": (3, *size),
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+        }
+        widths = [CHANNELS * factor for factor in FACTORS]
+        self.stem = nn.ModuleList([nn.Sequential(convolve(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1))])
+        self.stem.extend(convolve(*pair, 3, 2) for pair in pairwise(widths))
+        self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
+        width, entering, interval = CHANNELS, FACTORS, BLOCKS * LAYERS // len(FACTORS)
+        for block in range(BLOCKS):
+            layers = []
+            for number in range(block * LAYERS, (block + 1) * LAYERS):
+                leaving = len(FACTORS) - number // interval
+                layers.append(Layer(width, entering, leaving))
+                width, entering = layers[-1].width, FACTORS[-leaving:]
+            self.blocks.append(nn.Sequential(*layers))
+            last = width * FACTORS[-1]
+            pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            head = nn.Linear(last, num_classes)
+            self.heads.append(nn.Sequential(convolve(last, last, 3, 2), convolve(last, last, 3, 2), pooled, head))
+
+    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+        if before is None:
+            maps = [self.stem[0](images)]
+            for coarser in self.stem[1:]:
+                maps.append(coarser(maps[-1]))
+        else:
+            maps = list(before.parts)
+        maps = self.blocks[index](maps)
+        return Seen(self.heads[index](maps[-1]), tuple(maps))
+
+
+@register("msdnet")
+class MSDNet(MultiExit):
+    """All exits learn from the labels or the teacher, from scratch."""
+
+    title = "MSDNet"
+
+    def build(
+        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+    ) -> Any:
+        if initial_weights is not None:
+            raise UsageError(f"{self.name} has no use for weights of a ViT: leave out initial_weights")
+        height, width = patch_size(config.backbone, **config.timm_kwargs)
+        size = (2 * config.grid[0] * height, 2 * config.grid[1] * width)
+        network: Any = MultiScaleDenseNet(size, config.num_classes)
+        network.class_names = class_names
+        return network
