@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import Collected
+from cfvit.modeling.config import Objective
 from cfvit.paper.rows import (
     Cell,
     OperatingPoint,
@@ -30,7 +31,7 @@ from cfvit.paper.rows import (
 from cfvit.paper.runs import Budget, Clock, Record, Result, duration, parse_budget, time_left
 from cfvit.paper.studies import DEFAULT, PLAIN, RUNS, STUDIES, Published, find_studies, runs_needed
 from cfvit.paper.write import table_of, write_csv
-from cfvit.training.recipe import Recipe
+from cfvit.training.recipe import RECIPES, Recipe
 
 Fails = Callable[..., AbstractContextManager[None]]
 
@@ -114,6 +115,15 @@ def test_runs_differ_from_the_default_in_what_they_are_named_after_alone() -> No
 @pytest.mark.parametrize(("grid", "larger"), [(7, 9), (3, 4), ((5, 8), (6, 10)), (1, 1)])
 def test_the_larger_grid_is_as_9_to_7(grid: Any, larger: Any) -> None:
     assert RUNS["larger-grid"].recipe(Recipe(coarse_grid=grid), seed=0).coarse_grid == larger
+
+
+def test_a_recipe_without_labels_keeps_its_loss_and_has_no_study_of_labels(fails: Fails) -> None:
+    adapt = RECIPES["adapt"]
+    run = RUNS["alpha-0.7"].recipe(adapt.replace({"informative_ratio": 0.9}), seed=3)
+    assert (run.informative_ratio, run.seed) == (0.7, 3)
+    assert all(getattr(run, f.name) == getattr(adapt, f.name) for f in dataclasses.fields(Objective))
+    with fails("loss-ce learns from labels", UsageError):
+        RUNS["loss-ce"].recipe(adapt, seed=0)
 
 
 def test_shared_runs_come_first_and_once() -> None:

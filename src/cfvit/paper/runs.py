@@ -41,8 +41,11 @@ RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
 TRIAL_STEPS = 4
 """Steps by which the time of a training is estimated if no other run tells it."""
 
-NOTHING_TO_PREPARE: Mapping[str, Any] = {"initial_weights": None, "hold_decoded": False}
-"""Fields of a recipe that only cost time where nothing is trained."""
+
+def unprepared(recipe: Recipe) -> Recipe:
+    """The recipe without what only costs time where nothing is trained; without labels the first weights teach."""
+    lighter: dict[str, Any] = {"initial_weights": None, "initial_share": 0.0} if recipe.uses_labels else {}
+    return recipe.replace({**lighter, "hold_decoded": False})
 
 
 @dataclass(frozen=True, eq=False)
@@ -324,7 +327,7 @@ class Runs:
         clock = Clock(lambda: len(clock.ends) >= TRIAL_STEPS)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                train(recipe.replace(NOTHING_TO_PREPARE), Path(folder), stop=clock)
+                train(unprepared(recipe), Path(folder), stop=clock)
             except Stopped:
                 if len(clock.ends) < TRIAL_STEPS:  # by a signal
                     raise
@@ -429,7 +432,7 @@ def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
         CfvitError: the folder or the data are no longer what they were.
     """
     process = Process(0, 1, best_device())
-    images, network = prepare(recipe.replace(NOTHING_TO_PREPARE), process)
+    images, network = prepare(unprepared(recipe), process)
     return images, create_method(recipe.method, recipe, recipe.method_options).load(network, folder).to(process.device)
 
 

@@ -19,16 +19,19 @@ from cfvit.training.recipe import Recipe
 FAMILIES = ("DeiT-S", "LV-ViT-S")
 """The backbones of the paper's Tables 2 and 3."""
 
-PAPERS_METHOD: Mapping[str, Any] = {
+PAPERS_MODEL: Mapping[str, Any] = {
     "informative_ratio": 0.5,
     "attention_momentum": 0.99,
     "selection": "attention",
     "feature_reuse": "mlp",
-    "coarse_label_weight": 0.0,
-    "coarse_fine_weight": 1.0,
     "method": "cf_vit",
 }
-"""The fields that the studies set themselves, as the paper's own method has them."""
+PAPERS_LOSS: Mapping[str, Any] = {"coarse_label_weight": 0.0, "coarse_fine_weight": 1.0}
+
+
+def papers_method(base: Recipe) -> dict[str, Any]:
+    """The fields that the studies set themselves, as the paper has them. A recipe without labels keeps its own loss."""
+    return {**PAPERS_MODEL, **(PAPERS_LOSS if base.uses_labels else {})}
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,15 @@ class RunSpec:
         Raises:
             UsageError: the changes contradict the recipe.
         """
+        if not base.uses_labels and self.changes.keys() & PAPERS_LOSS.keys():
+            raise UsageError(f"{self.name} learns from labels, and the recipe has none: choose another recipe")
         sides = [max(1, round(self.grid_scale * side)) for side in base.grid]
         given = {
             "coarse_grid": sides[0] if sides[0] == sides[1] else tuple(sides),
             "seed": seed,
             "eval_interval": base.epochs,
         }
-        return base.replace({**PAPERS_METHOD, **given, **self.changes})
+        return base.replace({**papers_method(base), **given, **self.changes})
 
 
 DEFAULT, PLAIN, COARSE_GRID, LARGER_GRID = "default", "plain", "plain-coarse-grid", "larger-grid"

@@ -24,11 +24,11 @@ from cfvit.paper.studies import (
     COARSE_GRID,
     DEFAULT,
     PAPER,
-    PAPERS_METHOD,
     PLAIN,
     SETTING,
     Study,
     find_studies,
+    papers_method,
     runs_needed,
 )
 from cfvit.plots.style import require_matplotlib
@@ -95,7 +95,7 @@ def _require_sense(request: Request) -> None:
         )
     if not any(recipe.data):
         raise UsageError("no data: name what to train and to score on with --data")
-    for name, value in PAPERS_METHOD.items():
+    for name, value in papers_method(recipe).items():
         if (given := getattr(recipe, name)) != value:
             raise UsageError(
                 f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
