@@ -133,6 +133,11 @@ def _in_small(words: Sequence[str]) -> list[str]:
     elif command == "bench":
         if "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
+        if "--batch-sizes" in arguments:  # to which more would be added
+            first = arguments.index("--batch-sizes") + 1
+            while arguments[first:] and arguments[first].isdecimal():
+                del arguments[first]
+            del arguments[first - 1]
         arguments += TINY_BENCH
     elif command == "serve":
         arguments += ["--port", "0"]
