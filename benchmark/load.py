@@ -18,9 +18,9 @@ import random
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
+from types import SimpleNamespace
 from typing import Any
 
 import cyclopts
@@ -32,11 +32,9 @@ from cfvit import Predictor, load
 from cfvit.deploy.server import Settings, serve
 from cfvit.inference.engines.exported import read_exported
 from cfvit.inference.engines.onnx import OnnxGraph
-from cfvit.modeling.batches import Rows
 
 QUEUES = {  # options of the two-stage servers
     "two queues": ["--coarse-batch", "8", "--fine-batch", "4", "--fine-wait", "20"],
-    "two queues, no wait": ["--coarse-batch", "8", "--fine-batch", "4", "--fine-wait", "0"],
     "one queue": [
         "--coarse-batch",
         "8",
@@ -49,11 +47,6 @@ QUEUES = {  # options of the two-stage servers
 app = cyclopts.App()
 
 
-@dataclass(eq=False)
-class PlainState(Rows):
-    logits: Tensor
-
-
 class PlainEngine:
     """The plain backbone in the coarse stage's place; at eta 0 there is no other."""
 
@@ -61,11 +54,11 @@ class PlainEngine:
         self.model, self.weight = read_exported(folder), torch.empty(0)
         self._run = OnnxGraph(folder / "plain.onnx", torch.get_num_threads())
 
-    def coarse(self, images: Tensor) -> tuple[PlainState, Tensor]:
+    def coarse(self, images: Tensor) -> tuple[Any, Tensor]:
         logits = torch.from_numpy(self._run({"images": images.numpy()})["logits"])
-        return PlainState(logits), self.model.exit.coarse(logits)
+        return SimpleNamespace(logits=logits), self.model.exit.coarse(logits)
 
-    def fine(self, images: Tensor, state: PlainState) -> tuple[Tensor, Tensor]:
+    def fine(self, images: Tensor, state: Any) -> tuple[Tensor, Tensor]:
         return state.logits, self.model.exit.coarse(state.logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, get_args
 
+import httpx
 import pytest
 import torch
 from conftest import Outcome
@@ -29,6 +31,7 @@ from cfvit import (
     open_image,
 )
 from cfvit.deploy import export as export_module
+from cfvit.deploy.server import Settings, create_app
 from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine, Format, graph_file, graph_kind
 from cfvit.plots.explain import explain
 
@@ -305,3 +308,25 @@ def test_from_the_command_line(
     assert outcome.status == 0, outcome.err
     assert "differs from torch by" in outcome.err[-1]
     assert Predictor(tmp_path / "exported").threshold == load(colour_model).threshold
+
+
+def test_a_server_answers_from_an_export(folder: Path, model: CoarseToFineViT, colours: Path) -> None:
+    photo = sorted((colours / "val").rglob("*.png"))[0]
+    image = eval_transform(model.data_config)(open_image(photo))[None]
+    expected = Predictor(model, compile=False)(image)
+    (shown,) = explain(model, image, Predictor(model).threshold)
+
+    async def ask() -> tuple[dict[str, Any], dict[str, Any]]:
+        app = create_app(Predictor(folder), Settings())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            predicted, explained = [
+                (await client.post(path, content=photo.read_bytes())).raise_for_status().json()
+                for path in ("/predict", "/explain")
+            ]
+        app.state.service.scheduler.drain()
+        return predicted["predictions"][0], explained
+
+    predicted, explained = asyncio.run(ask())
+    assert predicted["stage"] == explained["stage"] == int(expected.stage)
+    assert predicted["confidence"] == pytest.approx(float(expected.confidence), abs=1e-4)
+    assert explained["split"] == shown.split.flatten().tolist()

@@ -33,7 +33,7 @@ from cfvit.plots.explain import explain
 
 MODEL = "/v2/models/colours"
 INFER = f"{MODEL}/infer"
-SOON = 20.0
+SOON = 60.0
 """Seconds after which something that should happen at once has not."""
 
 Use = Callable[[httpx.AsyncClient, Any], Awaitable[None]]
@@ -96,7 +96,7 @@ def serve(predictor: Predictor, use: Use, **settings: Any) -> None:
     """Runs ``await use(client, service)`` against a server with such settings; its engine is held from then on."""
 
     async def main() -> None:
-        app = create_app(predictor, Settings(name="colours", **settings))
+        app = create_app(predictor, Settings(**{"name": "colours", "time_limit": 600.0, **settings}))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=SOON) as client:
             engine: Any = predictor.engine
@@ -584,12 +584,12 @@ def test_a_signal_ends_the_server_in_order_under_load(colour_model: Path, photos
         threads = [threading.Thread(target=load_it, args=(number,)) for number in range(6)]
         for thread in threads:
             thread.start()
-        assert many.wait(60)
+        assert many.wait(2 * SOON)
         ending.set()
         process.send_signal(signal.SIGTERM)
         for thread in threads:
-            thread.join(60)
-        assert process.wait(60) == 0
+            thread.join(SOON)
+        assert process.wait(SOON) == 0
         reading.join(10)
     finally:
         process.kill()
