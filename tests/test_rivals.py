@@ -194,6 +194,18 @@ def test_msdnets_exits_cost_what_its_authors_print() -> None:
         assert 0.99 * expected < macs / 1e6 < expected
 
 
+@pytest.mark.parametrize("name", ["dvt", "msdnet"])
+def test_an_exit_costs_all_that_ran_before_it(
+    name: str, config: ModelConfig, make_images: Callable[..., Tensor]
+) -> None:
+    method = create_method(name)
+    network = method.build(config).eval()
+    image, (_, second, *_) = make_images(network, 1), method.macs(network).values()
+    with FlopCounterMode(display=False) as counter:
+        network(image, 2)
+    assert counter.get_total_flops() == 2 * second
+
+
 def test_msdnet_starts_from_scratch(config: ModelConfig, fails: Callable[..., Any]) -> None:
     with fails("no use for weights of a ViT", UsageError):
         create_method("msdnet").build(config, "weights.safetensors")

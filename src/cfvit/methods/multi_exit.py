@@ -6,13 +6,14 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cfvit.calibration import choose_threshold
-from cfvit.methods.base import Batch, Method
+from cfvit.methods.base import Batch, Method, count_points
 from cfvit.methods.plain import single_answer_loss
 from cfvit.modeling.exit import confidence_of, goes_on
 
@@ -90,6 +91,20 @@ class MultiExit(Method):
 
     def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
         return dict(zip(network.exits, network(images), strict=True))  # all in one pass
+
+    def macs(self, network: Any) -> dict[str, int]:
+        """Counts each stage once; an exit costs all stages up to it."""
+        seen: list[Seen | None] = [None]
+
+        def stages(meta: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+            def run(index: int, image: Tensor) -> Tensor:
+                seen.append(meta.stage(index, image, seen[-1]))
+                return image
+
+            return {name: partial(run, index) for index, name in enumerate(network.exits)}
+
+        costs = count_points(network, stages)
+        return dict(zip(costs, accumulate(costs.values()), strict=True))
 
     def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
         """From the last exit to the first, each eta may lose its part of ``max_drop`` against what would go on."""
