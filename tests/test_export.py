@@ -31,7 +31,7 @@ from cfvit import (
     open_image,
 )
 from cfvit.deploy import export as export_module
-from cfvit.deploy.server import Settings, create_app
+from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
 from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine, Format, graph_file, graph_kind
 from cfvit.plots.explain import explain
 
@@ -188,6 +188,34 @@ def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, colours: Path) 
     assert float(confidence) == pytest.approx(float(expected.confidence), abs=1e-3)
     assert stage == ("coarse", "fine")[int(expected.stage)]
     assert len((folder / "example.py").read_text().splitlines()) < 30
+
+
+def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path, fails: Fails) -> None:
+    predictor, key = Predictor(folder), "quite secret"
+    settings = Settings(browser_runtime=tmp_path, api_key=key)
+    if ExportedEngine(folder).model.format != "onnx":
+        with fails("a browser runs models that were exported to ONNX"):
+            create_app(predictor, settings)
+        return
+    with fails(f"{BROWSER_RUNTIME[0]} is missing"):
+        create_app(predictor, settings)
+    for name in (*BROWSER_RUNTIME, "secret.txt"):
+        (tmp_path / name).write_text(name)
+    app = create_app(predictor, settings)
+
+    async def ask() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            for name in BROWSER_RUNTIME:
+                assert (await client.get(f"/runtime/{name}")).text == name
+            for name in ("coarse.onnx", "fine.onnx", EXPORT_FILE):
+                assert (await client.get(f"/graphs/{name}")).status_code == 401
+                answer = await client.get(f"/graphs/{name}", headers={"Authorization": f"Bearer {key}"})
+                assert answer.content == (folder / name).read_bytes()
+            for address in ("runtime/secret.txt", "graphs/whole.onnx", "graphs/../secret.txt"):
+                assert (await client.get(f"/{address}")).status_code == 404
+
+    asyncio.run(ask())
+    assert app.state.service.scheduler.drain(20)
 
 
 def test_an_exported_predictor_can_be_pickled(folder: Path, model: CoarseToFineViT) -> None:

@@ -53,6 +53,9 @@ def serve(
         Path | None, Parameter(help="file of a key that clients must send; or put it in CFVIT_API_KEY")
     ] = None,
     allow_parameters: Annotated[bool, Parameter(negative="", help="let clients change eta")] = False,
+    browser_runtime: Annotated[
+        Path | None, Parameter(help="dist/ of onnxruntime-web: the page can run an ONNX export in the browser")
+    ] = None,
 ) -> None:
     """Answer images over HTTP, until SIGTERM or Ctrl-C.
 
@@ -95,5 +98,6 @@ def serve(
         fine=fine,
         least_eta=least_eta,
         target_wait=target_wait / 1e3,
+        browser_runtime=browser_runtime,
     )
     run(predictor, settings, host, port, notice)

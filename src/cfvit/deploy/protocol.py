@@ -81,6 +81,7 @@ class Stats(BaseModel):
     p50_ms: float | None = Field(description="median time of these requests")
     p95_ms: float | None = Field(description="95% of these requests took less")
     ready: bool
+    browser: bool = Field(description="whether the page can run the model in the browser")
 
 
 class Parameters(BaseModel):

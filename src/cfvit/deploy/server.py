@@ -25,7 +25,7 @@ import torch
 import uvicorn
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
@@ -43,6 +43,7 @@ from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.deploy import protocol
 from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
 from cfvit.errors import CfvitError, first_line
+from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import COARSE, FINE
 from cfvit.modeling.exit import goes_on
@@ -57,9 +58,12 @@ RECENT = 60.0
 
 PAGE = Path(__file__).parent / "page"
 
+BROWSER_RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+"""What is served of onnxruntime-web."""
+
 CONTENT_SECURITY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """What the page may load: its own files, and pictures that it gets with an answer."""
 
@@ -81,6 +85,7 @@ class Settings:
         api_key: must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
         allow_parameters: whether eta may be changed over HTTP.
         coarse, fine, least_eta, target_wait: see `Scheduler`.
+        browser_runtime: folder of onnxruntime-web, with which the page runs an ONNX export in the browser.
     """
 
     name: str = "cfvit"
@@ -96,6 +101,7 @@ class Settings:
     fine: StageOptions | None = None
     least_eta: float | None = None
     target_wait: float = 0.5
+    browser_runtime: Path | None = None
 
 
 class Metrics:
@@ -313,6 +319,7 @@ class Service:
             p50_ms=p50,
             p95_ms=p95,
             ready=not self.draining,
+            browser=self.settings.browser_runtime is not None,
         )
 
     async def show_metrics(self) -> Response:
@@ -573,6 +580,20 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     route("PUT", f"{model}/parameters", service.set_parameters, (400, 401, 403, 408, 413, 422, 503), **key)
     infer = {"requestBody": {"required": True, "content": {"application/json": {"schema": protocol.infer_schema()}}}}
     route("POST", f"{model}/infer", service.infer, limits, openapi_extra=infer, response_model=protocol.Inferred, **key)
+
+    def offer(address: str, path: Path, **given: Any) -> None:
+        if not path.is_file():
+            raise CfvitError(f"{path} is missing, which runs models in a browser: give dist/ of onnxruntime-web")
+        app.add_api_route(address, lambda: FileResponse(path), include_in_schema=False, **given)
+
+    if settings.browser_runtime is not None:
+        engine = predictor.engine
+        if not (isinstance(engine, ExportedEngine) and engine.model.format == "onnx"):
+            raise CfvitError("a browser runs models that were exported to ONNX: cfvit export, and give its folder")
+        for file_name in BROWSER_RUNTIME:
+            offer(f"/runtime/{file_name}", settings.browser_runtime / file_name)
+        for file_name in (EXPORT_FILE, "coarse.onnx", "fine.onnx"):
+            offer(f"/graphs/{file_name}", engine.folder / file_name, **key)
     app.mount("/", Page(directory=PAGE, html=True))
     return app
 

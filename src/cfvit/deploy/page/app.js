@@ -7,6 +7,9 @@ const giga = (macs) => macs.toFixed(2);
 let key = ""; // of the server, where it asks for one
 let told = null; // what was said of the last photo
 let chosen = null; // eta, once it has been moved
+let loaded = null; // the promise of what answers in this browser
+let local = null; // the same, while that is wanted
+let served = null; // what the server last said of itself
 let pending = new AbortController();
 
 /** Asks the server. What it refuses becomes an error with its one line. */
@@ -23,6 +26,15 @@ function fail(message) {
   $("failure").hidden = !message;
 }
 
+/** What both stages make of a photo, and the photo as the model sees it. */
+async function explainedByServer(photo, signal) {
+  const explained = await (await ask("explain", { method: "POST", body: photo, signal })).json();
+  const view = new Image();
+  view.src = `data:image/png;base64,${explained.view}`;
+  await view.decode();
+  return [explained, view];
+}
+
 /** Shows what becomes of a photo: a file, or the promise of one. */
 async function look(photo, sample = null) {
   pending.abort(); // the last photo chosen is the one that counts
@@ -31,10 +43,7 @@ async function look(photo, sample = null) {
   fail("");
   $("answer").ariaBusy = "true";
   try {
-    const explained = await (await ask("explain", { method: "POST", body: await photo, signal: mine.signal })).json();
-    const view = new Image();
-    view.src = `data:image/png;base64,${explained.view}`;
-    await view.decode();
+    const [explained, view] = await (local ? (await local)(await photo, served.eta) : explainedByServer(await photo, mine.signal));
     if (mine.signal.aborted) return;
     told = explained;
     $("answer").hidden = false;
@@ -44,7 +53,7 @@ async function look(photo, sample = null) {
   } catch (error) {
     if (mine.signal.aborted) return;
     $("answer").hidden = true;
-    fail(error instanceof TypeError ? "No answer: the server has gone, or the file is too large for it." : error.message);
+    fail(error instanceof TypeError && !local ? "No answer: the server has gone, or the file is too large for it." : error.message);
   } finally {
     if (mine === pending) $("answer").ariaBusy = "false";
   }
@@ -156,7 +165,7 @@ function decide() {
     : stage ? `The glance is ${confidence} sure, and ${at} is asked for: the photo is read again.`
     : `The glance is ${confidence} sure, and ${at} is asked for: it answers.`;
   $("reset").hidden = chosen === null;
-  $("reset").textContent = `Back to the server's ${told.eta.toFixed(3)}`;
+  $("reset").textContent = `Back to the model's ${told.eta.toFixed(3)}`;
 
   const [spent, plain] = [stage ? told.gmacs_both : told.gmacs_coarse, told.gmacs_plain];
   const share = Math.round((100 * spent) / plain);
@@ -181,21 +190,22 @@ async function watchServer() {
   let pause = 2000;
   if (!document.hidden) {
     try {
-      const stats = await (await ask("stats", { signal: AbortSignal.timeout(5000) })).json();
-      const { images, queues } = stats;
-      const eta = stats.eta_now < stats.eta ? `${stats.eta_now.toFixed(3)} under load` : stats.eta.toFixed(3);
+      served = await (await ask("stats", { signal: AbortSignal.timeout(5000) })).json();
+      const { images, queues } = served;
+      const eta = served.eta_now < served.eta ? `${served.eta_now.toFixed(3)} under load` : served.eta.toFixed(3);
       const figures = {
-        model: stats.model,
-        rate: stats.requests_per_second.toFixed(1),
-        p50: milliseconds(stats.p50_ms),
-        p95: milliseconds(stats.p95_ms),
+        model: served.model,
+        rate: served.requests_per_second.toFixed(1),
+        p50: milliseconds(served.p50_ms),
+        p95: milliseconds(served.p95_ms),
         answered: `${images.coarse} + ${images.fine}`,
         queues: `${queues.coarse} + ${queues.fine}`,
         "server-eta": eta,
-        state: stats.ready ? "in the last minute" : "is ending",
+        state: served.ready ? "in the last minute" : "is ending",
       };
       for (const [id, text] of Object.entries(figures)) $(id).textContent = text;
       $("server").className = "";
+      $("local-choice").hidden = !served.browser;
     } catch {
       $("server").className = "gone";
       $("state").textContent = "does not answer";
@@ -234,6 +244,22 @@ $("reset").addEventListener("click", () => {
   chosen = null;
   decide();
   $("eta").focus();
+});
+$("local").addEventListener("change", async () => {
+  local = $("local").checked ? (loaded ??= import("./browser.js").then(({ load }) => load(ask))) : null;
+  $("local-state").textContent = local ? "The model is loading." : "";
+  if (!local) return;
+  $("local").disabled = true;
+  try {
+    await local; // photos that are chosen meanwhile wait for it too
+    $("local-state").textContent = "No photo leaves this machine. The browser resizes a little differently from the server.";
+  } catch (error) {
+    local = loaded = null;
+    $("local").checked = false;
+    $("local-state").textContent = "";
+    fail(`The model cannot run in this browser: ${error.message}`);
+  }
+  $("local").disabled = false;
 });
 $("access").addEventListener("submit", (submit) => {
   submit.preventDefault();
