@@ -26,7 +26,7 @@ from cfvit.data.labels import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.inference.engines.exported import is_exported
-from cfvit.modeling import backbones
+from cfvit.modeling import backbones, transformers_vit
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig
@@ -369,6 +369,66 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
         model.class_names = readable_class_names(wnids)
     else:
         model.class_order = "torchvision"
+    return model.eval()
+
+
+def load_transformers(folder: str | Path) -> CoarseToFineViT:
+    """A model both of whose stages begin with the weights of a ViT, DeiT or DINOv2 of transformers. To be trained.
+
+    ``model.backbone`` computes what theirs does, unless the image's side, which ``preprocessor_config.json`` gives, is
+    another than that of their positions: then these are resampled. The coarse stage takes half as many cells a side.
+    Feature reuse begins at zero. A head that reads more than the class token, as DINOv2's does, starts untrained, with
+    a warning.
+
+    Args:
+        folder: with ``config.json``, the weights, and ``preprocessor_config.json``, without which images are
+            prepared as transformers does by default, with a warning.
+
+    Raises:
+        CfvitError: not such a folder, another kind of model, or weights that do not fit.
+    """
+    folder, weights = Path(folder), read_weights(folder)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        preprocessor = folder / "preprocessor_config.json"
+        said = json.loads(preprocessor.read_text()) if preprocessor.exists() else {}
+        arguments = transformers_vit.timm_arguments(config, weights.tensors)
+        size, prepared = transformers_vit.preprocessing(config["model_type"], said)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CfvitError(
+            f"{folder} cannot be read ({first_line(error)}): save the model again by transformers"
+        ) from error
+    head = weights.tensors.get("head.weight")
+    patch = backbones.patch_size(transformers_vit.BACKBONE, **arguments)
+    size = size or tuple(side * cells for side, cells in zip(patch, weights.grid or (14, 14), strict=True))
+    classes = len(config.get("id2label", ())) or 1000 if head is None else len(head)
+    grid = tuple(max(1, side // (2 * cell)) for side, cell in zip(size, patch, strict=True))
+    model = CoarseToFineViT(
+        ModelConfig(
+            backbone=transformers_vit.BACKBONE,
+            num_classes=classes,
+            coarse_grid=grid[0] if grid[0] == grid[1] else (grid[0], grid[1]),
+            timm_kwargs={**arguments, "pretrained_cfg_overlay": prepared},
+        ),
+        weights,
+    )
+    if model.feature_reuse is not None:
+        model.feature_reuse.start_at_zero()
+    if weights.class_names is not None and len(weights.class_names) == classes:
+        model.class_names = weights.class_names
+    if not said:
+        mean = ", ".join(f"{value:g}" for value in prepared["mean"])
+        warnings.warn(
+            f"{folder} has no preprocessor_config.json: images are normalised by the mean {mean}, as transformers does "
+            f"by default: correct data_config in {CONFIG_FILE} if that is wrong",
+            stacklevel=2,
+        )
+    if model.image_size != size:
+        warnings.warn(
+            f"images are read at {model.image_size[0]} x {model.image_size[1]} pixels, not {size[0]} x {size[1]}: "
+            f"sides are multiples of twice the patch, {2 * patch[0]}",
+            stacklevel=2,
+        )
     return model.eval()
 
 

@@ -12,6 +12,7 @@ from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import Json, Share, read_options
 from cfvit.errors import CfvitError
+from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
 
 COSTED_BACKBONES = (
@@ -38,22 +39,45 @@ COSTED_BACKBONES = (
 
 @app.command
 def convert(
-    source: Annotated[Path, Parameter(help="one of the authors' .pth files; it is only read")],
+    source: Annotated[
+        Path, Parameter(help="one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2")
+    ],
     folder: Annotated[Path, Parameter(help="where to write config.json and model.safetensors")],
     /,
     *,
     overwrite: Annotated[bool, Parameter(negative="", help="replace a model that is there")] = False,
 ) -> None:
-    """Turn one of the authors' checkpoints into a saved folder."""
-    from cfvit.checkpoints import CONFIG_FILE, load_authors_checkpoint, save
+    """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder.
 
-    if not source.is_file():
-        raise CfvitError(f"no file {source}: name one of the authors' .pth files")
+    The source is only read. Both stages of a model of transformers begin with its weights. The coarse stage is of use
+    only after training; recipe.yaml in the folder has the fields for it.
+    """
+    import yaml
+
+    from cfvit.checkpoints import CONFIG_FILE, load_authors_checkpoint, load_transformers, save
+
+    if not source.exists():
+        raise CfvitError(f"no file {source}: name one of the authors' .pth files, or a folder of transformers")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise CfvitError(f"{folder} already holds a model: choose another folder or add --overwrite")
-    model = load_authors_checkpoint(source)
+    model = load_transformers(source) if source.is_dir() else load_authors_checkpoint(source)
     save(model, folder)
     say(f"{model.config.backbone}, coarse grid {model.config.coarse_grid}, is in {folder}")
+    if source.is_dir():
+        sides = "x".join(map(str, model.image_size))
+        fields = {
+            "backbone": model.config.backbone,
+            "timm_kwargs": dict(model.config.timm_kwargs),
+            "coarse_grid": list(model.config.grid),
+            "initial_weights": str(source.absolute()),
+        }
+        with atomic_write(folder / "recipe.yaml") as file:
+            file.write_text(yaml.safe_dump(fields, sort_keys=False))
+        say(f"both stages begin with the plain ViT of {source}: {sides} pixels, {model.config.num_classes} classes")
+        say(
+            "the coarse stage is of use only after training: "
+            f"cfvit train --recipe adapt --config {folder / 'recipe.yaml'} --data PHOTOS --out RUN"
+        )
 
 
 @app.command

@@ -47,7 +47,10 @@ class Plain(Method):
                 network,
                 str(file),
                 model_config={"label_names": network.class_names, "pretrained_cfg": described},
-                model_args={"img_size": network.image_size, **network.timm_kwargs},
+                model_args={
+                    "img_size": network.image_size,
+                    **{k: v for k, v in network.timm_kwargs.items() if k != "pretrained_cfg_overlay"},  # described
+                },
             )
 
 

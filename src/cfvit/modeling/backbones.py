@@ -27,7 +27,8 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-import cfvit.modeling.lvvit  # noqa: F401 - registers LV-ViT with timm
+import cfvit.modeling.lvvit
+import cfvit.modeling.transformers_vit  # noqa: F401 - these two register their models with timm
 from cfvit.errors import CfvitError, first_line
 from cfvit.modeling.timm_vit import ATTENTIONS, BLOCKS, EXTRA_TOKENS, Backbone, patch_side, resample_positions
 from cfvit.modeling.weights import Weights, read_weights
@@ -123,13 +124,19 @@ def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
             f"{weights.source} computes with QuickGELU and {type(model).__name__} does not: "
             "choose a ..._quickgelu_... model"
         )
+    tensors = dict(weights.tensors)
+    if {"dist_token", "pos_embed"} <= tensors.keys() and getattr(model, "reg_token", None) is not None:
+        positions = tensors["pos_embed"]  # registers, such as a distillation token without a head, have none in timm
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1]
+        tensors["reg_token"] = tensors.pop("dist_token") + positions[:, 1:2]
+        tensors["pos_embed"] = positions[:, 2:]
     reader = copy.copy(model)  # without positions, whose grid timm would guess
     reader._parameters = {**model._parameters, "pos_embed": None}
     try:
         if isinstance(model, Eva):
-            tensors = timm.models.eva.checkpoint_filter_fn(dict(weights.tensors), reader)
+            tensors = timm.models.eva.checkpoint_filter_fn(tensors, reader)
         else:
-            tensors = checkpoint_filter_fn(dict(weights.tensors), cast(Any, reader), adapt_layer_scale=True)
+            tensors = checkpoint_filter_fn(tensors, cast(Any, reader), adapt_layer_scale=True)
     except Exception as error:  # timm converts foreign shapes as far as it gets
         raise CfvitError(
             f"{weights.source} does not fit {type(model).__name__} ({first_line(error)}): give weights of that model"

@@ -164,7 +164,8 @@ class CoarseToFineViT(nn.Module):
             eps = getattr(self.backbone.norm, "eps", 1e-6)
             self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
 
-        self.data_config: dict[str, Any] = timm.data.resolve_model_data_config(self.backbone)
+        resolved = timm.data.resolve_model_data_config(self.backbone)  # with lists, if an overlay was read from a file
+        self.data_config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in resolved.items()}
         self.data_config["input_size"] = (3, *self.image_size)
         self.class_names: list[str] | None = None
         self.class_order: Literal["natural", "torchvision"] | None = None
