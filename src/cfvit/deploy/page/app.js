@@ -165,7 +165,7 @@ function decide() {
     : stage ? `The glance is ${confidence} sure, and ${at} is asked for: the photo is read again.`
     : `The glance is ${confidence} sure, and ${at} is asked for: it answers.`;
   $("reset").hidden = chosen === null;
-  $("reset").textContent = `Back to the model's ${told.eta.toFixed(3)}`;
+  $("reset").textContent = `Back to the server's ${told.eta.toFixed(3)}`;
 
   const [spent, plain] = [stage ? told.gmacs_both : told.gmacs_coarse, told.gmacs_plain];
   const share = Math.round((100 * spent) / plain);
