@@ -7,7 +7,8 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -30,9 +31,20 @@ from cfvit import (
     load,
     open_image,
 )
+from cfvit.data import open_images
 from cfvit.deploy import export as export_module
+from cfvit.deploy.graphs import stage_graphs
+from cfvit.deploy.quantising import calibration_images, warn_if_slow
 from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
-from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine, Format, graph_file, graph_kind
+from cfvit.inference.engines.exported import (
+    EXPORT_FILE,
+    ExportedEngine,
+    Format,
+    Graph,
+    graph_file,
+    graph_kind,
+    read_exported,
+)
 from cfvit.plots.explain import explain
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -44,12 +56,35 @@ def model(colour_model: Path) -> CoarseToFineViT:
     return load(colour_model)
 
 
+@pytest.fixture(scope="module")
+def traced(model: CoarseToFineViT) -> Iterator[None]:
+    """Within it, exports of this model take the graphs that torch traced once, which is what takes long."""
+    graphs = stage_graphs(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            export_module, "stage_graphs", lambda each: graphs if each.config == model.config else stage_graphs(each)
+        )
+        yield
+
+
 @pytest.fixture(scope="module", params=FORMATS)
-def folder(request: pytest.FixtureRequest, model: CoarseToFineViT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    request: pytest.FixtureRequest, model: CoarseToFineViT, traced: None, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """An export in each format. Only to be read."""
     folder = tmp_path_factory.mktemp("exported") / request.param
     export(model, folder, format=request.param)
     return folder
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> ExportedEngine:
+    return ExportedEngine(folder)
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path, engine: ExportedEngine) -> Graph:
+    return graph_kind(engine.model.format)(graph_file(folder, "whole", engine.model.format))
 
 
 def _images(model: CoarseToFineViT, count: int, seed: int = 7) -> Tensor:
@@ -57,24 +92,31 @@ def _images(model: CoarseToFineViT, count: int, seed: int = 7) -> Tensor:
 
 
 def test_the_folder_says_what_the_model_is(folder: Path, model: CoarseToFineViT) -> None:
-    about = ExportedEngine(folder).model
+    about = read_exported(folder)
     same = ("config", "image_size", "grid", "data_config", "class_names", "exit", "threshold")
     assert {name: getattr(about, name) for name in same} == {name: getattr(model, name) for name in same}
     assert about.macs == count_macs(model)
     assert about.difference < 1e-4
     assert {"cfvit", "torch"} < about.versions.keys()
     suffixes = {"onnx": [".onnx"], "openvino": [".bin", ".xml"]}[about.format]
-    graphs = [f"{stage}{suffix}" for stage in ("coarse", "fine", "whole") for suffix in suffixes]
-    assert sorted(file.name for file in folder.iterdir()) == sorted([*graphs, EXPORT_FILE, "example.py"])
+    graphs = {f"{stage}{suffix}" for stage in ("coarse", "fine", "whole") for suffix in suffixes}
+    shared = {"weights.data"} if about.format == "onnx" else set()
+    assert {file.name for file in folder.iterdir()} == {*graphs, *shared, EXPORT_FILE, "example.py"}
+
+
+def test_graphs_in_onnx_share_their_weights(folder: Path, model: CoarseToFineViT) -> None:
+    if read_exported(folder).format == "onnx":
+        weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+        assert (folder / "weights.data").stat().st_size < 1.1 * weights
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 32])
 @pytest.mark.parametrize("eta", [0, None, 1])
 def test_an_exported_model_answers_as_the_one_in_torch(
-    count: int, eta: float | None, folder: Path, model: CoarseToFineViT
+    count: int, eta: float | None, engine: ExportedEngine, model: CoarseToFineViT
 ) -> None:
     images = _images(model, count)
-    expected, answer = Predictor(model, eta, compile=False)(images), Predictor(folder, eta)(images)
+    expected, answer = Predictor(model, eta, compile=False)(images), Predictor(engine, eta)(images)
     assert torch.equal(answer.stage, expected.stage)
     torch.testing.assert_close(answer.logits, expected.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(answer.confidence, expected.confidence, atol=1e-4, rtol=0)
@@ -82,10 +124,11 @@ def test_an_exported_model_answers_as_the_one_in_torch(
 
 @pytest.mark.parametrize("count", [0, 1, 5])
 @pytest.mark.parametrize("eta", [0, None, 1])
-def test_the_whole_graph_answers_as_the_two_do(count: int, eta: float | None, folder: Path) -> None:
-    predictor = Predictor(folder, eta)
+def test_the_whole_graph_answers_as_the_two_do(
+    count: int, eta: float | None, engine: ExportedEngine, whole: Graph
+) -> None:
+    predictor = Predictor(engine, eta)
     images = _images(predictor.model, count)
-    whole = graph_kind(predictor.model.format)(graph_file(folder, "whole", predictor.model.format))
     answer = whole({"images": images.numpy(), "eta": torch.tensor(predictor.threshold).numpy()})
     expected = predictor(images)
     assert answer["stage"].tolist() == expected.stage.tolist()
@@ -93,31 +136,30 @@ def test_the_whole_graph_answers_as_the_two_do(count: int, eta: float | None, fo
     torch.testing.assert_close(torch.from_numpy(answer["confidence"]), expected.confidence, atol=1e-5, rtol=0)
 
 
-def test_in_onnx_eta_need_not_be_given(folder: Path, model: CoarseToFineViT) -> None:
-    format, images = ExportedEngine(folder).model.format, _images(model, 5)
-    whole = graph_kind(format)(graph_file(folder, "whole", format))
-    assert whole.inputs == {"onnx": ("images",), "openvino": ("images", "eta")}[format]
+def test_in_onnx_eta_need_not_be_given(engine: ExportedEngine, whole: Graph, model: CoarseToFineViT) -> None:
+    images = _images(model, 5)
+    assert whole.inputs == {"onnx": ("images",), "openvino": ("images", "eta")}[engine.model.format]
     given = {"images": images.numpy(), "eta": torch.tensor(model.threshold).numpy()}
     answer = whole({name: given[name] for name in whole.inputs})
     assert answer["stage"].tolist() == Predictor(model)(images).stage.tolist()
 
 
-def test_cells_of_equal_rank_are_split_as_in_torch(folder: Path, model: CoarseToFineViT) -> None:
+def test_cells_of_equal_rank_are_split_as_in_torch(engine: ExportedEngine, model: CoarseToFineViT) -> None:
     images = _images(model, 8)
     with torch.inference_mode():
         state = model.coarse(images)
         for steps in (0, 1, 3):
             rank = (steps * state.class_attention / state.class_attention.amax(dim=1, keepdim=True)).round()
             tied = CoarseState(state.logits, state.tokens, state.embedding, rank, state.class_token)
-            logits, _ = ExportedEngine(folder).fine(images, tied)
+            logits, _ = engine.fine(images, tied)
             torch.testing.assert_close(logits, model.fine(images, tied), atol=1e-4, rtol=0)
 
 
-def test_an_exported_model_streams(folder: Path, model: CoarseToFineViT) -> None:
+def test_an_exported_model_streams(engine: ExportedEngine, model: CoarseToFineViT) -> None:
     images = _images(model, 24)
     expected = Predictor(model)(images)
     for ordered in (False, True):
-        answers = list(Predictor(folder).stream(images.split(5), fine_batch=4, ordered=ordered))
+        answers = list(Predictor(engine).stream(images.split(5), fine_batch=4, ordered=ordered))
         index = torch.cat([answer.index for answer in answers])
         assert sorted(index.tolist()) == list(range(24))
         logits = torch.cat([answer.logits for answer in answers])
@@ -164,30 +206,29 @@ def test_options_for_models_in_torch_are_refused(
     assert outcome.err == [f"cfvit: {option[0]} is for models in torch, and {folder} is an exported one: leave it out"]
 
 
-def test_pictures_are_drawn_from_an_exported_model(folder: Path, model: CoarseToFineViT) -> None:
+def test_pictures_are_drawn_from_an_exported_model(engine: ExportedEngine, model: CoarseToFineViT) -> None:
     images = _images(model, 3)
-    pairs = zip(explain(ExportedEngine(folder), images, 0.5), explain(model, images, 0.5), strict=True)
+    pairs = zip(explain(engine, images, 0.5), explain(model, images, 0.5), strict=True)
     for one, other in pairs:
         assert (one.split == other.split).all()
         assert [label for label, _ in one.answers] == [label for label, _ in other.answers]
 
 
-def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, colours: Path) -> None:
+def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, engine: ExportedEngine, colours: Path) -> None:
     photo = colours / "val" / "red" / "0.png"
     code = (
-        "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'torchvision', 'timm', 'cfvit']); "
+        "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'timm', 'cfvit', 'openvino_telemetry']); "
         "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     said = subprocess.run(
         [sys.executable, "-c", code, folder / "example.py", photo], capture_output=True, text=True, check=True
     )
     label, confidence, stage = said.stdout.split()
-    predictor = Predictor(folder)
-    expected = predictor(eval_transform(predictor.model.data_config)(open_image(photo))[None])
-    assert label == predictor.model.label_of(int(expected.logits.argmax()))
+    expected = Predictor(engine)(eval_transform(engine.model.data_config)(open_image(photo))[None])
+    assert label == engine.model.label_of(int(expected.logits.argmax()))
     assert float(confidence) == pytest.approx(float(expected.confidence), abs=1e-3)
     assert stage == ("coarse", "fine")[int(expected.stage)]
-    assert len((folder / "example.py").read_text().splitlines()) < 30
+    assert len((folder / "example.py").read_text().splitlines()) <= 18
 
 
 def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path, fails: Fails) -> None:
@@ -223,9 +264,9 @@ def test_an_exported_predictor_can_be_pickled(folder: Path, model: CoarseToFineV
     assert torch.equal(pickle.loads(pickle.dumps(predictor))(images).logits, predictor(images).logits)
 
 
-def test_other_shapes_are_refused(folder: Path, fails: Fails) -> None:
+def test_other_shapes_are_refused(engine: ExportedEngine, fails: Fails) -> None:
     with fails(r"images of shape \[1, 3, 8, 8\]: give normalised \[B, 3, 32, 32\]"):
-        Predictor(folder)(torch.zeros(1, 3, 8, 8))
+        Predictor(engine)(torch.zeros(1, 3, 8, 8))
 
 
 def test_compiling_is_for_torch(folder: Path, fails: Fails) -> None:
@@ -248,28 +289,17 @@ def test_other_models_can_be_exported(
     assert "0.5" in (tmp_path / "example.py").read_text()  # an eta, where the model has none
 
 
-def _copying(folder: Path) -> Callable[[CoarseToFineViT, Path, Format], None]:
-    """Takes the graphs of another export, where making them anew would take long."""
-
-    def write(model: CoarseToFineViT, made: Path, format: Format) -> None:
-        for file in folder.iterdir():
-            (made / file.name).write_bytes(file.read_bytes())
-
-    return write
-
-
 def test_graphs_that_differ_from_torch_are_not_written(
-    folder: Path, model: CoarseToFineViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+    model: CoarseToFineViT, traced: None, tmp_path: Path, fails: Fails
 ) -> None:
-    monkeypatch.setattr(export_module, "_write_graphs", _copying(folder))
-    changed, format = pickle.loads(pickle.dumps(model)), ExportedEngine(folder).model.format
+    changed = pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         changed.get_parameter("backbone.pos_embed")[0, 1:] *= 2  # which the fine stage alone reads
     with fails("the exported graphs differ from torch by .*, more than 0.001: not written"):
-        export(changed, tmp_path / "new", format=format)
+        export(changed, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
-    export(model, tmp_path / "new", format=format)
-    assert ExportedEngine(tmp_path / "new").model.difference < 1e-4
+    export(model, tmp_path / "new")
+    assert read_exported(tmp_path / "new").difference < 1e-4
 
 
 def test_what_cannot_be_exported_is_told(
@@ -325,14 +355,9 @@ def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path) -> None:
 
 
 def test_from_the_command_line(
-    folder: Path,
-    colour_model: Path,
-    tmp_path: Path,
-    cfvit_main: Callable[..., Outcome],
-    monkeypatch: pytest.MonkeyPatch,
+    colour_model: Path, traced: None, tmp_path: Path, cfvit_main: Callable[..., Outcome]
 ) -> None:
-    monkeypatch.setattr(export_module, "_write_graphs", _copying(folder))
-    outcome = cfvit_main("export", colour_model, tmp_path / "exported", "--format", ExportedEngine(folder).model.format)
+    outcome = cfvit_main("export", colour_model, tmp_path / "exported", "--format", "onnx")
     assert outcome.status == 0, outcome.err
     assert "differs from torch by" in outcome.err[-1]
     assert Predictor(tmp_path / "exported").threshold == load(colour_model).threshold
@@ -358,3 +383,83 @@ def test_a_server_answers_from_an_export(folder: Path, model: CoarseToFineViT, c
     assert predicted["stage"] == explained["stage"] == int(expected.stage)
     assert predicted["confidence"] == pytest.approx(float(expected.confidence), abs=1e-4)
     assert explained["split"] == shown.split.flatten().tolist()
+
+
+@pytest.mark.parametrize("options", [["--int8"], ["--data", "photos"]])
+def test_int8_and_data_belong_together(options: list[str], tmp_path: Path, cfvit_main: Callable[..., Outcome]) -> None:
+    outcome = cfvit_main("export", "deit_tiny_imagenet", tmp_path / "exported", *options)
+    assert outcome.status == 2
+    assert outcome.err == ["cfvit: --int8 quantises by the images of --data: give both, or neither"]
+
+
+@pytest.mark.parametrize(("format", "labelled"), [("onnx", True), ("openvino", False)])
+def test_int8_is_told_with_what_it_costs_and_has_an_eta_of_its_own(
+    format: Format,
+    labelled: bool,
+    colour_model: Path,
+    traced: None,
+    colours: Path,
+    tmp_path: Path,
+    cfvit_main: Callable[..., Outcome],
+) -> None:
+    model, folder = load(colour_model), tmp_path / "exported"
+    data = colours / "val" if labelled else colours / "val" / "red"
+    outcome = cfvit_main("export", colour_model, folder, "--format", format, "--int8", "--data", data)
+    assert outcome.status == 0, outcome.err
+    engine = ExportedEngine(folder)
+    about, found = engine.model, engine.model.quantised
+    assert found is not None
+    count = 33 if labelled else 11
+    assert (found.calibrated_on, found.scored_on) == (count // 2, count - count // 2)
+    assert found.measure == ("accuracy" if labelled else "agreement")
+    assert (found.before.fine == 100) == (not labelled), "torch agrees with itself"
+    assert found.before.eta == model.threshold
+    assert about.threshold == found.after.eta
+    assert found.after.answered is not None
+    assert found.before.answered is not None
+    assert found.after.fine - found.after.answered <= max(0, found.before.fine - found.before.answered) + 1e-9
+    assert f"coarse {found.after.coarse:.2f}, fine {found.after.fine:.2f}, at eta" in outcome.err[-2]
+    assert "nncf" in about.versions
+
+    images = _images(model, 8)
+    state, _ = engine.coarse(images)
+    with torch.inference_mode():
+        expected = model(images)
+    assert 1e-6 < float((state.logits - expected.coarse).abs().max()) < 0.5 * float(expected.coarse.abs().max())
+    whole = graph_kind(format)(graph_file(folder, "whole", format))
+    answer = whole({"images": images.numpy(), "eta": torch.tensor(about.threshold).numpy()})
+    assert answer["stage"].tolist() == Predictor(engine)(images).stage.tolist()
+    torch.testing.assert_close(
+        torch.from_numpy(answer["logits"]), Predictor(engine)(images).logits, atol=0.05, rtol=0.05
+    )
+
+
+def test_what_int8_needs_is_told(
+    model: CoarseToFineViT, colours: Path, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = open_images(str(colours / "val" / "red" / "0.png"))
+    with fails("1 image cannot be parted"):
+        calibration_images(one, model.data_config)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with fails("none of the 1 images to quantise by can be read"):
+        calibration_images(open_images(str(tmp_path)), model.data_config)
+
+    def missing(name: str) -> str:
+        if name == "nncf":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(export_module, "version", missing)
+    with fails(r"int8 needs nncf: install cfvit\[int8\]"):
+        export(model, tmp_path / "new", int8=one)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("flags", "slow"), [("avx2 fma", True), ("avx2 avx512_vnni", False), ("asimd", False)])
+def test_a_processor_on_which_int8_may_be_slower_is_told(flags: str, slow: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_if_slow(tmp_path / "cpuinfo")
+    assert ["no VNNI" in str(each.message) for each in caught] == [True] * slow

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
 import json
-import logging
 import shutil
 import tempfile
-import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from string import Template
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cfvit.checkpoints import weights_digest
+from cfvit.data import DataSource
+from cfvit.deploy.graphs import STATE, stage_graphs, whole_graph, write_graphs
+from cfvit.deploy.quantising import quantise_export, warn_if_slow
 from cfvit.errors import CfvitError, first_line
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
@@ -45,8 +44,6 @@ BATCHES = (0, 1, 2, 5, 32)
 """How many images the graphs are compared on at a time."""
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-STATE = [f.name for f in fields(CoarseState)]
-
 
 _EXAMPLE = Template('''\
 """Classifies a photo without torch or cfvit: python example.py PHOTO"""
@@ -54,94 +51,52 @@ import json, sys, numpy as np, $package
 from pathlib import Path
 from PIL import Image, ImageOps
 
-here = Path(__file__).parent
-about = json.loads((here / "$about").read_text())
+about = json.loads(Path(__file__).with_name("$about").read_text())
 (height, width), data = about["image_size"], about["data_config"]
 photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
 scale = max(int(height / data["crop_pct"]) / photo.height, int(width / data["crop_pct"]) / photo.width)
 photo = photo.resize([int(side * scale + 1e-6) for side in photo.size], Image.Resampling[data["interpolation"].upper()])
-left, top = round((photo.width - width) / 2), round((photo.height - height) / 2)
-pixels = np.asarray(photo.crop((left, top, left + width, top + height)), np.float32) / 255
-images = ((pixels - data["mean"]) / data["std"]).astype(np.float32).transpose(2, 0, 1)[None]
-eta = np.array($eta, np.float32)
+top, left = round((photo.height - height) / 2), round((photo.width - width) / 2)
+pixels = np.asarray(photo, np.float32)[top : top + height, left : left + width] / 255
+images = np.float32((pixels - data["mean"]) / data["std"]).transpose(2, 0, 1)[None]
 $run
-label = int(logits[0].argmax())
-print((about["class_names"] or range(label + 1))[label], f"{float(confidence[0]):.4f}", ("coarse", "fine")[stage[0]])
+print($label, confidence[0], ("coarse", "fine")[stage[0]])
 ''')
 
 _RUN = {
-    "onnx": """session = onnxruntime.InferenceSession(here / "whole.onnx")
-logits, confidence, stage = session.run(None, {"images": images, "eta": eta})""",
-    "openvino": """whole = openvino.compile_model(here / "whole.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-logits, confidence, stage = whole({"images": images, "eta": eta}).values()""",
+    "onnx": """whole = onnxruntime.InferenceSession(Path(__file__).with_name("whole.onnx"))
+logits, confidence, stage = whole.run(None, {"images": images, "eta": np.array(ETA, np.float32)})""",
+    "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}  # else some processors take bfloat16
+whole = openvino.compile_model(Path(__file__).with_name("whole.xml"), "CPU", options)
+logits, confidence, stage = whole({"images": images, "eta": np.array(ETA, np.float32)}).values()""",
 }
 
 
-class _Stage(nn.Module):
-    """What is exported of a model: tensors in, tensors out."""
-
-    def __init__(self, model: CoarseToFineViT) -> None:
-        super().__init__()
-        self.model = model
-
-
-class _Coarse(_Stage):
-    """The coarse stage: all of its state, and its confidence."""
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        state = self.model.coarse(images)
-        return (*(getattr(state, name) for name in STATE), self.model.exit.coarse(state.logits))
-
-
-class _Fine(_Stage):
-    """The fine stage, from images and what it needs of their state."""
-
-    def forward(
-        self,
-        images: Tensor,
-        tokens: Tensor,
-        embedding: Tensor,
-        class_attention: Tensor,
-        class_token: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        unused = tokens[:, 0]
-        state = CoarseState(unused, tokens, embedding, class_attention, unused if class_token is None else class_token)
-        logits = self.model.fine(images, state)
-        return logits, self.model.exit.fine(logits)
-
-
-class _Whole(_Stage):
-    """Both stages, the second for those images alone that need it."""
-
-    def forward(self, images: Tensor, eta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        state = self.model.coarse(images)
-        confidence = self.model.exit.coarse(state.logits)
-        # as `goes_on` decides, without a choice between booleans, which ONNX Runtime does not compute
-        on = (~(confidence >= eta) | (eta >= 1)) & (eta > 0)
-        hard = on.nonzero().flatten()
-        picked = CoarseState(*(getattr(state, name).index_select(0, hard) for name in STATE))
-        fine = self.model.fine(images.index_select(0, hard), picked)
-        logits = state.logits.index_copy(0, hard, fine)
-        return logits, confidence.index_copy(0, hard, self.model.exit.fine(fine)), on.long()
-
-
 def export(
-    model: CoarseToFineViT, folder: str | Path, *, format: Format = "onnx", images: Tensor | None = None
+    model: CoarseToFineViT,
+    folder: str | Path,
+    *,
+    format: Format = "onnx",
+    images: Tensor | None = None,
+    int8: DataSource | None = None,
 ) -> ExportedModel:
     """Writes a model as graphs that run without torch, for `cfvit.Predictor(folder)` and for programs without cfvit.
 
-    The folder gets ``coarse``, ``fine`` and ``whole`` in float32 for batches of any size, `EXPORT_FILE` and an
-    ``example.py``. ``whole`` runs both stages as `cfvit.Predictor` does; eta is one of its inputs. The graphs
-    are compared with torch on random images at first, and take their place only if they agree.
+    The folder gets ``coarse``, ``fine`` and ``whole`` for batches of any size, `EXPORT_FILE` and ``example.py``; ONNX
+    graphs share a file of weights. ``whole`` runs both stages as `cfvit.Predictor` does; eta is one of its inputs. The
+    graphs are in float32 at first, are compared with torch on random images, and go on only if they agree.
 
     Args:
         folder: made if it is not there; what another export left in it is replaced.
         format: ``"onnx"`` or ``"openvino"``.
         images: further normalised images ``[n, 3, H, W]`` to compare on.
+        int8: quantise weights and activations to eight bits, by some of these images. On the others both stages are
+            scored and eta is chosen anew, see `cfvit.deploy.quantising.score`; by labels if ``int8.class_names`` says
+            that there are any, which then have to be the model's.
 
     Raises:
-        CfvitError: a model that cannot be exported, graphs that differ from torch by more than `TOLERANCE`, packages
-            that are not installed, a folder that cannot be written.
+        CfvitError: a model that cannot be exported, graphs that differ from torch by more than `TOLERANCE`, too few
+            images for ``int8``, packages that are not installed, a folder that cannot be written.
     """
     folder = Path(folder)
     if format not in get_args(Format):
@@ -152,6 +107,12 @@ def export(
         versions = {name: version(name) for name in ("cfvit", "torch", *PACKAGES[format])}
     except ImportError as error:
         raise CfvitError(f"exporting to {format} needs {error.name}: install cfvit[{format}]") from error
+    if int8 is not None:
+        warn_if_slow()
+        try:
+            versions["nncf"] = version("nncf")
+        except ImportError as error:
+            raise CfvitError("int8 needs nncf: install cfvit[int8]") from error
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     source = weights_digest(model)
     if isinstance(model.backbone.patch_embed, lvvit.ConvStem):
@@ -174,20 +135,28 @@ def export(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
             made = Path(temporary)
             try:
-                _write_graphs(model, made, format)
+                graphs = stage_graphs(model)
+                write_graphs({**graphs, "whole": whole_graph(**graphs, eta=model.threshold)}, made, format)
             except OSError:
                 raise
             except Exception as error:
                 raise CfvitError(f"{model.config.backbone} cannot be exported ({first_line(error)})") from error
             _write_about(about, made)
-            difference = compare(model, made, images)
-            if not difference <= TOLERANCE:
+            about = replace(about, difference=compare(model, made, images))
+            if not about.difference <= TOLERANCE:
                 raise CfvitError(
-                    f"the exported graphs differ from torch by {difference:.2g}, more than {TOLERANCE:g}: not written; "
-                    f"other versions of {' and '.join(PACKAGES[format])} may do better"
+                    f"the exported graphs differ from torch by {about.difference:.2g}, more than {TOLERANCE:g}: not "
+                    f"written; other versions of {' and '.join(PACKAGES[format])} may do better"
                 )
-            about = ExportedModel(**{**vars(about), "difference": difference})
+            if int8 is not None:
+                about = quantise_export(model, graphs, about, made, int8)
             _write_about(about, made)
+            classes = "logits.argmax()" if about.class_names is None else 'about["class_names"][logits.argmax()]'
+            eta = "0.5" if about.threshold is None else 'about["exit"]["eta"]'
+            run = _RUN[format].replace("ETA", eta)
+            (made / "example.py").write_text(
+                _EXAMPLE.substitute(package=PACKAGES[format][-1], about=EXPORT_FILE, label=classes, run=run)
+            )
             (folder / EXPORT_FILE).unlink(missing_ok=True)
             for file in sorted(made.iterdir(), key=lambda file: file.name == EXPORT_FILE):  # it says that all is there
                 shutil.move(file, folder / file.name)
@@ -196,93 +165,6 @@ def export(
             f"cannot write {folder} ({error.strerror or error}): make room or choose another place"
         ) from error
     return about
-
-
-def _write_graphs(model: CoarseToFineViT, folder: Path, format: Format) -> None:
-    """Writes the three graphs and the example."""
-    import onnx
-
-    images = torch.zeros(2, 3, *model.image_size)
-    with torch.no_grad():
-        state = model.coarse(images)
-    eta = torch.tensor(0.5 if model.threshold is None else model.threshold)
-    needed = ["tokens", "embedding", "class_attention"]
-    needed += ["class_token"] if model.config.feature_reuse == "class_token" else []
-    given = {name: getattr(state, name) for name in needed}
-    stages: dict[str, tuple[nn.Module, dict[str, Tensor], list[str]]] = {
-        "coarse": (_Coarse(model), {"images": images}, [*STATE, "confidence"]),
-        "fine": (_Fine(model), {"images": images, **given}, ["logits", "confidence"]),
-        "whole": (_Whole(model), {"images": images, "eta": eta}, ["logits", "confidence", "stage"]),
-    }
-    batch = torch.export.Dim("batch", min=0)
-    for stage, (network, inputs, outputs) in stages.items():
-        path = folder / f"{stage}.onnx"
-        with _silent():
-            torch.onnx.export(
-                network.eval(),
-                tuple(inputs.values()),
-                dynamo=True,
-                verbose=False,
-                input_names=list(inputs),
-                output_names=outputs,
-                dynamic_shapes=tuple(None if name == "eta" else {0: batch} for name in inputs),
-                custom_translation_table={torch.ops.aten.sort.stable: _sort},
-            ).save(path, external_data=False)  # pyright: ignore[reportOptionalMemberAccess]
-        if format == "openvino":
-            _to_openvino(path)
-        elif stage == "whole" and model.threshold is not None:
-            whole = onnx.load(path)
-            whole.graph.initializer.append(onnx.numpy_helper.from_array(eta.numpy(), "eta"))  # its value if not given
-            onnx.save(whole, path)
-    default = "0.5" if model.threshold is None else 'about["exit"]["eta"]'
-    text = _EXAMPLE.substitute(package=PACKAGES[format][-1], about=EXPORT_FILE, eta=default, run=_RUN[format])
-    (folder / "example.py").write_text(text)
-
-
-@contextlib.contextmanager
-def _silent() -> Any:
-    """Without what torch prints and logs of an export."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
-def _sort(self: Any, stable: bool = False, dim: int = -1, descending: bool = False) -> Any:
-    """Sorting as ONNX has it: TopK of all, in which the lower index goes first among equals. torch translates none."""
-    from onnxscript import opset18
-
-    whole: Any = opset18.Shape(self, start=dim, end=None if dim == -1 else dim + 1)
-    return opset18.TopK(self, whole, axis=dim, largest=int(descending), sorted=1)
-
-
-def _to_openvino(path: Path) -> None:
-    """Converts a graph, in which TopK has to keep the order of equals, as ONNX's does."""
-    import openvino
-    from openvino import opset11
-
-    model = openvino.convert_model(path)
-    for node in model.get_ops():
-        if node.get_type_name() == "TopK":
-            given = node.get_attributes()
-            stable = opset11.topk(
-                node.input_value(0),
-                node.input_value(1),
-                given["axis"],
-                given["mode"],
-                given["sort"],
-                given["index_element_type"],
-                stable=True,
-            )
-            for old, new in zip(node.outputs(), stable.outputs(), strict=True):
-                for target in old.get_target_inputs():
-                    target.replace_source_output(new)
-    openvino.save_model(model, path.with_suffix(".xml"), compress_to_fp16=False)
-    path.unlink()
 
 
 def _write_about(about: ExportedModel, folder: Path) -> None:

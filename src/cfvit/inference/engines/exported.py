@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +25,43 @@ Format = Literal["onnx", "openvino"]
 
 
 @dataclass(frozen=True)
+class Scores:
+    """How good a model is on some images.
+
+    Attributes:
+        coarse, fine: right answers in percent, if this stage answers all images.
+        eta: of the model, or None.
+        answered: right answers in percent at eta.
+        fine_share: share of images that go on at eta, in [0, 1].
+    """
+
+    coarse: float
+    fine: float
+    eta: float | None
+    answered: float | None
+    fine_share: float | None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """What became of a model in eight-bit integers.
+
+    Attributes:
+        calibrated_on: number of images that the ranges were found on.
+        scored_on: number of other images, on which eta was chosen.
+        measure: an answer is right if it is the label, or if it agrees with the fine stage in torch.
+        before: the model in torch.
+        after: the exported one.
+    """
+
+    calibrated_on: int
+    scored_on: int
+    measure: Literal["accuracy", "agreement"]
+    before: Scores
+    after: Scores
+
+
+@dataclass(frozen=True)
 class ExportedModel:
     """What a folder of an exported model says of it, under the names that a `CoarseToFineViT` has.
 
@@ -32,8 +70,9 @@ class ExportedModel:
         image_size: height and width in pixels.
         macs: cost of an image.
         source: `cfvit.checkpoints.weights_digest` of the exported weights.
-        difference: the largest difference from torch that was seen when the export was checked.
+        difference: the largest difference from torch that was seen when the export was checked; before quantising.
         versions: of the packages that made it.
+        quantised: of a model in eight-bit integers.
     """
 
     format: Format
@@ -47,6 +86,7 @@ class ExportedModel:
     source: str
     difference: float
     versions: dict[str, str]
+    quantised: Quantised | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -91,11 +131,20 @@ def graph_kind(format: Format) -> type[Graph]:
             from cfvit.inference.engines.onnx import OnnxGraph
 
             return OnnxGraph
+        without_telemetry()
         from cfvit.inference.engines.openvino import OpenVinoGraph
 
         return OpenVinoGraph
     except ImportError as error:
         raise CfvitError(f"models exported to {format} need {error.name}: install cfvit[{format}]") from error
+
+
+def without_telemetry() -> None:
+    """Keeps OpenVINO and nncf from reporting their use to Google Analytics; call it before either is imported.
+
+    They would do so without asking, in a process that is forked from a thread, which is not safe beside others.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType] as if not installed
 
 
 def graph_file(folder: Path, stage: str, format: Format) -> Path:

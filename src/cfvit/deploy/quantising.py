@@ -1,0 +1,177 @@
+"""Graphs in eight-bit integers: quantised by nncf, scored on other images, with an eta of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfvit.calibration import Drop, TradeOff, rank_images
+from cfvit.calibration.choice import choose_eta
+from cfvit.data import UNREADABLE, DataSource, EvalImages, eval_loader, progress_bar
+from cfvit.deploy.graphs import silent, whole_graph, write_graphs
+from cfvit.errors import CfvitError
+from cfvit.evaluation.metrics import collect
+from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, Quantised, Scores, without_telemetry
+from cfvit.inference.engines.packing import accelerate
+from cfvit.modeling.cost import count_macs
+from cfvit.modeling.model import CoarseToFineViT
+
+MOST_IMAGES = 300
+"""So many images at most are calibrated on; nncf's own default."""
+SMOOTHING = 0.5
+"""SmoothQuant's alpha, as its authors have it. nncf's own, 0.95, changed twice as many answers of DeiT-T."""
+FAST = {"avx512_vnni", "avx_vnni", "amx_int8"}
+"""What /proc/cpuinfo calls instructions for products of eight-bit integers."""
+
+
+def quantise(graph: Any, inputs: Sequence[Mapping[str, np.ndarray]]) -> Any:
+    """An ``onnx.ModelProto`` with weights and activations of matrix products in eight bits.
+
+    Args:
+        inputs: what the graph is run on to find the ranges of its activations.
+    """
+    without_telemetry()
+    import nncf
+    from nncf.quantization.advanced_parameters import AdvancedQuantizationParameters, AdvancedSmoothQuantParameters
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(silent())
+        if sys.stderr.isatty():
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))  # nncf's progress bars
+        return nncf.quantize(
+            graph,
+            nncf.Dataset(inputs),
+            subset_size=len(inputs),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=AdvancedQuantizationParameters(
+                smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=SMOOTHING)
+            ),
+        )
+
+
+def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
+    """Images to find ranges on, at most `MOST_IMAGES`, and which others are left; the same in every run.
+
+    Returns:
+        Normalised images ``[3, H, W]``, and indices into the source.
+
+    Raises:
+        CfvitError: fewer than two images, or none that can be read.
+    """
+    if len(source) < 2:
+        raise CfvitError("1 image cannot be parted into one to quantise by and another to choose eta on: give more")
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    count = min(MOST_IMAGES, len(order) // 2)
+    items = EvalImages(source, data_config, order[:count])
+    found = [image for image, target, _ in (items[place] for place in range(count)) if target != UNREADABLE]
+    if not found:
+        raise CfvitError(f"none of the {count} images to quantise by can be read: check the data")
+    return found, sorted(order[count:])
+
+
+@torch.inference_mode()
+def quantise_export(
+    model: CoarseToFineViT, graphs: Mapping[str, Any], about: ExportedModel, folder: Path, source: DataSource
+) -> ExportedModel:
+    """Puts quantised graphs into the place of an export's graphs, with an eta of their own.
+
+    The fine stage is quantised on what the coarse one in torch says of the same images.
+
+    Args:
+        graphs: the stages, as of `cfvit.deploy.graphs.stage_graphs`.
+        about, folder: of the export.
+        source: images; part of them to quantise by, the others to choose eta on.
+
+    Returns:
+        What is then in the folder.
+    """
+    images, others = calibration_images(source, model.data_config)
+    given = []
+    for image in images:
+        state = model.coarse(image[None])
+        given.append({"images": image[None].numpy(), **{name: part.numpy() for name, part in vars(state).items()}})
+    stages = {}
+    for stage, graph in graphs.items():
+        names = [each.name for each in graph.graph.input]
+        stages[stage] = quantise(graph, [{name: each[name] for name in names} for each in given])
+    write_graphs(stages, folder, about.format)
+    found = score(model, ExportedEngine(folder), source, others, len(images))
+    eta = found.after.eta
+    write_graphs({**stages, "whole": whole_graph(**stages, eta=eta)}, folder, about.format)
+    return replace(about, exit=replace(about.exit, eta=eta), quantised=found)
+
+
+def score(
+    model: CoarseToFineViT,
+    engine: ExportedEngine,
+    source: DataSource,
+    indices: Sequence[int],
+    calibrated_on: int,
+) -> Quantised:
+    """Answers of a model and of its quantised stages to the same images, and an eta for the quantised ones.
+
+    It is the lowest at which they lose no more against their fine stage than the model loses at its own eta. Answers
+    are compared with the labels, or with the fine answers in torch if ``source`` has no classes.
+
+    Args:
+        engine: runs the quantised stages.
+        indices: of images that nothing was calibrated on.
+    """
+    fast = accelerate(model)
+
+    def forward(images: Tensor) -> tuple[Tensor, ...]:
+        state, (quantised, _) = fast.coarse(images), engine.coarse(images)
+        return state.logits, fast.fine(images, state), quantised.logits, engine.fine(images, quantised)[0]
+
+    loader = eval_loader(EvalImages(source, model.data_config, indices), 32, 0, torch.device("cpu"))
+    with progress_bar(len(indices)) as advance:
+        collected = collect(forward, loader, torch.device("cpu"), advance)
+    count = len(collected.labels)
+    if count == 0:
+        raise CfvitError(f"none of the {len(indices)} images to choose eta on can be read: check the data")
+    labelled, rule = bool(source.class_names), model.exit
+    labels = collected.labels if labelled else collected.logits[1].argmax(dim=-1)
+    before, after = (
+        rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
+        for coarse, fine in (collected.logits[:2], collected.logits[2:])
+    )
+
+    def scores(trade: TradeOff, eta: float | None) -> Scores:
+        hard = None if eta is None else trade.gone_on(eta)
+        coarse, fine, answered = (
+            None if place is None else 100 * int(trade.right[place]) / count for place in (0, count, hard)
+        )
+        assert coarse is not None
+        assert fine is not None
+        return Scores(coarse, fine, eta, answered, None if hard is None else hard / count)
+
+    plain = scores(before, rule.eta)
+    eta = None
+    if plain.answered is not None:
+        eta = choose_eta(Drop(max(0.0, plain.fine - plain.answered)), after, count_macs(model))
+    return Quantised(
+        calibrated_on=calibrated_on,
+        scored_on=count,
+        measure="accuracy" if labelled else "agreement",
+        before=plain,
+        after=scores(after, eta),
+    )
+
+
+def warn_if_slow(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:
+    """Warns on an x86 processor without products of eight-bit integers, on which int8 may be slower than float32."""
+    flags = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    if "avx2" in flags and not flags & FAST:
+        warnings.warn(
+            "this processor has no VNNI, so int8 may be slower here than float32: compare with cfvit bench --engine",
+            stacklevel=2,
+        )
