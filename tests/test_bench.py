@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -32,11 +33,11 @@ from cfvit.benchmark.contenders import (
     ForcedExits,
     own_contenders,
     peers_of,
-    prepare,
     spread_evenly,
     whole_fine_batches,
     whole_images,
 )
+from cfvit.benchmark.engines import EngineName, Engines, prepare
 from cfvit.benchmark.measure import (
     Batch,
     Plan,
@@ -46,10 +47,10 @@ from cfvit.benchmark.measure import (
     peak_bytes,
     random_images,
 )
-from cfvit.benchmark.modes import Mode
 from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
     Bench,
+    best_engines,
     cells,
     doubts_of,
     papers_comparison,
@@ -101,7 +102,7 @@ def _all_contenders(model: CoarseToFineViT) -> list[Contender]:
     """Those of `NAMES`: what is tested of a peer holds of each."""
     peers, refusals = peers_of(model)
     assert refusals == {}
-    return own_contenders(model) + [peer for peer in peers if peer.name in NAMES]
+    return own_contenders(Engines(model)) + [peer for peer in peers if peer.name in NAMES]
 
 
 @pytest.fixture
@@ -181,8 +182,8 @@ def test_every_call_answers_by_what_it_names(
     coarse, fine = model(images)
     on = torch.tensor([False, True, False, True])
     expected = torch.where(on[:, None], fine, coarse)
-    for mode in ("eager", "accelerated"):
-        answers: dict[str, Any] = {each.name: each.build(mode)(images, [2])() for each in contenders}
+    for engine in ("eager", "torch"):
+        answers: dict[str, Any] = {each.name: each.build(engine)(images, [2])() for each in contenders}
         for name, logits in {"backbone": model.backbone(images), "coarse stage": coarse, "fine stage": fine}.items():
             torch.testing.assert_close(_logits(answers[name]), logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(_logits(answers["both stages"]), fine, rtol=1e-4, atol=1e-4)
@@ -211,7 +212,7 @@ def test_compiled_calls_answer_alike(
     images = make_images(model, 4)
     for contender in contenders:
         if contender.name not in ("backbone", "stream", "literal port", "EViT, keep 0.7"):
-            eager, compiled = (contender.build(mode)(images, [2])() for mode in ("eager", "compiled"))
+            eager, compiled = (contender.build(engine)(images, [2])() for engine in ("eager", "compiled"))
             torch.testing.assert_close(_logits(compiled), _logits(eager), rtol=1e-4, atol=1e-4)
 
 
@@ -254,12 +255,13 @@ def test_networks_are_prepared_once_for_all_batch_sizes(
         return original(self, network, compile)
 
     monkeypatch.setattr(CfViT, "engine", engine)
-    contenders = own_contenders(model)
+    engines = Engines(model)
+    contenders = own_contenders(engines)
     for count in (1, 2):
         for contender in contenders:
             contender.build("eager")(make_images(model, count), [1])()
     assert made == [False]
-    assert contenders[0].build("eager") is contenders[0].build("eager")
+    assert engines.plain("torch") is engines.plain("torch")
 
 
 def test_eager_is_the_network_itself(model: CoarseToFineViT) -> None:
@@ -285,7 +287,7 @@ def test_a_method_of_ones_own_is_timed_without_a_change_elsewhere(
 
     peers, _ = peers_of(model)
     (own,) = (each for each in peers if each.name == "mean colour, all")
-    batch = measure_batch(model, [own_contenders(model)[0], own], random_images(model, 2), QUICK)
+    batch = measure_batch(model, [own_contenders(Engines(model))[0], own], random_images(model, 2), QUICK)
     row = _by(batch.rows, "mean colour, all", "eager")
     assert row.gmacs == 3 * model.config.num_classes / 1e9
     assert timed["results"]["mean colour, all, eager, 0 on"][0].shape == (2, model.config.num_classes)
@@ -294,11 +296,11 @@ def test_a_method_of_ones_own_is_timed_without_a_change_elsewhere(
 # Rows
 
 
-def _by(rows: Sequence[Row], name: str, mode: Mode, share: float | None = None) -> Row:
+def _by(rows: Sequence[Row], name: str, engine: EngineName, share: float | None = None) -> Row:
     (row,) = [
         row
         for row in rows
-        if (row.name, row.mode) == (name, mode) and (share is None or row.fine_share == pytest.approx(share))
+        if (row.name, row.engine) == (name, engine) and (share is None or row.fine_share == pytest.approx(share))
     ]
     return row
 
@@ -307,11 +309,11 @@ def test_rows_follow_from_the_times_and_the_macs(
     model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
     drifting = [1.0, 1.01, 0.99, 1.0, 1.0, 1.01, 0.99, 1.0]
-    factors = {"backbone, eager": 8, "backbone, accelerated": 4, "predictor, accelerated": 2, "matrix product": 0.5}
+    factors = {"backbone, eager": 8, "backbone, torch": 4, "predictor, torch": 2, "matrix product": 0.5}
     timed["seconds"] = lambda name: [
         drift * next((factor for start, factor in factors.items() if name.startswith(start)), 1) for drift in drifting
     ]
-    batch = measure_batch(model, contenders, random_images(model, 4), Plan(("accelerated",), (0.25, 0.5), 8, 1))
+    batch = measure_batch(model, contenders, random_images(model, 4), Plan(("torch",), (0.25, 0.5), 8, 1))
     macs = count_macs(model)
     assert [row.label for row in batch.rows][:9] == [
         "backbone",
@@ -324,13 +326,13 @@ def test_rows_follow_from_the_times_and_the_macs(
         "stream, 25% fine",
         "stream, 50% fine",
     ]
-    row = _by(batch.rows, "predictor", "accelerated", 0.25)
+    row = _by(batch.rows, "predictor", "torch", 0.25)
     cost = macs.coarse + macs.fine / 4
     assert row.gmacs == cost / 1e9
     assert row.images_per_second == pytest.approx(4 / 2)
     assert row.p50_ms == pytest.approx(2000)
     assert row.mean_ms == pytest.approx(2000)
-    stream = _by(batch.rows, "stream", "accelerated", 0.25)
+    stream = _by(batch.rows, "stream", "torch", 0.25)
     assert stream.images_per_round == 32 / 0.25, "a fine batch of 8 batches is filled once"
     assert stream.images_per_second == pytest.approx(stream.images_per_round)
     assert stream.mean_ms == pytest.approx(1000 * 4 / stream.images_per_round)
@@ -343,23 +345,23 @@ def test_rows_follow_from_the_times_and_the_macs(
     rate = measure_module.MATRIX_SIDES["cpu"] ** 3 / 0.5
     assert batch.matrix_gmacs_per_second == pytest.approx(rate / 1e9)
     assert row.matrix_share == pytest.approx(cost * 4 / 2 / rate)
-    assert _by(batch.rows, "backbone", "accelerated").eager_ratio.value == pytest.approx(2)
+    assert _by(batch.rows, "backbone", "torch").eager_ratio.value == pytest.approx(2)
     port = _by(batch.rows, "literal port", "eager", 0.25)
-    assert (port.ratio.value, port.eager_ratio.value) == pytest.approx((8, 8)), "beside the backbone in its own mode"
+    assert (port.ratio.value, port.eager_ratio.value) == pytest.approx((8, 8)), "beside the backbone in its own engine"
     assert port.predictor_ratio is not None
-    assert port.predictor_ratio.value == pytest.approx(0.5), "the predictor in the mode in which it was timed"
-    backbone = _by(batch.rows, "backbone", "accelerated")
+    assert port.predictor_ratio.value == pytest.approx(0.5), "the predictor in the engine in which it was timed"
+    backbone = _by(batch.rows, "backbone", "torch")
     assert [each.predictor_ratio and each.predictor_ratio.value for each in (backbone, row)] == pytest.approx([2, 1])
 
 
-def test_the_reference_and_the_port_are_there_once_in_eager_mode(
+def test_the_reference_and_the_port_are_there_once_in_eager_torch(
     model: CoarseToFineViT, contenders: list[Contender], timed: dict[str, Any]
 ) -> None:
-    plan = Plan(("eager", "accelerated"), (0.5,), 1, 1)
-    pairs = [(row.name, row.mode) for row in measure_batch(model, contenders, random_images(model, 2), plan).rows]
+    plan = Plan(("eager", "torch"), (0.5,), 1, 1)
+    pairs = [(row.name, row.engine) for row in measure_batch(model, contenders, random_images(model, 2), plan).rows]
     everywhere = [name for name in NAMES if name != "literal port"]
     assert sorted(pairs) == sorted(
-        [("literal port", "eager"), *((name, mode) for name in everywhere for mode in ("eager", "accelerated"))]
+        [("literal port", "eager"), *((name, engine) for name in everywhere for engine in ("eager", "torch"))]
     )
     assert pairs[0] == ("backbone", "eager")
 
@@ -456,15 +458,15 @@ def test_real_images_go_through_the_model_at_its_own_eta(
 ) -> None:
     model, source = load(colour_model).requires_grad_(False), open_images(str(colours))
     assert model.threshold is not None
-    batch = measure_real(model, source, 5, Plan(("accelerated",), (0.1,), 8, 1))
+    batch = measure_real(Engines(model), source, 5, Plan(("torch",), (0.1,), 8, 1))
     images = read_images(source, model, 5)
     assert images.count == 20
     stages = torch.cat([Predictor(model)(pixels).stage for pixels in images.resident])
-    assert [(row.name, row.mode, row.scope) for row in batch.rows] == [
-        (name, mode, scope)
-        for name, mode in (("backbone", "eager"), ("backbone", "accelerated"), ("predictor", "accelerated"))
+    assert [(row.name, row.engine, row.scope) for row in batch.rows] == [
+        (name, engine, scope)
+        for name, engine in (("backbone", "eager"), ("backbone", "torch"), ("predictor", "torch"))
         for scope in SCOPES
-    ] + [("stream", "accelerated", scope) for scope in (*SCOPES, FILES, SCALED)]
+    ] + [("stream", "torch", scope) for scope in (*SCOPES, FILES, SCALED)]
     share = float(stages.float().mean())
     assert 0 < share < 1
     assert batch.rows[-1].fine_share == share
@@ -484,9 +486,9 @@ def test_jpegs_are_answered_from_files_with_and_without_scaled_decoding(
             image.convert("RGB").resize((256, 256)).save(photo)
     model, source = load(colour_model).requires_grad_(False), open_images(str(tmp_path))
     timed["seconds"] = lambda name: [{FILES: 2.0, SCALED: 1.0, DECODING: 4.0}.get(name.split(", ", 2)[-1], 1.0)] * 8
-    batch = measure_real(model, source, 8, dataclasses.replace(QUICK, modes=("accelerated",)))
-    whole, scaled = (timed["results"][f"stream, accelerated, {scope}"][0] for scope in (FILES, SCALED))
-    expected = [model.label_of(i) for part in timed["results"]["predictor, accelerated, with decoding"] for i in part]
+    batch = measure_real(Engines(model), source, 8, dataclasses.replace(QUICK, engines=("torch",)))
+    whole, scaled = (timed["results"][f"stream, torch, {scope}"][0] for scope in (FILES, SCALED))
+    expected = [model.label_of(i) for part in timed["results"]["predictor, torch, with decoding"] for i in part]
     assert [answer.label for answer in whole] == expected
     assert len(scaled) == len(expected)
     assert all(isinstance(answer, FileAnswer) for answer in scaled)
@@ -496,13 +498,13 @@ def test_jpegs_are_answered_from_files_with_and_without_scaled_decoding(
 
 def test_all_scopes_give_the_same_answers(colour_model: Path, colours: Path, timed: dict[str, Any]) -> None:
     model = load(colour_model).requires_grad_(False)
-    measure_real(model, open_images(str(colours)), 8, dataclasses.replace(QUICK, modes=("accelerated",)))
+    measure_real(Engines(model), open_images(str(colours)), 8, dataclasses.replace(QUICK, engines=("torch",)))
     for name in ("backbone", "predictor"):
-        computed, *others = (timed["results"][f"{name}, accelerated, {scope}"] for scope in SCOPES)
+        computed, *others = (timed["results"][f"{name}, torch, {scope}"] for scope in SCOPES)
         expected = [logits.argmax(dim=-1).tolist() for logits in computed]
         assert len(expected) == 2
         assert others == [expected] * 3
-    computed, *others = (timed["results"][f"stream, accelerated, {scope}"][0] for scope in SCOPES)
+    computed, *others = (timed["results"][f"stream, torch, {scope}"][0] for scope in SCOPES)
     assert [torch.cat(computed).argmax(dim=-1).tolist()] * 3 == [list(chain.from_iterable(each)) for each in others]
 
 
@@ -521,7 +523,7 @@ def test_a_scope_does_its_own_work_within_the_call(
 
     monkeypatch.setattr(real_module, "open_image", count("decode", decode))
     monkeypatch.setattr(real_module, "eval_transform", lambda config: count("resize", transform(config)))
-    measure_real(load(colour_model).requires_grad_(False), open_images(str(colours)), 16, QUICK)
+    measure_real(Engines(load(colour_model).requires_grad_(False)), open_images(str(colours)), 16, QUICK)
     within = {key: times for key, times in done.items() if key[1] != "before"}
     times = 16 * 2 * 3  # two batches, by three contenders
     assert within == dict.fromkeys(
@@ -560,7 +562,7 @@ def _run(model: CoarseToFineViT, **options: Any) -> Bench:
 def _row(**changes: Any) -> Row:
     values: dict[str, Any] = {
         "name": "predictor",
-        "mode": "accelerated",
+        "engine": "torch",
         "images": "random",
         "scope": "computing",
         "reference": "computing",
@@ -570,7 +572,7 @@ def _row(**changes: Any) -> Row:
         "gmacs": 1.2345,
         "rounds": 20,
         "images_per_round": 4,
-        "parts": {"predictor, accelerated, 1 on": 1.0},
+        "parts": {"predictor, torch, 1 on": 1.0},
         "images_per_second": 123.45,
         "mean_ms": 33.0,
         "p50_ms": 32.4,
@@ -591,7 +593,7 @@ def _row(**changes: Any) -> Row:
 def test_cells_of_a_row() -> None:
     ratios = ["1.80 (1.75 to 1.85)", "2.50", "3.00 (2.00 to 4.00) ?"]
     times = ["33.00", "32.40", "40.00", "-"]
-    assert cells(_row()) == ["predictor, 25% fine", "accelerated", "1.234", "123.5", *times, *ratios, "42%", "3%", "8"]
+    assert cells(_row()) == ["predictor, 25% fine", "torch", "1.234", "123.5", *times, *ratios, "42%", "3%", "8"]
     few = cells(_row(ratio=Estimate(1.8, 0, math.inf), peak_megabytes=12.3, scope="with decoding"))
     assert (few[0], few[8], few[-1]) == ("predictor, 25% fine, with decoding", "1.80 ?", "12")
 
@@ -599,14 +601,14 @@ def test_cells_of_a_row() -> None:
 def _bench(rows: Sequence[Row], **changes: Any) -> Bench:
     conditions = Conditions("cfvit bench", "a machine", "float32", "versions", "abc", "today")
     batch = Batch(4, list(rows), 100.0, 1.0)
-    given = {"backbone": "deit_small_patch16_224", "grid": (7, 7), "plan": Plan(("accelerated",), (0.24,), 1, 1)}
+    given = {"backbone": "deit_small_patch16_224", "grid": (7, 7), "plan": Plan(("torch",), (0.24,), 1, 1)}
     return Bench(conditions, "model", random_weights=True, notes=("a note",), batches=(batch,), **(given | changes))
 
 
 def test_beside_the_papers_table() -> None:
     """Its throughput of DeiT-S and of CF-ViT at eta 0.5, 0.75 and 1."""
     rows = [
-        _row(name="backbone", mode="eager", fine_share=None, images_per_second=10.0),
+        _row(name="backbone", engine="eager", fine_share=None, images_per_second=10.0),
         _row(name="backbone", fine_share=None, images_per_second=20.0, ratio=Estimate(1, 1, 1)),
         _row(name="both stages", fine_share=None, images_per_second=25.0, ratio=Estimate(1.25, 1.2, 1.3)),
         _row(fine_share=0.25, images_per_second=36.0),
@@ -622,13 +624,13 @@ def test_beside_the_papers_table() -> None:
     assert "Beside the paper" not in to_markdown(_bench(rows, backbone="vit_small_patch16_224"))
 
 
-def test_the_papers_table_stands_beside_the_largest_batch_in_the_predictors_fastest_mode() -> None:
+def test_the_papers_table_stands_beside_the_largest_batch_in_the_predictors_fastest_engine() -> None:
     small, large = (
         [
-            _row(name="backbone", fine_share=None, mode=mode, images_per_second=speed)
-            for mode, speed in (("eager", 10.0 * size), ("compiled", 20.0 * size))
+            _row(name="backbone", fine_share=None, engine=engine, images_per_second=speed)
+            for engine, speed in (("eager", 10.0 * size), ("compiled", 20.0 * size))
         ]
-        + [_row(mode="compiled", images_per_second=90.0 * size), _row(mode="eager", images_per_second=30.0 * size)]
+        + [_row(engine="compiled", images_per_second=90.0 * size), _row(engine="eager", images_per_second=30.0 * size)]
         for size in (1, 2)
     )
     bench = _bench([], plan=Plan(("compiled", "eager"), (0.24,), 1, 1))
@@ -662,17 +664,47 @@ def test_the_predictor_beside_its_peers() -> None:
         _row(),
         _row(fine_share=0.5),
         _row(name="ToMe, r=8", fine_share=None, predictor_ratio=Estimate(1.5, 1.4, 1.6)),
-        _row(name="literal port", mode="eager", predictor_ratio=Estimate(0.9, 0.8, 1.1)),
-        _row(name="literal port", mode="eager", fine_share=0.5),
+        _row(name="literal port", engine="eager", predictor_ratio=Estimate(0.9, 0.8, 1.1)),
+        _row(name="literal port", engine="eager", fine_share=0.5),
     ]
     batch = Batch(4, rows, 100.0, 1.0)
-    predictor = ["predictor, 25% fine", "accelerated"]
+    predictor = ["predictor, 25% fine", "torch"]
     assert peers_comparison(batch) == [
-        ["ToMe, r=8", "accelerated", *predictor, "1.50 (1.40 to 1.60)", "ahead"],
+        ["ToMe, r=8", "torch", *predictor, "1.50 (1.40 to 1.60)", "ahead"],
         ["literal port, 25% fine", "eager", *predictor, "0.90 (0.80 to 1.10) ?", "cannot be told"],
     ]
     assert "### The predictor beside its peers" in to_markdown(_bench(rows))
     assert "beside its peers" not in to_markdown(_bench(rows[:3]))
+
+
+def test_the_best_default_is_the_fastest_engine_in_float32() -> None:
+    def rows(*speeds: float) -> list[Row]:
+        engines: tuple[EngineName, ...] = ("torch", "onnx", "openvino-int8")
+        made = [_row(engine=engine, images_per_second=speed) for engine, speed in zip(engines, speeds, strict=True)]
+        return [*made, _row(engine="torch", fine_share=0.5, images_per_second=99.0)]
+
+    bench = _bench(rows(10, 20, 40))
+    *_, best = best_engines(bench)
+    assert best == "the best default here is onnx, over these batch sizes; int8 gives other answers"
+    assert best_engines(bench)[0].endswith(
+        "openvino-int8 3.00 (2.00 to 4.00) ?, onnx 3.00 (2.00 to 4.00) ?, torch 3.00 (2.00 to 4.00) ?"
+    )
+    more = dataclasses.replace(bench, batches=(*bench.batches, Batch(8, rows(30, 10, 40), 100.0, 1.0)))
+    assert "best default here is torch" in best_engines(more)[-1], "where it loses less"
+    assert best_engines(_bench(rows(10, 20, 40)[:1])) == [], "one engine alone"
+
+
+def test_exported_engines_are_for_float32(model: CoarseToFineViT, fails: Fails) -> None:
+    with fails("engine onnx runs in float32 on a CPU"):
+        run_bench(
+            copy.deepcopy(model).bfloat16(),
+            (1,),
+            Plan(("onnx",), (0.5,), 1, 1),
+            name="tiny",
+            command="",
+            random_weights=True,
+            peers=False,
+        )
 
 
 def test_what_does_not_fit_into_memory_is_a_note_and_the_run_goes_on(
@@ -781,7 +813,7 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
         macs.backbone / cost for cost in (macs.coarse, macs.fine, macs.both)
     ]
 
-    outcome = cfvit_main(*arguments, "--no-peers", "--mode", "eager")
+    outcome = cfvit_main(*arguments, "--no-peers", "--engine", "eager")
     assert outcome.status == 0, outcome.err
     told = [line.split()[0].rstrip(",") for line in outcome.out if "eager" in line and "GMACs" not in line]
     assert told == ["backbone", "coarse", "fine", "both", "predictor", "stream"] * 2
@@ -803,7 +835,7 @@ def test_the_command_writes_its_report_with_real_images(
 
 def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
     arguments = ("--backbone", "test_vit", "--coarse-grid", "2x3", "--batch-sizes", "1", "--rounds", "1", "--no-peers")
-    outcome = cfvit_main("bench", *arguments, "--precision", "bfloat16", "--mode", "eager", "--json")
+    outcome = cfvit_main("bench", *arguments, "--precision", "bfloat16", "--engine", "eager", "--json")
     assert outcome.status == 0, outcome.err
     own = ["backbone", "coarse stage", "fine stage", "both stages"] + ["predictor"] * 2 + ["stream"] * 2
     assert [row["name"] for row in _json(outcome)[1:]] == own
@@ -819,7 +851,7 @@ def test_a_late_failure_leaves_the_report_of_what_was_measured(
         return measure_batch(model, contenders, images, plan)
 
     monkeypatch.setattr(run_module, "measure_batch", measure)
-    arguments = ("--model", colour_model, "--batch-sizes", "1", "2", "--rounds", "1", "--no-peers", "--mode", "eager")
+    arguments = ("--model", colour_model, "--batch-sizes", "1", "2", "--rounds", "1", "--no-peers", "--engine", "eager")
     outcome = cfvit_main("bench", *arguments, "--out", tmp_path / "out", "--json")
     assert outcome.status != 0
     assert "too late" in outcome.err[-1]
@@ -845,7 +877,7 @@ def test_a_report_that_cannot_be_written_is_refused_at_once(cfvit_main: Cli, tmp
         (["--coarse-grid", "7"], "--coarse-grid .* give it with --backbone"),
         (["--backbone", "test_vit", "--data", "x"], "--backbone has random weights"),
         (["--backbone", "test_vit", "--model", "x"], "--backbone has random weights"),
-        (["--mode", "fast"], "fast.*eager"),
+        (["--engine", "fast"], "fast.*eager"),
         (["--seconds", "0"], "--seconds"),
         (["--fine-share", "0.5", "2"], "--fine-share.*<= 1"),
     ],

@@ -31,6 +31,7 @@ from cfvit import (
     load,
     open_image,
 )
+from cfvit.benchmark.engines import Engines
 from cfvit.data import open_images
 from cfvit.deploy import export as export_module
 from cfvit.deploy.graphs import stage_graphs
@@ -38,6 +39,7 @@ from cfvit.deploy.quantising import calibration_images, warn_if_slow
 from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
+    WEIGHTS_FILE,
     ExportedEngine,
     Format,
     Graph,
@@ -248,7 +250,7 @@ def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path,
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             for name in BROWSER_RUNTIME:
                 assert (await client.get(f"/runtime/{name}")).text == name
-            for name in ("coarse.onnx", "fine.onnx", EXPORT_FILE):
+            for name in ("coarse.onnx", "fine.onnx", WEIGHTS_FILE, EXPORT_FILE):
                 assert (await client.get(f"/graphs/{name}")).status_code == 401
                 answer = await client.get(f"/graphs/{name}", headers={"Authorization": f"Bearer {key}"})
                 assert answer.content == (folder / name).read_bytes()
@@ -257,6 +259,22 @@ def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path,
 
     asyncio.run(ask())
     assert app.state.service.scheduler.drain(20)
+
+
+def test_the_benchmark_sets_exported_engines_beside_the_plain_backbone(
+    model: CoarseToFineViT, colour_model: Path, traced: None, cfvit_main: Callable[..., Outcome]
+) -> None:
+    images = _images(model, 3)
+    torch.testing.assert_close(Engines(model).plain("onnx")(images), model.backbone(images), atol=1e-4, rtol=0)
+    engines = ("torch", "onnx", "openvino-int8")
+    arguments = ("--model", colour_model, "--batch-sizes", "2", "--fine-share", "0.5", "--rounds", "1", "--no-peers")
+    outcome = cfvit_main("bench", *arguments, "--engine", *engines, "--json")
+    assert outcome.status == 0, outcome.err
+    names = ["backbone", "coarse stage", "fine stage", "both stages", "predictor", "stream"]
+    rows = [(row["name"], row["engine"]) for row in map(json.loads, outcome.out[1:])]
+    assert rows == [("backbone", "eager"), *((name, engine) for engine in engines for name in names)]
+    assert any("int8 is quantised by noise" in line for line in outcome.err)
+    assert any("the best default here is" in line for line in outcome.err)
 
 
 def test_an_exported_predictor_can_be_pickled(folder: Path, model: CoarseToFineViT) -> None:

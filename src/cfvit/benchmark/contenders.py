@@ -1,4 +1,4 @@
-"""What is timed: the operating points of methods, each prepared alike in a mode and with its cost counted."""
+"""What is timed: the operating points of methods, each prepared alike for an engine and with its cost counted."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvit.benchmark.modes import Mode
+from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines, prepare
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
 from cfvit.inference.engines import Engine
-from cfvit.inference.engines.compiling import compiled
-from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import FINE_BATCH, Predictor
 from cfvit.methods.base import Method, create_method, known_methods
 from cfvit.modeling.cost import count_macs
@@ -33,9 +31,6 @@ NEAR = 0.02
 """Whole images of a batch may differ by this much from the share that goes on."""
 STREAM_GATHERS = 8
 """A stream gathers fine batches of so many times the batch size, and of no more than it does by default."""
-COMPILE: dict[Mode, bool | None] = {"eager": False, "accelerated": None, "compiled": True}
-"""The argument of engines and predictors in each mode."""
-
 Runner = Callable[[Tensor, Sequence[int]], Call]
 """From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them.
 
@@ -51,105 +46,81 @@ class Contender:
         name: for tables.
         macs: cost of an image; of one that exits, where some do.
         fine_macs: what an image costs on top if it goes on; None where all images are treated alike.
-        build: prepares it in a mode.
-        modes: the only modes that it is timed in, or None for all that are asked for.
+        build: prepares it for an engine.
+        engines: the only ones that it can be timed in, of which the first is used if none is asked for; None for all.
         share_out: from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``.
     """
 
     name: str
     macs: int
     fine_macs: int | None
-    build: Callable[[Mode], Runner]
-    modes: tuple[Mode, ...] | None = None
+    build: Callable[[EngineName], Runner]
+    engines: tuple[EngineName, ...] | None = None
     share_out: Callable[[int, float], dict[tuple[int, ...], float]] = lambda count, share: whole_images(count, share)
 
 
-def prepare(network: Any, mode: Mode, run: Callable[[Any], Callable[..., Any]] = lambda network: network) -> Any:
-    """Prepares a network without an exit, so that the backbone and its rivals are treated alike.
+def own_contenders(engines: Engines) -> list[Contender]:
+    """The plain backbone, the stages, the predictor and its stream."""
+    macs, weight, stages = count_macs(engines.model), next(engines.model.parameters()), engines.stages
 
-    Args:
-        run: from the prepared network to the function that is called, and that is compiled if any is.
-    """
-    fast = run(network if mode == "eager" else accelerate(network))
-    return compiled(fast) if mode == "compiled" else fast
-
-
-def own_contenders(model: CoarseToFineViT) -> list[Contender]:
-    """The plain backbone, the stages, the predictor and its stream, which share the model's weights.
-
-    Args:
-        model: in evaluation mode, on its device and in its precision.
-    """
-    macs, method, weight = count_macs(model), create_method("cf_vit"), next(model.parameters())
-
-    @cache  # compiled once for all
-    def engine(mode: Mode) -> Engine:
-        return method.engine(model, COMPILE[mode])
-
-    def fine_alone(mode: Mode) -> Runner:
+    def fine_alone(engine: EngineName) -> Runner:
         def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
-            state, _ = engine(mode).coarse(images)
-            return lambda: engine(mode).fine(images, state)
+            state, _ = stages(engine).coarse(images)
+            return lambda: stages(engine).fine(images, state)
 
         return prepare_call
 
-    def both(mode: Mode) -> Runner:
-        return runs(lambda images: engine(mode).fine(images, engine(mode).coarse(images)[0]))
+    def both(engine: EngineName) -> Runner:
+        return runs(lambda images: stages(engine).fine(images, stages(engine).coarse(images)[0]))
 
     def stream_share(count: int, share: float) -> dict[tuple[int, ...], float]:
         return {whole_fine_batches(count, share, fine_batch_of(weight, count)): 1.0}
 
     return [
-        Contender(BACKBONE, macs.backbone, None, cache(lambda mode: runs(prepare(model.backbone, mode)))),
-        Contender(COARSE_STAGE, macs.coarse, None, lambda mode: runs(engine(mode).coarse)),
+        Contender(BACKBONE, macs.backbone, None, lambda engine: runs(engines.plain(engine))),
+        Contender(COARSE_STAGE, macs.coarse, None, lambda engine: runs(stages(engine).coarse)),
         Contender(FINE_STAGE, macs.fine, None, fine_alone),
         Contender(BOTH_STAGES, macs.both, None, both),
-        Contender(PREDICTOR, macs.coarse, macs.fine, lambda mode: predicts(engine(mode))),
-        Contender(STREAM, macs.coarse, macs.fine, lambda mode: streams(engine(mode)), share_out=stream_share),
+        Contender(PREDICTOR, macs.coarse, macs.fine, lambda engine: predicts(stages(engine))),
+        Contender(STREAM, macs.coarse, macs.fine, lambda engine: streams(stages(engine)), share_out=stream_share),
     ]
 
 
 def peers_of(model: CoarseToFineViT) -> tuple[list[Contender], dict[str, str]]:
-    """All methods besides the model's own, on the same backbone with random weights.
+    """All methods besides the model's own, on the same backbone with random weights, in torch alone.
 
     Returns:
-        The contenders and, by a method's title, why it cannot be built on this backbone.
+        Operating points of methods; where one has an exit, a contender that is told which images go on. And, by a
+        method's title, why it cannot be built on this backbone.
     """
-    contenders, refusals = [], {}
+    contenders: list[Contender] = []
+    refusals = {}
     weight = next(model.parameters())
     for name in known_methods():
         if name in OWN_METHODS:
             continue
         method = create_method(name)
+        timed = method.engines or tuple(IN_TORCH)
         try:
             network = method.build(model.config)
         except CfvitError as error:
             refusals[method.title] = str(error)
-        else:
-            network = network.eval().requires_grad_(False).to(weight.device, weight.dtype)
-            contenders += contenders_of(method, network)
+            continue
+        network = network.eval().requires_grad_(False).to(weight.device, weight.dtype)
+        macs = method.macs(network)
+        if method.engine(network, False) is not None:
+            first, last = min(macs.values()), max(macs.values())
+            build = cache(lambda engine, of=method, net=network: predicts(of.engine(net, IN_TORCH[engine])))
+            contenders.append(Contender(method.title, first, last - first, build, timed))
+            continue
+
+        def build_point(engine: EngineName, method: Method, network: Any, point: str) -> Runner:
+            return runs(prepare(network, engine, lambda fast: method.points(fast)[point]))
+
+        for point, cost in macs.items():
+            build = partial(build_point, method=method, network=network, point=point)
+            contenders.append(Contender(f"{method.title}, {point}", cost, None, build, timed))
     return contenders, refusals
-
-
-def contenders_of(method: Method, network: Any) -> list[Contender]:
-    """The operating points of a method; where it has an exit, one contender that is told which images go on.
-
-    Args:
-        network: in evaluation mode, on its device and in its precision.
-    """
-    macs = method.macs(network)
-    if method.engine(network, False) is not None:
-        first, last = min(macs.values()), max(macs.values())
-        build = cache(lambda mode: predicts(method.engine(network, COMPILE[mode])))
-        return [Contender(method.title, first, last - first, build, method.modes)]
-
-    def build_point(mode: Mode, point: str) -> Runner:
-        return runs(prepare(network, mode, lambda fast: method.points(fast)[point]))
-
-    return [
-        Contender(f"{method.title}, {point}", cost, None, cache(partial(build_point, point=point)), method.modes)
-        for point, cost in macs.items()
-    ]
 
 
 def runs(network: Callable[[Tensor], Any]) -> Runner:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, own_contenders, prepare
-from cfvit.benchmark.modes import Mode
+from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, own_contenders
+from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines, prepare
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
     MATRIX_SIDES,
@@ -44,13 +44,13 @@ class Plan:
     """How to measure.
 
     Attributes:
-        modes: in which contenders are prepared; the plain backbone is always timed in eager mode as well.
+        engines: for which contenders are prepared; the plain backbone is always timed in timm's eager model as well.
         shares: of images that go on, for contenders that have an exit.
         rounds: the most rounds.
         seconds: for each batch size; at least `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds are made.
     """
 
-    modes: tuple[Mode, ...]
+    engines: tuple[EngineName, ...]
     shares: tuple[float, ...]
     rounds: int
     seconds: float
@@ -62,7 +62,7 @@ class Entry:
 
     Attributes:
         name: of the contender.
-        mode: in which it was prepared.
+        engine: for which it was prepared.
         images: `RANDOM` or `REAL`.
         scope: what was timed, `COMPUTING` or more.
         reference: the scope of the backbone and the predictor that it is compared with.
@@ -73,7 +73,7 @@ class Entry:
     """
 
     name: str
-    mode: Mode
+    engine: EngineName
     images: str
     scope: str
     reference: str
@@ -101,14 +101,14 @@ class Row(Entry):
         p50_ms, p95_ms, p99_ms: milliseconds of a call; None with too few calls, and for a stream, where hard images
             wait for those of later batches.
         spread: interquartile range of the rounds over their median.
-        ratio: how many times faster than the backbone in the same mode, from the same rounds.
-        eager_ratio: how many times faster than timm's backbone in eager mode.
+        ratio: how many times faster than the backbone in the same engine, from the same rounds.
+        eager_ratio: how many times faster than timm's model as it is.
         predictor_ratio: how many times faster than this contender the predictor is, from the same rounds: the one at
-            the first share in the same mode, or in its first mode if it was not timed in this one. None without one.
+            the first share in the same engine, or in its first one if it was not timed in this. None without one.
         macs_ratio: the backbone's MACs over these.
         matrix_share: share of the machine's own matrix rate that was reached.
-        peak_megabytes: memory of tensors that a call adds at most, see `peak_bytes`; on a CPU None for calls in which
-            other threads prepare images.
+        peak_megabytes: memory of tensors that a call adds at most, see `peak_bytes`; on a CPU None for exported engines
+            and for calls in which other threads prepare images.
         steady: whether the reference was as fast in the first half of the rounds as in the second.
     """
 
@@ -194,10 +194,6 @@ class Batch:
         return f"{self.rows[0].images} images, batch size {self.batch_size}"
 
 
-Compared = dict[tuple[str, str, str], Timing]
-"""Seconds of an image by name, mode and scope, each at the first share."""
-
-
 @torch.inference_mode()
 def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], images: Tensor, plan: Plan) -> Batch:
     """Times contenders on normalised images ``[B, 3, S, S]`` of the model's device and precision.
@@ -207,31 +203,32 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
     """
     calls: dict[str, Call] = {}
     entries: list[Entry] = []
-    reference: tuple[Contender, Mode] = (contenders[0], "eager")
-    pairs = [reference, *((each, mode) for mode in plan.modes for each in contenders if each.modes is None)]
-    pairs += [(each, mode) for each in contenders for mode in each.modes or () if mode in ("eager", *plan.modes)]
-    for contender, mode in dict.fromkeys(pairs):
-        runner = contender.build(mode)
+    reference: tuple[Contender, EngineName] = (contenders[0], "eager")
+    pairs = [
+        reference,
+        *((each, engine) for engine in plan.engines for each in contenders if engine in (each.engines or (engine,))),
+        *((each, each.engines[0]) for each in contenders if each.engines and not {*each.engines} & {*plan.engines}),
+    ]
+    for contender, engine in dict.fromkeys(pairs):
+        runner = contender.build(engine)
         for share in plan.shares if contender.fine_macs is not None else (None,):
             ways = {(0,): 1.0} if share is None else contender.share_out(len(images), share)
-            names = {f"{contender.name}, {mode}, {' '.join(map(str, counts))} on": counts for counts in ways}
+            names = {f"{contender.name}, {engine}, {' '.join(map(str, counts))} on": counts for counts in ways}
             calls |= {name: runner(images, counts) for name, counts in names.items() if name not in calls}
-            count, parts = len(images) * max(map(len, ways)), {name: ways[counts] for name, counts in names.items()}
+            count = len(images) * max(map(len, ways))
             exact = None if share is None else sum(sum(counts) * weight for counts, weight in ways.items()) / count
-            macs = contender.macs + (exact or 0) * (contender.fine_macs or 0)
-            entries.append(
-                Entry(
-                    name=contender.name,
-                    mode=mode,
-                    images=RANDOM,
-                    scope=COMPUTING,
-                    reference=COMPUTING,
-                    fine_share=exact,
-                    macs=macs,
-                    images_per_round=count,
-                    parts=parts,
-                )
+            entry = Entry(
+                name=contender.name,
+                engine=engine,
+                images=RANDOM,
+                scope=COMPUTING,
+                reference=COMPUTING,
+                fine_share=exact,
+                macs=contender.macs + (exact or 0) * (contender.fine_macs or 0),
+                images_per_round=count,
+                parts={name: ways[counts] for name, counts in names.items()},
             )
+            entries.append(entry)
     return measure(entries, calls, len(images), model, plan)
 
 
@@ -245,71 +242,58 @@ def measure(
     """Times calls in turn and makes rows of them, each compared with the backbone of the same scope.
 
     Args:
-        entries: the backbone first; for each scope it is among them in eager mode and in all others.
+        entries: the backbone first; for each scope it is among them in eager torch and in all other engines.
         calls: by the names in the entries' parts.
     """
     parameter = next(model.parameters())
     device, side = parameter.device, MATRIX_SIDES.get(parameter.device.type, 1024)
     products: dict[str, Call] = {}
-    for mode in dict.fromkeys(("eager", *plan.modes)):
-        layer = prepare(nn.Linear(side, side).to(device, parameter.dtype), mode)
-        products[f"matrix product, {mode}"] = partial(layer, torch.randn(side, side).to(device, parameter.dtype))
+    in_torch: list[EngineName] = ["eager", *(engine for engine in plan.engines if engine in IN_TORCH)]
+    for engine in in_torch:
+        layer = prepare(nn.Linear(side, side).to(device, parameter.dtype), engine)
+        products[f"matrix product, {engine}"] = partial(layer, torch.randn(side, side).to(device, parameter.dtype))
     timings = time_in_turn({**calls, **products}, plan.rounds, device, plan.seconds)
     matrix_rate = side**3 / min(timings[name].median for name in products)
-    compared: Compared = {}
+    compared: dict[tuple[str, str, str], Timing] = {}  # each contender at the first share
     for entry in entries:
-        compared.setdefault((entry.name, entry.mode, entry.scope), entry.per_image(timings))
-    drift = max(timing.drift for (name, mode, _), timing in compared.items() if (name, mode) == (BACKBONE, "eager"))
+        compared.setdefault((entry.name, entry.engine, entry.scope), entry.per_image(timings))
+    drift = max(timing.drift for key, timing in compared.items() if key[:2] == (BACKBONE, "eager"))
     rows = []
     for entry in entries:
+        timing, scope = entry.per_image(timings), entry.reference
+        predictors = [rival for (name, _, where), rival in compared.items() if (name, where) == (PREDICTOR, scope)]
+        predictor = compared.get((PREDICTOR, entry.engine, scope), next(iter(predictors), None))
+        weighted = [(seconds, weight) for name, weight in entry.parts.items() for seconds in timings[name].calls]
+        seconds, weights = zip(*weighted, strict=True)
+        found = [None if entry.name == STREAM else percentile(seconds, share, weights) for share in (0.5, 0.95, 0.99)]
+        p50, p95, p99 = (None if each is None else 1e3 * each for each in found)
         peak = None
-        if device.type == "cuda" or entry.scope == COMPUTING:
+        if device.type == "cuda" or (entry.scope == COMPUTING and entry.engine in IN_TORCH):
             given = (calls[name] for name in entry.parts)
-            each = chain.from_iterable([call] if callable(call) else call for call in given)
-            peak = max(peak_bytes(call, device) for call in each) / 1e6
-        promise = entries[0].macs / entry.macs
-        rows.append(row_of(entry, batch_size, timings, compared, promise, matrix_rate, peak, drift <= STEADY))
+            each_call = chain.from_iterable([call] if callable(call) else call for call in given)
+            peak = max(peak_bytes(call, device) for call in each_call) / 1e6
+        row = Row(
+            **vars(entry),
+            batch_size=batch_size,
+            gmacs=entry.macs / 1e9,
+            rounds=len(timing.rounds),
+            images_per_second=1 / timing.median,
+            mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
+            p50_ms=p50,
+            p95_ms=p95,
+            p99_ms=p99,
+            spread=timing.spread,
+            ratio=paired_ratio(compared[BACKBONE, entry.engine, scope].totals, timing.totals),
+            eager_ratio=paired_ratio(compared[BACKBONE, "eager", scope].totals, timing.totals),
+            predictor_ratio=None if predictor is None else paired_ratio(timing.totals, predictor.totals),
+            macs_ratio=entries[0].macs / entry.macs,
+            matrix_share=entry.macs / timing.median / matrix_rate,
+            peak_megabytes=peak,
+            steady=drift <= STEADY,
+        )
+        rows.append(row)
     raw = {name: timing.rounds for name, timing in timings.items()}
     return Batch(batch_size, rows, matrix_rate / 1e9, drift, raw)
-
-
-def row_of(
-    entry: Entry,
-    batch_size: int,
-    timings: Mapping[str, Timing],
-    compared: Compared,
-    macs_ratio: float,
-    matrix_rate: float,
-    peak_megabytes: float | None,
-    steady: bool,
-) -> Row:
-    """The row of an entry, from the seconds of its calls and of those that it is compared with."""
-    timing, scope = entry.per_image(timings), entry.reference
-    predictors = [rival for (name, _, where), rival in compared.items() if (name, where) == (PREDICTOR, scope)]
-    predictor = compared.get((PREDICTOR, entry.mode, scope), next(iter(predictors), None))
-    weighted = ((seconds, weight) for name, weight in entry.parts.items() for seconds in timings[name].calls)
-    seconds, weights = zip(*weighted, strict=True)
-    found = [None if entry.name == STREAM else percentile(seconds, share, weights) for share in (0.5, 0.95, 0.99)]
-    p50, p95, p99 = (None if each is None else 1e3 * each for each in found)
-    return Row(
-        **vars(entry),
-        batch_size=batch_size,
-        gmacs=entry.macs / 1e9,
-        rounds=len(timing.rounds),
-        images_per_second=1 / timing.median,
-        mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
-        p50_ms=p50,
-        p95_ms=p95,
-        p99_ms=p99,
-        spread=timing.spread,
-        ratio=paired_ratio(compared[BACKBONE, entry.mode, scope].totals, timing.totals),
-        eager_ratio=paired_ratio(compared[BACKBONE, "eager", scope].totals, timing.totals),
-        predictor_ratio=None if predictor is None else paired_ratio(timing.totals, predictor.totals),
-        macs_ratio=macs_ratio,
-        matrix_share=entry.macs / timing.median / matrix_rate,
-        peak_megabytes=peak_megabytes,
-        steady=steady,
-    )
 
 
 @torch.inference_mode()
@@ -324,15 +308,15 @@ def random_images(model: CoarseToFineViT, count: int) -> Tensor:
 
 
 def compare_with_backbone(model: CoarseToFineViT, batch_size: int, fine_share: float, rounds: int = 10) -> list[Row]:
-    """The plain backbone and the predictor alone, both accelerated, on random images.
+    """The plain backbone and the predictor alone, both with packed layers, on random images.
 
     Args:
         fine_share: of images that go on.
     """
-    contenders = [each for each in own_contenders(model.eval()) if each.name in (BACKBONE, PREDICTOR)]
-    plan = Plan(("accelerated",), (fine_share,), rounds, math.inf)
+    contenders = [each for each in own_contenders(Engines(model.eval())) if each.name in (BACKBONE, PREDICTOR)]
+    plan = Plan(("torch",), (fine_share,), rounds, math.inf)
     batch = measure_batch(model, contenders, random_images(model, batch_size), plan)
-    return [row for row in batch.rows if row.mode == "accelerated"]
+    return [row for row in batch.rows if row.engine == "torch"]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:

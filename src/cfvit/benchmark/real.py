@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.benchmark.contenders import BACKBONE, COMPILE, PREDICTOR, STREAM, prepare
+from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM
+from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, measure
-from cfvit.benchmark.modes import Mode
 from cfvit.data.datasets import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
@@ -105,7 +106,7 @@ def read_images(source: DataSource, model: CoarseToFineViT, batch_size: int) -> 
 
 
 @torch.inference_mode()
-def measure_real(model: CoarseToFineViT, source: DataSource, batch_size: int, plan: Plan) -> Batch:
+def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Plan) -> Batch:
     """Times backbone, predictor and stream on real images in all `SCOPES`, and the stream from files as well.
 
     A round answers all images, in calls of one batch or by one stream.
@@ -113,76 +114,62 @@ def measure_real(model: CoarseToFineViT, source: DataSource, batch_size: int, pl
     Raises:
         CfvitError: a model without a calibrated threshold, images that cannot be read.
     """
-    images, macs, weight = read_images(source, model, batch_size), count_macs(model), next(model.parameters())
+    model, macs, weight = engines.model, count_macs(engines.model), next(engines.model.parameters())
+    images = read_images(source, model, batch_size)
     calls: dict[str, Call | Sequence[Call]] = {}
     entries: list[Entry] = []
 
-    def add(name: str, mode: Mode, made: dict[str, Any], share: float | None = None) -> None:
-        for scope, call in made.items():
-            key = f"{name}, {mode}, {scope}"
-            calls[key] = call
-            entries.append(
-                Entry(
-                    name=name,
-                    mode=mode,
-                    images=REAL,
-                    scope=scope,
-                    reference=scope if scope in SCOPES else DECODING,
-                    fine_share=share,
-                    macs=macs.backbone if share is None else macs.expected(share),
-                    images_per_round=images.count,
-                    parts={key: 1.0},
-                )
-            )
+    def add(name: str, engine: EngineName, scope: str, call: Call | Sequence[Call], share: float | None) -> None:
+        key = f"{name}, {engine}, {scope}"
+        calls[key] = call
+        entry = Entry(
+            name=name,
+            engine=engine,
+            images=REAL,
+            scope=scope,
+            reference=scope if scope in SCOPES else DECODING,
+            fine_share=share,
+            macs=macs.backbone if share is None else macs.expected(share),
+            images_per_round=images.count,
+            parts={key: 1.0},
+        )
+        entries.append(entry)
 
     with ThreadPoolExecutor(READERS) as pool, TemporaryDirectory() as folder:
         inputs = images.inputs(eval_transform(model.data_config), pool)
         paths = [Path(folder, str(place)) for place in range(images.count)]
         for path, content in zip(paths, chain.from_iterable(images.files), strict=True):
             path.write_bytes(content)
-        for mode in dict.fromkeys(("eager", *plan.modes)):
-            add(BACKBONE, mode, batch_calls(prepare(model.backbone, mode), inputs, weight))
-            if mode in plan.modes:
-                predictor = Predictor(model, compile=COMPILE[mode])
-                stages = torch.cat([predictor(batch).stage for batch in images.resident])
-                share = float((stages == FINE).float().mean())
-                add(
-                    PREDICTOR,
-                    mode,
-                    batch_calls(lambda pixels, run=predictor: run(pixels).logits, inputs, weight),
-                    share,
-                )
-                add(STREAM, mode, stream_calls(predictor, inputs, weight, paths, batch_size), share)
+        for engine in dict.fromkeys(("eager", *plan.engines)):
+            for scope, batches in inputs.items():
+                add(BACKBONE, engine, scope, batch_calls(engines.plain(engine), scope, batches, weight), None)
+            if engine in plan.engines:
+                stages = engines.stages(engine)
+                predictor = Predictor(stages, stages.model.threshold)
+                share = float((torch.cat([predictor(batch).stage for batch in images.resident]) == FINE).float().mean())
+                answer = partial(lambda predict, pixels: predict(pixels).logits, predictor)
+                for scope, batches in inputs.items():
+                    add(PREDICTOR, engine, scope, batch_calls(answer, scope, batches, weight), share)
+                for scope, batches in inputs.items():
+                    add(STREAM, engine, scope, stream_call(predictor, scope, batches, weight), share)
+                for scope, scaled in ((FILES, False), (SCALED, True))[: 1 + (engine in IN_TORCH)]:
+                    read = partial(classify_files, paths, predictor, batch_size, scaled_decode=scaled)
+                    add(STREAM, engine, scope, partial(lambda answers: list(answers()), read), share)
         return measure(entries, calls, batch_size, model, plan)
 
 
-def batch_calls(
-    network: Callable[[Tensor], Tensor], inputs: dict[str, Inputs], weight: Tensor
-) -> dict[str, Sequence[Call]]:
-    """By scope, the calls of a round, one for each batch; where pixels begin on the host, classes are brought there."""
-
-    def call(scope: str, give: Callable[[], Tensor]) -> Call:
-        if scope == COMPUTING:
-            return lambda: network(give())
-        return lambda: network(placed(give(), weight)).argmax(dim=-1).tolist()
-
-    return {scope: [call(scope, give) for give in batches] for scope, batches in inputs.items()}
+def batch_calls(network: Callable[[Tensor], Tensor], scope: str, batches: Inputs, weight: Tensor) -> Sequence[Call]:
+    """The calls of a round, one for each batch; where pixels begin on the host, classes are brought there."""
+    if scope == COMPUTING:
+        return [lambda give=give: network(give()) for give in batches]
+    return [lambda give=give: network(placed(give(), weight)).argmax(dim=-1).tolist() for give in batches]
 
 
-def stream_calls(
-    predictor: Predictor, inputs: dict[str, Inputs], weight: Tensor, paths: Sequence[Path], batch_size: int
-) -> dict[str, Call]:
-    """By scope, a call that answers all batches of a round, or all files."""
+def stream_call(predictor: Predictor, scope: str, batches: Inputs, weight: Tensor) -> Call:
+    """A call that answers all batches of a round as one stream."""
 
-    def call(scope: str, batches: Inputs) -> Call:
-        def answer() -> list[Tensor]:
-            copied = copied_ahead((give() for give in batches), weight)
-            return [each.logits for each in predictor.stream(copied, ordered=True)]
+    def answer() -> list[Tensor]:
+        copied = copied_ahead((give() for give in batches), weight)
+        return [each.logits for each in predictor.stream(copied, ordered=True)]
 
-        return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]
-
-    def read(scaled: bool) -> Call:
-        return lambda: list(classify_files(paths, predictor, batch_size, scaled_decode=scaled))
-
-    calls = {scope: call(scope, batches) for scope, batches in inputs.items()}
-    return calls | {FILES: read(False), SCALED: read(True)}
+    return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,12 @@ from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
 from cfvit.files import atomic_write
 from cfvit.plots.speed import Bar, draw_speed
 
-COLUMNS = (
-    "what",
-    "mode",
-    "GMACs",
-    "images/s",
-    "mean ms",
-    "p50 ms",
-    "p95",
-    "p99",
-    "x backbone, same mode",
-    "by MACs",
-    "x timm eager",
-    "matrix rate",
-    "spread",
-    "peak MB",
-)
 PEERS_TITLE = "The predictor beside its peers"
-PEERS_COLUMNS = ("peer", "mode", "predictor", "its mode", "predictor, times faster", "predictor is")
+PEERS_COLUMNS = ("peer", "engine", "predictor", "its engine", "predictor, times faster", "predictor is")
 PAPERS_BACKBONE, PAPERS_GRID = "deit_small_patch16_224", (7, 7)
 PAPERS_SPEED = ((None, None, 2601), (0.5, 0.24, 4903), (0.75, 0.51, 3701), (1.0, 1.0, 2760))
 """Table 2 of the paper, DeiT-S on an A100 in batches of 1024: eta, share of hard images, images per second."""
-PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s", "here, x backbone, same mode")
+PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s", "here, x backbone, same engine")
 
 
 @dataclass(frozen=True)
@@ -68,8 +52,12 @@ class Bench:
 
     @property
     def sentences(self) -> list[str]:
-        """The notes, and where the machine was too noisy."""
-        return [*self.notes, *(text for batch in (*self.batches, *self.real) for text in doubts_of(batch))]
+        """The notes, where the machine was too noisy, and which engine is fastest."""
+        return [
+            *self.notes,
+            *best_engines(self),
+            *(text for batch in (*self.batches, *self.real) for text in doubts_of(batch)),
+        ]
 
 
 def doubts_of(batch: Batch) -> list[str]:
@@ -87,28 +75,58 @@ def doubts_of(batch: Batch) -> list[str]:
     return [f"{at}: the machine was too noisy to tell {which}, marked ?: their ends differ by over {SHARP - 1:.0%}"]
 
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "what": lambda row: row.label,
+    "engine": lambda row: row.engine,
+    "GMACs": lambda row: f"{row.gmacs:.3f}",
+    "images/s": lambda row: f"{row.images_per_second:.1f}",
+    "mean ms": lambda row: f"{row.mean_ms:.2f}",
+    "p50 ms": lambda row: _or_dash(row.p50_ms, ".2f"),
+    "p95": lambda row: _or_dash(row.p95_ms, ".2f"),
+    "p99": lambda row: _or_dash(row.p99_ms, ".2f"),
+    "x backbone, same engine": lambda row: _ratio(row.ratio, row.telling),
+    "by MACs": lambda row: f"{row.macs_ratio:.2f}",
+    "x timm in torch": lambda row: _ratio(row.eager_ratio, row.eager_telling),
+    "matrix rate": lambda row: f"{row.matrix_share:.0%}",
+    "spread": lambda row: f"{row.spread:.0%}",
+    "peak MB": lambda row: _or_dash(row.peak_megabytes, ".0f"),
+}
+
+
 def cells(row: Row) -> list[str]:
     """A row under `COLUMNS`."""
-    times = (row.mean_ms, row.p50_ms, row.p95_ms, row.p99_ms)
-    return [
-        row.label,
-        row.mode,
-        f"{row.gmacs:.3f}",
-        f"{row.images_per_second:.1f}",
-        *("-" if value is None else f"{value:.2f}" for value in times),
-        _ratio(row.ratio, row.telling),
-        f"{row.macs_ratio:.2f}",
-        _ratio(row.eager_ratio, row.eager_telling),
-        f"{row.matrix_share:.0%}",
-        f"{row.spread:.0%}",
-        "-" if row.peak_megabytes is None else f"{row.peak_megabytes:.0f}",
-    ]
+    return [text(row) for text in COLUMNS.values()]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _ratio(ratio: Estimate, telling: bool) -> str:
     bounded = math.isfinite(ratio.high) and ratio.high > ratio.low
     interval = f" ({ratio.low:.2f} to {ratio.high:.2f})" if bounded else ""
     return f"{ratio.value:.2f}{interval}{'' if telling else ' ?'}"
+
+
+def best_engines(bench: Bench) -> list[str]:
+    """How much faster than timm's model the predictor is in each engine at the first share, and the best default."""
+    sentences, behind = [], dict[str, float]()
+    for batch in bench.batches:
+        first = next((row.fine_share for row in batch.rows if row.name == PREDICTOR), None)
+        rows = [row for row in batch.rows if row.name == PREDICTOR and row.fine_share == first]
+        rows.sort(key=lambda row: row.images_per_second, reverse=True)
+        if len(rows) < 2:
+            return []
+        ratios = ", ".join(f"{row.engine} {_ratio(row.eager_ratio, row.eager_telling)}" for row in rows)
+        sentences.append(f"{batch.title}, {rows[0].label}, times timm's model in torch: {ratios}")
+        exact = [row for row in rows if not row.engine.endswith("int8")]
+        for row in exact:
+            lost = math.log(exact[0].images_per_second / row.images_per_second)
+            behind[row.engine] = behind.get(row.engine, 0.0) + lost
+    if not behind:
+        return sentences
+    best = min(behind, key=lambda engine: behind[engine])
+    return [*sentences, f"the best default here is {best}, over these batch sizes; int8 gives other answers"]
 
 
 def heading(batch: Batch) -> str:
@@ -118,7 +136,7 @@ def heading(batch: Batch) -> str:
 
 def peers_comparison(batch: Batch) -> list[list[str]]:
     """The predictor beside each peer, at the first share; rows under `PEERS_COLUMNS`, none if none was timed."""
-    predictors = {row.mode: row for row in reversed(batch.rows) if row.name == PREDICTOR}
+    predictors = {row.engine: row for row in reversed(batch.rows) if row.name == PREDICTOR}
     rows = []
     for row in batch.rows:
         if row.predictor_ratio is None or row.name in OWN:
@@ -126,13 +144,13 @@ def peers_comparison(batch: Batch) -> list[list[str]]:
         first = next(each for each in batch.rows if each.name == PREDICTOR)
         if row.fine_share in (None, first.fine_share):
             ratio = _ratio(row.predictor_ratio, row.predictor_is != CANNOT_BE_TOLD)
-            mode = row.mode if row.mode in predictors else first.mode
-            rows.append([row.label, row.mode, first.label, mode, ratio, row.predictor_is or "-"])
+            engine = row.engine if row.engine in predictors else first.engine
+            rows.append([row.label, row.engine, first.label, engine, ratio, row.predictor_is or "-"])
     return rows
 
 
 def papers_comparison(bench: Bench) -> list[list[str]]:
-    """Beside the paper's Table 2, at the largest batch size and in the mode in which the predictor was fastest.
+    """Beside the paper's Table 2, at the largest batch size and in the engine in which the predictor was fastest.
 
     Returns:
         Rows under `PAPERS_COLUMNS`; none for another network.
@@ -148,7 +166,7 @@ def papers_comparison(bench: Bench) -> list[list[str]]:
         here = ["-", "-"]
         for row in batch.rows:
             near = row.fine_share is None or abs(row.fine_share - (share or 0)) <= NEAR
-            if (row.name, row.mode) == (name, fastest.mode) and near:
+            if (row.name, row.engine) == (name, fastest.engine) and near:
                 here = [f"{row.images_per_second:.0f}", _ratio(row.ratio, row.telling)]
                 break
         setting = ["plain", "-"] if eta is None else [f"{eta}", f"{share:.0%}"]
@@ -214,7 +232,7 @@ def to_markdown(bench: Bench) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def _markdown_table(columns: Collection[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
@@ -230,7 +248,7 @@ def write_report(bench: Bench, folder: Path) -> None:
         file.write_text(to_markdown(bench))
     panels = {
         batch.title: [
-            Bar(row.label, row.mode, row.ratio, row.eager_ratio.value, row.macs_ratio, row.telling)
+            Bar(row.label, row.engine, row.ratio, row.eager_ratio.value, row.macs_ratio, row.telling)
             for row in batch.rows
             if row.name != BACKBONE
         ]

@@ -10,6 +10,7 @@ import torch
 
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.benchmark.contenders import own_contenders, peers_of
+from cfvit.benchmark.engines import IN_TORCH, Engines
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
@@ -40,46 +41,43 @@ def run_bench(
         name, command: of the run, for the report.
         random_weights: whether the model was made for the run.
         peers: time those as well, if the backbone is one that they are written for.
-        source: real images, answered at the model's own eta.
+        source: real images, answered at the model's own eta; int8 is quantised by them.
         watch: called with what was found at each batch size, and with all that was found so far.
 
     Raises:
         CfvitError: data for a model without a threshold, images that cannot be read, no batch size that fits into
-            memory, a network that torch compiles anew too often.
+            memory, a network that torch compiles anew too often, an exported engine for a GPU or another precision.
     """
     if source is not None and model.threshold is None:
         raise CfvitError("real images are answered at the model's own eta and it has none: cfvit calibrate chooses it")
     model = model.eval().requires_grad_(False)
-    parameter = next(model.parameters())
+    weight = next(model.parameters())
+    exported = [engine for engine in plan.engines if engine not in IN_TORCH]
+    if exported and (weight.device.type, weight.dtype) != ("cpu", torch.float32):
+        raise CfvitError(f"engine {exported[0]} runs in float32 on a CPU: give float32, and no GPU")
+    engines = Engines(model, source)
     others, refusals = peers_of(model) if peers else ([], {})
-    contenders = own_contenders(model) + others
-    notes = {
-        "the weights are random: speed does not depend on them, and shares of exits are forced": random_weights,
-        **{f"without {title}: {refusal}": True for title, refusal in refusals.items()},
-        "acceleration changes nothing on this device and precision: accelerated is eager": "accelerated" in plan.modes
-        and accelerate(model.backbone) is model.backbone,
-        f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}": parameter.device.type != "cpu"
-        and parameter.dtype == torch.float32,
-    }
+    contenders = own_contenders(engines) + others
+    notes = notes_of(model, plan, random_weights, quantised_by_noise=source is None)
     bench = Bench(
-        conditions=conditions_of(parameter.dtype, command),
+        conditions=conditions_of(weight.dtype, command),
         model=name,
         backbone=model.config.backbone,
         grid=model.grid,
         random_weights=random_weights,
         plan=plan,
-        notes=tuple(note for note, applies in notes.items() if applies),
+        notes=(*notes, *(f"without {title}: {refusal}" for title, refusal in refusals.items())),
         batches=(),
     )
     for size in batch_sizes:
         for kind in (RANDOM,) if source is None else (RANDOM, REAL):
             try:
-                with no_silent_eager() if "compiled" in plan.modes else nullcontext():
+                with no_silent_eager() if "compiled" in plan.engines else nullcontext():
                     if kind == RANDOM or source is None:
                         batch = measure_batch(model, contenders, random_images(model, size), plan)
                         bench = replace(bench, batches=(*bench.batches, batch))
                     else:
-                        batch = measure_real(model, source, size, plan)
+                        batch = measure_real(engines, source, size, plan)
                         bench = replace(bench, real=(*bench.real, batch))
             except (RuntimeError, MemoryError) as error:
                 if not lacks_memory(error):
@@ -93,6 +91,21 @@ def run_bench(
     if not (bench.batches or bench.real):
         raise CfvitError(f"a batch of {min(batch_sizes)} images does not fit into memory: lower --batch-sizes")
     return bench
+
+
+def notes_of(model: CoarseToFineViT, plan: Plan, random_weights: bool, quantised_by_noise: bool) -> list[str]:
+    """What a reader of the figures has to know of the model and of how it is run."""
+    weight = next(model.parameters())
+    int8 = any(engine.endswith("int8") for engine in plan.engines)
+    notes = {
+        "the weights are random: speed does not depend on them, and shares of exits are forced": random_weights,
+        "int8 is quantised by noise: its speed counts, its answers do not": int8 and quantised_by_noise,
+        "acceleration changes nothing on this device and precision: torch is eager": "torch" in plan.engines
+        and accelerate(model.backbone) is model.backbone,
+        f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}": weight.device.type != "cpu"
+        and weight.dtype == torch.float32,
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 @contextmanager
@@ -113,4 +126,4 @@ def no_silent_eager() -> Iterator[None]:
     except exceptions as error:
         if lacks_memory(error):
             raise
-        raise CfvitError(f"cannot be timed compiled ({first_line(error)}): choose another --mode") from error
+        raise CfvitError(f"cannot be timed compiled ({first_line(error)}): choose another --engine") from error

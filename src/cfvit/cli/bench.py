@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from cfvit.benchmark.modes import Mode
+from cfvit.benchmark.engines import EngineName
 from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, Json, Share
@@ -41,10 +41,10 @@ def bench(
         tuple[Share, ...],
         Parameter(help="shares of images that go on to the fine stage, forced", consume_multiple=True, negative=""),
     ] = (0.24, 0.51),
-    mode: Annotated[
-        tuple[Mode, ...],
-        Parameter(help="how all are prepared; timm's eager backbone always runs", consume_multiple=True, negative=""),
-    ] = ("accelerated",),
+    engine: Annotated[
+        tuple[EngineName, ...],
+        Parameter(help="what runs the model; timm's model in torch always runs", consume_multiple=True, negative=""),
+    ] = ("torch",),
     peers: Annotated[bool, Parameter(help="time ToMe, EViT, a cascade and the paper's early exit as well")] = True,
     data: Annotated[
         str | None, Parameter(help="real images as well, at the model's own eta, with and without decoding")
@@ -98,7 +98,7 @@ def bench(
                 run_bench(
                     network.to(process.device, getattr(torch, precision)),
                     batch_sizes,
-                    Plan(mode, fine_share, rounds, seconds),
+                    Plan(engine, fine_share, rounds, seconds),
                     name=backbone or model or DEFAULT_MODEL,
                     command=shlex.join(["cfvit", *sys.argv[1:]]),
                     random_weights=backbone is not None,

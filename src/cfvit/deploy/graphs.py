@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfvit.inference.engines.exported import Format, without_telemetry
+from cfvit.inference.engines.exported import WEIGHTS_FILE, Format, without_telemetry
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 
 STATE = [f.name for f in fields(CoarseState)]
-WEIGHTS_FILE = "weights.data"
-"""Holds the weights of all ONNX graphs of a folder, each once."""
 FEWEST_BYTES = 1024
 """Smaller weights stay in the graphs."""
 

@@ -128,9 +128,14 @@ def score(
     """
     fast = accelerate(model)
 
-    def forward(images: Tensor) -> tuple[Tensor, ...]:
+    def forward(images: Tensor) -> dict[str, Tensor]:
         state, (quantised, _) = fast.coarse(images), engine.coarse(images)
-        return state.logits, fast.fine(images, state), quantised.logits, engine.fine(images, quantised)[0]
+        return {
+            "coarse": state.logits,
+            "fine": fast.fine(images, state),
+            "int8 coarse": quantised.logits,
+            "int8 fine": engine.fine(images, quantised)[0],
+        }
 
     loader = eval_loader(EvalImages(source, model.data_config, indices), 32, 0, torch.device("cpu"))
     with progress_bar(len(indices)) as advance:
@@ -139,10 +144,11 @@ def score(
     if count == 0:
         raise CfvitError(f"none of the {len(indices)} images to choose eta on can be read: check the data")
     labelled, rule = bool(source.class_names), model.exit
-    labels = collected.labels if labelled else collected.logits[1].argmax(dim=-1)
+    logits = collected.logits
+    labels = collected.labels if labelled else logits["fine"].argmax(dim=-1)
     before, after = (
-        rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
-        for coarse, fine in (collected.logits[:2], collected.logits[2:])
+        rank_images(logits[coarse], logits[fine], labels, rule.measure, rule.coarse_temperature)
+        for coarse, fine in (("coarse", "fine"), ("int8 coarse", "int8 fine"))
     )
 
     def scores(trade: TradeOff, eta: float | None) -> Scores:

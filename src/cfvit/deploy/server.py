@@ -43,7 +43,7 @@ from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.deploy import protocol
 from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
 from cfvit.errors import CfvitError, first_line
-from cfvit.inference.engines.exported import EXPORT_FILE, ExportedEngine
+from cfvit.inference.engines.exported import EXPORT_FILE, WEIGHTS_FILE, ExportedEngine
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import COARSE, FINE
 from cfvit.modeling.exit import goes_on
@@ -592,7 +592,7 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
             raise CfvitError("a browser runs models that were exported to ONNX: cfvit export, and give its folder")
         for file_name in BROWSER_RUNTIME:
             offer(f"/runtime/{file_name}", settings.browser_runtime / file_name)
-        for file_name in (EXPORT_FILE, "coarse.onnx", "fine.onnx"):
+        for file_name in (EXPORT_FILE, "coarse.onnx", "fine.onnx", WEIGHTS_FILE):
             offer(f"/graphs/{file_name}", engine.folder / file_name, **key)
     app.mount("/", Page(directory=PAGE, html=True))
     return app

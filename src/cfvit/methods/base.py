@@ -88,8 +88,8 @@ class Method(ABC):
     """As recipes and the command line spell it."""
     title: ClassVar[str]
     """As tables spell it; by default the name."""
-    modes: ClassVar[tuple[Any, ...] | None] = None
-    """The only modes that its speed is measured in; None for any."""
+    engines: ClassVar[tuple[Any, ...] | None] = None
+    """The only engines that its speed is measured in; None for any."""
     options_class: ClassVar[type[Any]] = Options
 
     def __init__(self, objective: Objective, options: Mapping[str, Any] | None = None) -> None:

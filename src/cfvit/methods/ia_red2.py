@@ -163,7 +163,7 @@ class IaRed2(ExtendsPlainViT):
     """Interpreters learn by REINFORCE against the reward of their likeliest decisions, the backbone by the labels."""
 
     title = "IA-RED2"
-    modes = ("eager", "accelerated")
+    engines = ("eager", "torch")
     options_class = Penalty
     network_class = InterpretedViT
 

@@ -31,7 +31,7 @@ class Literal(CfViT):
     """The same network as cf_vit, with the same answers, as a direct port of the paper runs it."""
 
     title = "literal port"
-    modes = ("eager",)
+    engines = ("eager",)
 
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None

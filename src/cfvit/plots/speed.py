@@ -21,9 +21,9 @@ class Bar:
     """A contender beside the backbone."""
 
     label: str  # its name
-    mode: str  # in which it was prepared
-    ratio: Estimate  # how many times faster than the backbone in the same mode
-    eager_ratio: float  # how many times faster than the backbone in eager mode
+    engine: str  # for which it was prepared
+    ratio: Estimate  # how many times faster than the backbone in the same engine
+    eager_ratio: float  # how many times faster than timm's model
     macs_ratio: float  # the same by the MACs
     telling: bool  # whether the machine was quiet enough for ``ratio`` to be used
 
@@ -51,8 +51,8 @@ def draw_speed(panels: Mapping[str, Sequence[Bar]], title: str, path: Path) -> N
 
 def _draw_panel(axis: Axes, title: str, bars: Sequence[Bar]) -> None:
     places, ratios = range(len(bars)), [bar.ratio for bar in bars]
-    usual = Counter(bar.mode for bar in bars).most_common(1)[0][0]
-    label = "by the clock, same mode (pale: too noisy to tell)"
+    usual = Counter(bar.engine for bar in bars).most_common(1)[0][0]
+    label = "by the clock, same engine (pale: too noisy to tell)"
     contained = axis.barh(places, [ratio.value for ratio in ratios], color=COARSE, height=0.62, label=label)
     for patch, bar in zip(contained, bars, strict=True):
         patch.set_alpha(1.0 if bar.telling else 0.4)
@@ -60,13 +60,13 @@ def _draw_panel(axis: Axes, title: str, bars: Sequence[Bar]) -> None:
     axis.hlines(places, [low for low, _ in ends], [high for _, high in ends], color=INK, lw=1.2, label="95% interval")
     promised = [bar.macs_ratio for bar in bars]
     axis.plot(promised, places, "d", color=FINE, ms=5, ls="", label="promised by the MACs")
-    eager, label = [bar.eager_ratio for bar in bars], "beside timm's backbone in eager mode"
+    eager, label = [bar.eager_ratio for bar in bars], "beside timm's model"
     axis.plot(eager, places, "o", color=INK, mfc="none", ms=5, ls="", label=label)
     axis.axvline(1, color=INK, lw=0.8)
-    ticks = [bar.label if bar.mode == usual else f"{bar.label} ({bar.mode})" for bar in bars]
+    ticks = [bar.label if bar.engine == usual else f"{bar.label} ({bar.engine})" for bar in bars]
     axis.set_yticks(places, ticks, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(left=0)
-    axis.set_xlabel("times faster than the backbone in the same mode", fontsize=8)
+    axis.set_xlabel("times faster than the backbone in the same engine", fontsize=8)
     axis.tick_params(axis="x", labelsize=8)
     axis.set_title(f"{title}, {usual} unless marked", fontsize=9)

@@ -5,7 +5,9 @@ export async function load(ask) {
   const runtime = await import("./runtime/ort.wasm.min.mjs");
   runtime.env.wasm.numThreads = 1; // more would need a page that is isolated from others
   const about = await (await ask("graphs/cfvit.json")).json();
-  const open = async (name) => runtime.InferenceSession.create(new Uint8Array(await (await ask(name)).arrayBuffer()));
+  const bytes = async (name) => new Uint8Array(await (await ask(name)).arrayBuffer());
+  const externalData = [{ path: "weights.data", data: await bytes("graphs/weights.data") }]; // of both graphs
+  const open = async (name) => runtime.InferenceSession.create(await bytes(name), { externalData });
   const model = { about, runtime, coarse: await open("graphs/coarse.onnx"), fine: await open("graphs/fine.onnx") };
   return (photo, eta) => explain(model, photo, eta);
 }

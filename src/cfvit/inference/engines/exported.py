@@ -21,6 +21,9 @@ from cfvit.modeling.model import CoarseState, CoarseToFineViT, ModelConfig
 EXPORT_FILE = "cfvit.json"
 """Says what an exported folder holds."""
 
+WEIGHTS_FILE = "weights.data"
+"""Holds the weights of all ONNX graphs of a folder, each once."""
+
 Format = Literal["onnx", "openvino"]
 
 
