@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -72,6 +73,8 @@ def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) 
     Args:
         inputs: examples of two images, by name, in the order of the network's arguments.
     """
+    from onnxscript import optimizer
+
     batch = torch.export.Dim("batch", min=0)
     with silent():
         program = torch.onnx.export(
@@ -84,7 +87,10 @@ def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) 
             dynamic_shapes=({0: batch},) * len(inputs),
             custom_translation_table={torch.ops.aten.sort.stable: _sort},
         )
-    assert program is not None
+        assert program is not None
+        # weights that are reshaped would be no weights to nncf; by default large ones are not folded
+        optimizer.fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+        optimizer.remove_unused_nodes(program.model)
     return program.model_proto
 
 
