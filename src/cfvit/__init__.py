@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from cfvit.checkpoints import bundled_models, load, save
     from cfvit.data import eval_transform, open_image
     from cfvit.deploy.export import export
+    from cfvit.deploy.hub import push_to_hub
     from cfvit.errors import CfvitError
     from cfvit.inference.predictor import Predictor
     from cfvit.inference.stream import Prediction
@@ -37,6 +38,7 @@ __all__ = [
     "export",
     "load",
     "open_image",
+    "push_to_hub",
     "save",
 ]
 
@@ -44,6 +46,7 @@ _HOMES = {
     "calibration": ("Calibration", "calibrate"),
     "checkpoints": ("bundled_models", "load", "save"),
     "deploy.export": ("export",),
+    "deploy.hub": ("push_to_hub",),
     "data": ("eval_transform", "open_image"),
     "errors": ("CfvitError",),
     "inference": ("Prediction", "Predictor"),

@@ -30,7 +30,7 @@ from cfvit.modeling import backbones, transformers_vit
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig
-from cfvit.modeling.weights import CONFIG_FILE, WEIGHTS_FILE, Weights, read_weights, require_finite
+from cfvit.modeling.weights import CONFIG_FILE, HUB, WEIGHTS_FILE, Weights, from_hub, read_weights, require_finite
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -123,13 +123,13 @@ def load(path_or_name: str | Path) -> CoarseToFineViT:
     If a folder holds a ``calibration.json`` that does not describe the model, that is a warning.
 
     Args:
-        path_or_name: a folder written by `save`, one of the authors' ``.pth`` files, or one of
-            `bundled_models`.
+        path_or_name: a folder written by `save`, one of the authors' ``.pth`` files, one of
+            `bundled_models`, or ``hf-hub:OWNER/NAME``, such a folder on the Hugging Face Hub.
 
     Raises:
         CfvitError: nothing there, or not a model; a missing, unknown or misshapen weight is named.
     """
-    path = Path(path_or_name)
+    path = from_hub(str(path_or_name)) if str(path_or_name).startswith(HUB) else Path(path_or_name)
     if path.is_dir():
         return _load_folder(path)
     if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():

@@ -91,7 +91,7 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
             executed, or a network of another kind.
     """
     place, choice, grid = _parsed(str(source))
-    path = _from_hub(place) if place.startswith(("hf-hub:", "hf_hub:")) else Path(place.removeprefix("local-dir:"))
+    path = from_hub(place) if place.startswith(HUB) else Path(place.removeprefix("local-dir:"))
     if path.is_file() and path.name in FILES_OF_FOLDERS and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     config: dict[str, Any] = {}
@@ -139,7 +139,16 @@ def _parsed(source: str) -> tuple[str, str | None, tuple[int, int] | None]:
     return place, choice, grid
 
 
-def _from_hub(name: str) -> Path:
+HUB = ("hf-hub:", "hf_hub:")
+"""How the name of a folder on the Hub begins."""
+
+
+def from_hub(name: str) -> Path:
+    """The folder ``hf-hub:OWNER/NAME``, or ``hf-hub:OWNER/NAME@REVISION``, downloaded or cached.
+
+    Raises:
+        CfvitError: it cannot be had, for example without a network.
+    """
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition(":")[2].partition("@")
