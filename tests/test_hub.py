@@ -8,6 +8,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import timm
 import torch
 import yaml
 
@@ -16,6 +17,8 @@ from cfvit.calibration.records import write_calibration
 from cfvit.calibration.targets import Saving
 from cfvit.checkpoints import save_exit
 from cfvit.deploy.hub import model_card
+from cfvit.methods.base import create_method
+from cfvit.methods.plain import backbone_of
 
 
 @pytest.fixture
@@ -83,6 +86,18 @@ def test_the_card_tells_what_each_eta_costs(make_model: Callable[..., Any], tmp_
     save_exit(model.exit, tmp_path)
     with pytest.warns(UserWarning, match="stale"):
         assert "calibrated" not in model_card(tmp_path, "owner/tiny"), "the record is not of this exit"
+
+
+@torch.no_grad()
+def test_timm_reads_the_plain_vit_of_a_saved_model(
+    colour_model: Path, make_images: Callable[..., torch.Tensor], tmp_path: Path
+) -> None:
+    """As docs/backbones.md says."""
+    model: Any = cfvit.load(colour_model)
+    create_method("plain").save(backbone_of(cfvit.load(colour_model)), tmp_path / "plain")
+    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    images = make_images(model, 2)
+    assert torch.equal(plain(images), model.backbone(images))
 
 
 def test_without_a_network_one_line_tells_so(colour_model: Path, fails: Callable[..., Any]) -> None:
