@@ -99,6 +99,15 @@ def test_folders_from_before_the_variants_are_the_papers(
     assert torch.equal(_logits(loaded, images), _logits(model, images))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_weights_are_not_stored_as_what_is_not_read_again(
+    dtype: torch.dtype, tmp_path: Path, make_model: Make, fails: Callable[..., Any]
+) -> None:
+    with fails(f"weights cannot be stored as {dtype}: give torch.bfloat16"):
+        save(make_model(), tmp_path / "model", dtype=dtype)
+    assert not (tmp_path / "model").exists()
+
+
 def test_weights_can_be_stored_in_half(
     model: CoarseToFineViT, folder: Path, tmp_path: Path, make_images: Callable[..., Tensor]
 ) -> None:

@@ -6,10 +6,17 @@ import argparse
 import json
 import os
 import re
+import shutil
 import tempfile
+import uuid
 import warnings
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from pathlib import Path
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,7 +159,8 @@ def test_weights_of_another_kind_are_refused_by_the_files_name(
 
 def test_another_patch_size_is_loaded_or_refused(tmp_path: Path, fails: Fails) -> None:
     file = _save(_vit(16, patch_size=8).state_dict(), tmp_path / "plain.pth")
-    assert _filled(file)["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
+    with pytest.warns(UserWarning, match=r"patches of .*plain\.pth are 8 x 8 pixels and are resampled to 4 x 4: give"):
+        assert _filled(file)["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
     state = _state(_vit(16))
     state["patch_embed.proj.weight"] = torch.ones(24, 3, 4, 0)
     with fails(r"plain\.pth does not fit"):
@@ -163,12 +171,36 @@ def test_another_patch_size_is_loaded_or_refused(tmp_path: Path, fails: Fails) -
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "backbone.", "encoder.", "model.backbone."]
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "model.",
+        "backbone.",
+        "encoder.",
+        "model.backbone.",
+        "net.",
+        "a.b.c.",
+    ],
 )
-def test_known_prefixes_are_taken_off(prefix: str, tmp_path: Path) -> None:
+def test_prefixes_are_taken_off(prefix: str, tmp_path: Path) -> None:
     plain = _vit()
     file = _save({"state_dict": {prefix + k: v for k, v in plain.state_dict().items()}}, tmp_path / "plain.pth")
     assert _equal(_filled(file), plain.state_dict())
+
+
+def test_one_of_several_networks_is_chosen(tmp_path: Path, fails: Fails) -> None:
+    plain, other = _vit().state_dict(), _state(_vit())
+    other["cls_token"] += 1
+    state = {f"model.{name}": tensor for name, tensor in plain.items()}
+    state |= {f"ema.module.{name}": tensor for name, tensor in other.items()}
+    file = _save({"state_dict": state}, tmp_path / "last.ckpt")
+    with fails(r"holds the networks ema\.module, model: give one of them, such as .*last\.ckpt#ema\.module"):
+        _filled(file)
+    for choice, expected in (("model", plain), ("ema.module", other)):
+        with pytest.warns(UserWarning, match=f"{choice} is read, {len(plain)} other weights"):
+            assert _equal(_filled(f"{file}#{choice}"), expected)
 
 
 def test_other_parts_of_a_network_are_left_out_and_told(tmp_path: Path) -> None:
@@ -179,25 +211,55 @@ def test_other_parts_of_a_network_are_left_out_and_told(tmp_path: Path) -> None:
         assert _equal(_filled(_save({"teacher": state, "student": {}}, tmp_path / "dino.pth")), plain.state_dict())
 
 
+class _Harmful:
+    def __init__(self, run: Any, *arguments: Any) -> None:
+        self.call = run, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def _extras() -> dict[str, Any]:
+    kinds = ("f2", "i1", "u2", "?", "c8", "U4", "S3", "M8[s]", "m8[D]")
+    numbers = defaultdict(list, {"top1": [np.float32(1)], "top5": [Fraction(1, 2), Decimal(1)]})
+    return {
+        "scalars": [np.dtype(kind).type(1) for kind in ("f2", "i1", "u8", "?", "c8")] + [np.str_("x"), np.bytes_(b"x")],
+        "arrays": [np.zeros(3, kind) for kind in kinds] + [np.array([{"a": 1}, None, Path("x")], dtype=object)],
+        "args": argparse.Namespace(out=Path("runs"), lr=np.float32(1), data_set="CIFAR"),
+        "hyper_parameters": {"path": PureWindowsPath("C:/x"), "space": SimpleNamespace(a=1), "kind": int},
+        "meters": [numbers, deque([1, 2], maxlen=3), Counter("ab"), OrderedDict(a=1)],
+        "begun": [datetime(2026, 1, 1, tzinfo=UTC), date(2026, 1, 1), timedelta(1), uuid.uuid4()],
+    }
+
+
 def test_harmless_extras_do_not_matter(tmp_path: Path) -> None:
     plain = _vit()
-    extras = {
-        "scalars": [
-            np.float16(1),
-            np.int8(1),
-            np.uint64(3),
-            np.bool_(True),
-            np.complex64(1),
-            np.str_("x"),
-            np.bytes_(b"x"),
-        ],
-        "arrays": [np.zeros(3, kind) for kind in ("f2", "i1", "u2", "?", "c8", "U4", "S3", "M8[s]", "m8[D]")],
-        "args": argparse.Namespace(out=Path("runs"), lr=np.float32(1)),
-        "hyper_parameters": {"path": Path("x")},
-    }
-    file = _save({"state_dict": plain.state_dict(), **extras}, tmp_path / "plain.ckpt")
+    file = _save({"state_dict": plain.state_dict(), **_extras()}, tmp_path / "plain.ckpt")
     assert _equal(_filled(file), plain.state_dict())
-    assert read_weights(file).besides["args"].lr == 1
+    assert read_weights(file).besides["args"].data_set == "CIFAR"
+
+
+@pytest.mark.parametrize(
+    ("extra", "refused"),
+    [
+        (_Harmful(eval, "1"), "eval"),
+        (_Harmful(os.mkdir, "x"), "posix.mkdir"),
+        (_Harmful(shutil.rmtree, "x"), "shutil.rmtree"),
+    ],
+)
+def test_what_would_run_is_refused_by_its_name(extra: Any, refused: str, tmp_path: Path, fails: Fails) -> None:
+    with fails(rf"plain\.ckpt is not read \(it would load {refused}\)"):
+        _filled(_save({"state_dict": _vit().state_dict(), "extra": extra}, tmp_path / "plain.ckpt"))
+
+
+def test_nothing_of_numpys_runs_either(tmp_path: Path) -> None:
+    path = tmp_path / "made.npy"
+    harmful = _Harmful(np.save, str(path), 1)
+    file = _save({"state_dict": _vit().state_dict(), "extra": harmful}, tmp_path / "plain.ckpt")
+    _filled(file)
+    assert not path.exists()
+    torch.load(file, weights_only=False)
+    assert path.exists(), "the file is as harmful as meant"
 
 
 def test_averaged_weights_are_told_and_can_be_chosen(tmp_path: Path, fails: Fails) -> None:
@@ -211,6 +273,17 @@ def test_averaged_weights_are_told_and_can_be_chosen(tmp_path: Path, fails: Fail
         assert _equal(_filled(f"{file}#state_dict_ema"), averaged)
     with fails("holds no state_dict_best: it has state_dict, state_dict_ema"):
         _filled(f"{file}#state_dict_best")
+    with fails("holds no state_dict_ema: it has one state dict alone"):
+        _filled(f"{_save(averaged, tmp_path / 'bare.pth')}#state_dict_ema")
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "weights"])
+def test_the_only_weights_of_a_file_are_taken(name: str, tmp_path: Path, fails: Fails) -> None:
+    plain = _vit().state_dict()
+    file = _save({name: plain, "epoch": 3, "optimizer": {"lr": 1}}, tmp_path / "last.pth")
+    assert _equal(_filled(file), plain)
+    with fails(rf"last\.pth holds {name}, other: give one of them, such as .*last\.pth#{name}"):
+        _filled(_save({name: plain, "other": plain}, tmp_path / "last.pth"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -242,18 +315,33 @@ def test_a_grid_that_is_given_must_be_the_positions_own(tmp_path: Path, fails: F
         _filled(f"{file}#7x9")
 
 
-def test_integer_weights_are_refused(tmp_path: Path, fails: Fails) -> None:
+@pytest.mark.parametrize("kind", ["int8", "uint8", "bool", "complex64", "float8_e4m3fn", "float8_e5m2"])
+def test_weights_that_are_no_usual_floats_are_refused(kind: str, tmp_path: Path, fails: Fails) -> None:
+    """Those of 8 bits were divided by scales that the file may keep under any name."""
     state = _state(_vit())
-    state["head.weight"] = state["head.weight"].to(torch.int8)
-    with fails(r"head\.weight is int8 where floats are needed"):
+    state["head.weight"] = state["head.weight"].to(getattr(torch, kind))
+    with fails(rf"head\.weight is {kind} where floats of 16 bits or more are needed"):
         _filled(_save(state, tmp_path / "plain.pth"))
 
 
-def test_a_head_that_is_not_there_is_told(tmp_path: Path) -> None:
-    state = {name: tensor for name, tensor in _vit().state_dict().items() if not name.startswith("head.")}
-    with pytest.warns(UserWarning, match=r"plain\.pth has no head: the head is untrained"):
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        (["head.weight", "head.bias"], "no head"),
+        (["head.bias"], r"no head\.bias"),
+        (["head.weight"], r"no head\.weight"),
+    ],
+)
+def test_a_head_that_is_not_there_is_told(missing: list[str], told: str, tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in _vit().state_dict().items() if name not in missing}
+    with pytest.warns(UserWarning, match=rf"plain\.pth has {told} for 5 classes: the head is untrained"):
         ours = _filled(_save(state, tmp_path / "plain.pth"))
-    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items())
+    assert all(torch.equal(ours[name], tensor) for name, tensor in state.items() if not name.startswith("head."))
+
+
+def test_a_head_of_another_number_of_classes_is_told(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"has head\.bias of \[3\], head\.weight of \[3, 24\] for 5 classes"):
+        _filled(_save(_vit(classes=3).state_dict(), tmp_path / "plain.pth"))
 
 
 def test_a_head_of_as_many_but_other_classes_is_told(tmp_path: Path, make_model: Make) -> None:
@@ -264,7 +352,7 @@ def test_a_head_of_as_many_but_other_classes_is_told(tmp_path: Path, make_model:
         initialise(new, str(tmp_path / "old"))
 
 
-@pytest.mark.parametrize("file", ["checkpoint.pt", "model.safetensors"])
+@pytest.mark.parametrize("file", ["checkpoint.pt", "model.safetensors", "config.json"])
 def test_files_of_a_run_say_which_folder_to_give(file: str, tmp_path: Path, make_model: Make, fails: Fails) -> None:
     model = make_model()
     save(model, tmp_path / "run")
@@ -329,7 +417,7 @@ def test_transformers_weights_are_timms(kind: str, tmp_path: Path) -> None:
 
 CHANGES = st.lists(
     st.tuples(
-        st.sampled_from(["remove", "misshape", "rename", "integer", "nan", "half", "extra", "empty"]),
+        st.sampled_from(["remove", "misshape", "rename", "integer", "float8", "nan", "half", "extra", "empty"]),
         st.integers(0, 1000),
     ),
     max_size=3,
@@ -356,6 +444,8 @@ def _changed(changes: list[tuple[str, int]]) -> dict[str, Tensor]:
             state[f"{name}_2"] = state.pop(name)
         elif change == "integer":
             state[name] = tensor.to(torch.int8)
+        elif change == "float8":
+            state[name] = tensor.to(torch.float8_e4m3fn)
         elif change == "nan" and tensor.is_floating_point() and tensor.numel():
             state[name] = torch.full_like(tensor, torch.nan)
         elif change == "half":

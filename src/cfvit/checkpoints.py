@@ -43,8 +43,10 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         dtype: store weights in this precision, such as ``torch.bfloat16``; loading gives float32.
 
     Raises:
-        CfvitError: the folder cannot be written.
+        CfvitError: the folder cannot be written; a ``dtype`` that is not of floats of 16 bits or more.
     """
+    if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
+        raise CfvitError(f"weights cannot be stored as {dtype}: give torch.bfloat16, torch.float16 or torch.float32")
     folder = Path(folder)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     config = {
@@ -132,7 +134,7 @@ def load(path_or_name: str | Path) -> CoarseToFineViT:
     path = from_hub(str(path_or_name)) if str(path_or_name).startswith(HUB) else Path(path_or_name)
     if path.is_dir():
         return _load_folder(path)
-    if path.name == WEIGHTS_FILE and (path.parent / CONFIG_FILE).is_file():
+    if path.name in (CONFIG_FILE, WEIGHTS_FILE) and (path.parent / CONFIG_FILE).is_file():
         raise CfvitError(f"{path} is one of the files of a model: give their folder, {path.parent}")
     if path.is_file():
         return load_authors_checkpoint(path)
@@ -173,6 +175,11 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
+        if parts := sorted(part.name for part in folder.iterdir() if _is_backbone_folder(part)):
+            raise CfvitError(
+                f"{folder} holds a run of several plain ViTs ({', '.join(parts)}), not a coarse-to-fine model: "
+                "give the folder of a run of --method cf_vit"
+            ) from error
         raise CfvitError(
             f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
         ) from error

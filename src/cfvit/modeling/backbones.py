@@ -93,14 +93,16 @@ def _fill(model: Backbone, weights: Weights, name: str) -> None:
     tensors = in_timms_keys(model, weights)
     own = model.state_dict()
     heads = {key for key in own if key.split(".")[0] in HEADS}
-    unfit = [key for key in heads if key not in tensors or tensors[key].shape != own[key].shape]
+    unfit = [f"no {key}" for key in heads - tensors.keys()]
+    unfit = ["no head"] if unfit and not heads & tensors.keys() else unfit
+    unfit += [f"{k} of {list(tensors[k].shape)}" for k in heads & tensors.keys() if tensors[k].shape != own[k].shape]
     if unfit:
-        there = [tensors[key].shape for key in sorted(heads) if key in tensors]
-        what = f"a head of {list(there[-1])} for {model.num_classes} classes" if there else "no head"
-        warnings.warn(f"{weights.source} has {what}: the head is untrained", stacklevel=2)
         tensors = {key: tensor for key, tensor in tensors.items() if key not in heads}
     expected = {key: tensor for key, tensor in own.items() if not unfit or key not in heads}
     require_fit(expected, tensors, f"{weights.source} does not fit {name}")
+    if unfit:
+        what = f"{', '.join(sorted(unfit))} for {model.num_classes} classes"
+        warnings.warn(f"{weights.source} has {what}: the head is untrained", stacklevel=2)
     model.load_state_dict(tensors, strict=False)
 
 
@@ -141,6 +143,16 @@ def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
         raise CfvitError(
             f"{weights.source} does not fit {type(model).__name__} ({first_line(error)}): give weights of that model"
         ) from error
+    patch = tensors.get("patch_embed.proj.weight")
+    if patch is not None and patch.ndim == 4:
+        sides = {tensor.shape[2:] for tensor in weights.tensors.values() if tensor.ndim == 4}
+        if sides and patch.shape[2:] not in sides:
+            theirs = " x ".join(map(str, min(sides)))
+            warnings.warn(
+                f"the patches of {weights.source} are {theirs} pixels and are resampled to "
+                f"{patch.shape[2]} x {patch.shape[3]}: give --timm-kwargs.patch_size to keep their size",
+                stacklevel=3,
+            )
     own, given = model.pos_embed, tensors.get("pos_embed")
     alike = all((name in tensors) == (getattr(model, name, None) is not None) for name in EXTRA_TOKENS)
     if own is not None and given is not None and alike and given.ndim == 3 and given.shape[::2] == own.shape[::2]:
@@ -201,9 +213,9 @@ def require_fit(
         if name in own and tensor.shape != own[name].shape
     ]
     problems += [
-        f"{spelled(name)} is {str(tensor.dtype).removeprefix('torch.')} where floats are needed"
+        f"{spelled(name)} is {str(tensor.dtype).removeprefix('torch.')} where floats of 16 bits or more are needed"
         for name, tensor in weights.items()
-        if name in own and own[name].is_floating_point() and not tensor.is_floating_point()
+        if name in own and own[name].is_floating_point() and not (tensor.is_floating_point() and tensor.itemsize > 1)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

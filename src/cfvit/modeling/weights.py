@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import json
-import pathlib
 import pickle
 import re
-import types
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -26,25 +24,22 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 FILES_OF_FOLDERS = (WEIGHTS_FILE, "pytorch_model.bin")
 
-_MULTIARRAY: Any = import_module("numpy._core.multiarray")
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    types.SimpleNamespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    (pathlib.PureWindowsPath, "pathlib.WindowsPath"),
-    (pathlib.PosixPath, "pathlib._local.PosixPath"),  # as Python 3.13 spells it
-    np.dtype,
-    np.ndarray,
-    *{np.dtype(code).type for code in np.typecodes["All"] if code != "O"},
-    *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
-    *(
-        (getattr(_MULTIARRAY, name), f"numpy.{core}.multiarray.{name}")
-        for name in ("scalar", "_reconstruct")
-        for core in ("core", "_core")
-    ),
-]
-"""Besides tensors, what checkpoints hold: options and figures. None of these runs code when read."""
+_OF_PLAIN_DATA = frozenset(
+    ["argparse", "collections", "datetime", "decimal", "fractions", "numpy", "pathlib", "types", "uuid", "zoneinfo"]
+)
+"""Modules of what checkpoints hold beside the tensors: options, figures, paths, dates."""
+
+
+class _NotRead:
+    """Stands for a value that is no tensor and that nobody asks for, so that no code of its class runs."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+_CONTAINERS: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
+"""What stands for containers, which are filled as they are read."""
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 """Where a checkpoint keeps its weights; ``teacher`` is DINO's better network."""
@@ -77,8 +72,8 @@ class Weights:
 def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weights:
     """Weights from a file, a folder or the Hub.
 
-    A file is a ``.safetensors`` or torch file; the prefixes of wrappers (``module.``, ``_orig_mod.``, ``model.``,
-    ``backbone.``, ``encoder.``) are taken off. A folder, given as such or as ``local-dir:FOLDER``, holds
+    A file is a ``.safetensors`` or torch file; what the names of a network begin with as a part of another one
+    (``module.``, ``backbone.`` and the like) is taken off. A folder, given as such or as ``local-dir:FOLDER``, holds
     ``config.json`` of timm or transformers beside the weights; ``hf-hub:OWNER/NAME`` is such a folder on the Hub.
 
     Args:
@@ -92,7 +87,7 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
     """
     place, choice, grid = _parsed(str(source))
     path = from_hub(place) if place.startswith(HUB) else Path(place.removeprefix("local-dir:"))
-    if path.is_file() and path.name in FILES_OF_FOLDERS and (path.parent / CONFIG_FILE).is_file():
+    if path.is_file() and path.name in (CONFIG_FILE, *FILES_OF_FOLDERS) and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
     config: dict[str, Any] = {}
     if path.is_dir():
@@ -101,7 +96,7 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
         raise CfvitError(f"no weights at {path}: give a .safetensors, .pth or .pt file, or a folder with {CONFIG_FILE}")
     content = _read(path)
     tensors, besides = _unwrapped(content, path, wrappers, choice)
-    tensors = from_transformers(_without_prefixes(tensors, path))
+    tensors = from_transformers(_without_prefix(tensors, path, choice))
     require_finite(tensors, str(path))
     names = config.get("label_names") or _names_of_ids(config.get("id2label"))
     vision = config.get("vision_config", config)
@@ -168,23 +163,39 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
         raise CfvitError(f"{folder} has no {CONFIG_FILE} that can be read: give the file of weights itself") from error
     if not known:
         if "data_config" in config:
-            raise CfvitError(f"{folder} holds a coarse-to-fine model: give the folder, where such a model is asked for")
+            raise CfvitError(
+                f"{folder} holds a coarse-to-fine model: give the folder itself, where such a model is taken"
+            )
         raise CfvitError(f"{folder / CONFIG_FILE} names no architecture: give a folder of timm's or of transformers'")
     return next((folder / f for f in FILES_OF_FOLDERS if (folder / f).is_file()), folder / WEIGHTS_FILE), config
 
 
 def _read(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it would load {refused.group(1)}" if refused else "it is no torch file"
-        raise CfvitError(f"{path} is not read ({what}): give a checkpoint of plain tensors") from error
-    except Exception as error:
-        raise CfvitError(f"{path} is damaged or no torch file ({first_line(error)}): copy it again") from error
+    stand_ins: dict[str, Any] = {}
+    while True:
+        try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            known = [argparse.Namespace, *((stand_in, name) for name, stand_in in stand_ins.items())]
+            with torch.serialization.safe_globals(known):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            refused = re.search(r"GLOBAL (\S+)", str(error))
+            name = refused[1] if refused else ""
+            plain = name.split(".")[0] in _OF_PLAIN_DATA or isinstance(getattr(builtins, name, None), type)
+            name = name if "." in name else f"builtins.{name}"  # as torch's message shortens it
+            if not plain or name in stand_ins:
+                what = f"it would load {name.removeprefix('builtins.')}" if refused else "it is no torch file"
+                raise CfvitError(f"{path} is not read ({what}): give a checkpoint of plain tensors") from error
+            stand_ins[name] = _CONTAINERS.get(name, _NotRead)
+        except Exception as error:
+            raise CfvitError(f"{path} is damaged or no torch file ({first_line(error)}): copy it again") from error
+
+
+def _are_named_tensors(content: Any) -> bool:
+    """Whether something is a state dict."""
+    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+    return named and len(content) > 0
 
 
 def _unwrapped(
@@ -192,64 +203,60 @@ def _unwrapped(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a checkpoint, and what lies beside it."""
     besides: dict[str, Any] = {}
-    if isinstance(content, dict):
+    nested = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
+    if nested:
         if "recipe" in content and "optimizer" in content:
             raise CfvitError(
                 f"{path} is the checkpoint of a run: give its folder, {path.parent}, which holds the model"
             )
-        nested = [key for key, value in content.items() if isinstance(value, dict) and value]
-        if choice is not None and choice not in nested:
+        state_dicts = [key for key in nested if _are_named_tensors(content[key])]
+        usual = [key for key in wrappers if content.get(key) and key in nested]
+        if len(state_dicts) > 1 and not usual and choice is None:
             raise CfvitError(
-                f"{path} holds no {choice}: it has {', '.join(map(str, nested)) or 'one state dict alone'}"
+                f"{path} holds {', '.join(map(str, state_dicts))}: give one of them, such as {path}#{state_dicts[0]}"
             )
-        key = choice or next((key for key in wrappers if key in nested), None)
+        key = choice if choice in nested else next(iter(usual + state_dicts), None)
         averages = [name for name in AVERAGES if name in nested and name != key]
         if averages and key is not None:
             warnings.warn(
                 f"{path} also holds averaged weights; {key} is taken: give {path}#{averages[0]} to take those",
                 stacklevel=3,
             )
-        if key is not None:
-            besides = {name: value for name, value in content.items() if name != key}
-            content = content[key]
-            inner = next(
-                (key for key in wrappers if isinstance(content, dict) and isinstance(content.get(key), dict)), None
-            )
-            content = content if inner is None else content[inner]
-    named = isinstance(content, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
-    if not named or not content:
+        besides = {name: value for name, value in content.items() if name != key}
+        content = content.get(key)
+        inner = next(
+            (key for key in wrappers if isinstance(content, dict) and isinstance(content.get(key), dict)), None
+        )
+        content = content if inner is None else content[inner]
+    if not _are_named_tensors(content):
         raise CfvitError(f"{path} holds no named tensors: give a checkpoint with a state dict")
+    if choice is not None and choice not in nested and not any(name.startswith(f"{choice}.") for name in content):
+        raise CfvitError(f"{path} holds no {choice}: it has {', '.join(map(str, nested)) or 'one state dict alone'}")
     return content, besides
 
 
-_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
-_PARTS = ("model.", "backbone.", "encoder.")
-
-
-def _without_prefixes(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _without_prefix(tensors: dict[str, Tensor], path: Path, choice: str | None) -> dict[str, Tensor]:
     """Weights without the names of what the network was a part of; those of other parts are left out, and told."""
-    tensors = {_WRAPPED.sub("", name): tensor for name, tensor in tensors.items()}
-    if any(name.startswith(("feature_reuse.", "coarse_pos_embed")) for name in tensors):
+    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    if any(re.search(r"(^|\.)(feature_reuse\.|coarse_pos_embed$)", name) for name in tensors):
         raise CfvitError(f"{path} holds a coarse-to-fine model's weights: give its folder, {path.parent}")
-    while True:
-        below = {
-            part: {_WRAPPED.sub("", n.removeprefix(part)) for n in tensors if n.startswith(part)} for part in _PARTS
-        }
-        whole = (part for part, names in below.items() if names and (len(names) == len(tensors) or names & _OF_A_VIT))
-        part = next(whole, None)
-        if part is None:
-            return tensors
-        left_out = [name for name in tensors if not name.startswith(part)]
-        tensors = {_WRAPPED.sub("", n.removeprefix(part)): t for n, t in tensors.items() if n.startswith(part)}
-        if left_out:
-            warnings.warn(
-                f"{path} holds more than a ViT: {part[:-1]} is read, {len(left_out)} other weights "
-                f"({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}) are left out",
-                stacklevel=4,
-            )
-
-
-_OF_A_VIT = {"cls_token", "patch_embed.proj.weight", "backbone.cls_token", "encoder.cls_token", "model.cls_token"}
+    depths = {name[: found.start()] for name in tensors if (found := re.search(r"(?<![^.])blocks\.\d", name))}
+    vits = sorted(prefix for prefix in depths if f"{prefix}cls_token" in tensors)
+    if any(name.startswith(f"{choice}.") for name in tensors):
+        vits = [f"{choice}."]
+    elif len(vits) > 1 and "" not in vits:
+        names = ", ".join(prefix[:-1] for prefix in vits)
+        raise CfvitError(f"{path} holds the networks {names}: give one of them, such as {path}#{vits[0][:-1]}")
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(n.split(".")[:-1] for n in tensors), strict=False))
+    prefix = vits[0] if vits else "".join(f"{parts[0]}." for parts in shared)
+    left_out = [name for name in tensors if not name.startswith(prefix)]
+    if left_out:
+        warnings.warn(
+            f"{path} holds more than a ViT: {prefix[:-1]} is read, {len(left_out)} other weights "
+            f"({', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}) are left out",
+            stacklevel=3,
+        )
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 # transformers
