@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
@@ -507,9 +508,35 @@ def test_rotation_sees_the_place_of_a_cell() -> None:
     images = torch.randn(1, 3, *model.image_size)
     state = model.coarse(images)
     whole = model.fine(images, state, informative_ratio=0.0)
-    rope: Any = model.backbone.rope  # pyright: ignore[reportAttributeAccessIssue]
-    rope.bands.zero_()
+    assert model.cell_rotation is not None
+    model.cell_rotation.copy_(model.cell_rotation.flip(0))
     assert (model.fine(images, state, informative_ratio=0.0) - whole).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "kwargs"), ROTARY, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "plain")
+@torch.no_grad()
+def test_rotations_are_made_once_and_move_with_the_model(
+    name: str, kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = create_model(name, num_classes=CLASSES, coarse_grid=2, **{**SMALL, **kwargs}).eval()
+    _randomise(model, 0)
+    images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
+    learned = "mixed" in name
+    answers = model(images)
+    if not learned:
+        monkeypatch.setattr(anatomy, "fine_rotation", lambda *_: pytest.fail("made again"))
+    assert not any("rotation" in name for name in model.state_dict())
+    for ours, expected in zip(copy.deepcopy(model).double()(images.double()), answers, strict=True):
+        torch.testing.assert_close(ours.float(), expected, atol=1e-4, rtol=1e-4)
+    halved = copy.deepcopy(model).bfloat16()
+    assert halved(images.bfloat16()).fine.isfinite().all()
+    if not learned:
+        for ours, expected in (
+            (halved.fine_rotation, model.fine_rotation),
+            (halved.cell_rotation, model.cell_rotation),
+        ):
+            assert expected is not None
+            assert torch.equal(cast(Tensor, ours), expected.bfloat16())
 
 
 @pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])

@@ -126,7 +126,8 @@ class CoarseToFineViT(nn.Module):
 
     Build one with `create_model` or `cfvit.load`. ``backbone`` is timm's model at the full image
     size; its own position embedding serves the fine stage. All other weights are the position
-    embedding of the coarse grid and the feature reuse.
+    embedding of the coarse grid and the feature reuse. Rotations of rotary positions are made once, as
+    buffers, unless the backbone learns them.
 
     Attributes:
         config: the `ModelConfig` it was built from.
@@ -136,6 +137,9 @@ class CoarseToFineViT(nn.Module):
             ``"torchvision"``; None if that is not known.
         exit: how confidence is measured, and the eta at which the coarse answer is given; see `Exit`.
     """
+
+    fine_rotation: Tensor | None
+    cell_rotation: Tensor | None
 
     def __init__(self, config: ModelConfig, pretrained_backbone: backbones.Pretrained = False) -> None:
         super().__init__()
@@ -163,6 +167,9 @@ class CoarseToFineViT(nn.Module):
             hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
             eps = getattr(self.backbone.norm, "eps", 1e-6)
             self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
+        fixed = (None, None) if anatomy.learns_rotations(self.backbone) else self._make_rotations()
+        for name, rotation in zip(("fine_rotation", "cell_rotation"), fixed, strict=True):
+            self.register_buffer(name, rotation, persistent=False)
 
         resolved = timm.data.resolve_model_data_config(self.backbone)  # with lists, if an overlay was read from a file
         self.data_config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in resolved.items()}
@@ -222,7 +229,7 @@ class CoarseToFineViT(nn.Module):
 
         depth = len(backbone.blocks)
         first = min(FIRST_ATTENTION_BLOCK, depth - 1)
-        rotation = self._cell_rotation(anatomy.fine_rotation(backbone), images.device)
+        _, rotation = self._rotations()
         tokens = anatomy.run_blocks(backbone, tokens, rotation, first)
         attention = None
         for index in range(first, depth):
@@ -274,11 +281,8 @@ class CoarseToFineViT(nn.Module):
         parts = self._reuse(state, prefix, children, gather_tokens(state.embedding, others), informative, others)
         tokens = torch.cat(parts, dim=1)
 
-        fine = anatomy.fine_rotation(backbone)
-        rotation = anatomy.join_rotations(
-            anatomy.gather_rotation(fine, places),
-            anatomy.gather_rotation(self._cell_rotation(fine, images.device), others),
-        )
+        fine, cells = self._rotations()
+        rotation = anatomy.join_rotations(anatomy.gather_rotation(fine, places), anatomy.gather_rotation(cells, others))
         return backbone.norm(self.run_fine(anatomy.enter(backbone, tokens), rotation))
 
     def run_fine(self, tokens: Tensor, rotation: Tensor | None) -> Tensor:
@@ -309,11 +313,16 @@ class CoarseToFineViT(nn.Module):
             prefix = torch.cat([prefix[:, :1] + reuse(state.class_token[:, None]), prefix[:, 1:]], dim=1)
         return prefix, children, rest
 
-    def _cell_rotation(self, fine: Tensor | None, device: torch.device) -> Tensor | None:
+    def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
+        """Rotations of all fine patches and of all cells: kept, or from what the backbone has learned. None without."""
+        return self._make_rotations() if self.fine_rotation is None else (self.fine_rotation, self.cell_rotation)
+
+    def _make_rotations(self) -> tuple[Tensor | None, Tensor | None]:
+        fine = anatomy.fine_rotation(self.backbone)
         if fine is None:
-            return None
-        cells = torch.arange(self.grid[0] * self.grid[1], device=device)[None]
-        return anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
+            return None, None
+        cells = torch.arange(self.grid[0] * self.grid[1], device=fine.device)[None]
+        return fine, anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
 
     def forward(self, images: Tensor, *, informative_ratio: float | None = None) -> CoarseToFineOutput:
         """Both stages for every image, as in training and in the sweep over thresholds."""

@@ -129,6 +129,12 @@ def enter(backbone: Backbone, tokens: Tensor) -> Tensor:
 # Rotary positions: sines and cosines of angles that are linear in a patch's coordinates
 
 
+def learns_rotations(backbone: Backbone) -> bool:
+    """Whether rotations change in training."""
+    rope: Any = getattr(backbone, "rope", None)
+    return rope is not None and next(rope.parameters(), None) is not None
+
+
 def fine_rotation(backbone: Backbone) -> Tensor | None:
     """Rotations of all fine patches ``[..., 4N, R]``, for every block and head alike or not; None without."""
     rope: Any = getattr(backbone, "rope", None)
@@ -160,7 +166,7 @@ def cell_rotation(backbone: Backbone, fine: Tensor | None, children: Tensor, gri
         return _centre_rotation(rope, grid, fine.device).to(fine)
     corners = fine[..., children[0], :].float().unflatten(-2, (-1, CHILDREN)).mean(dim=-2)
     sine, cosine = corners.chunk(2, dim=-1)
-    return (corners / torch.hypot(sine, cosine).tile(2)).to(fine)
+    return (corners / (sine.square() + cosine.square()).sqrt().tile(2)).to(fine)  # ONNX has no hypot
 
 
 def _centre_rotation(rope: Any, grid: tuple[int, int], device: torch.device) -> Tensor:
