@@ -62,6 +62,7 @@ def test_a_wrong_rule_in_the_config_is_refused(model: Path, fails: Callable[...,
         (lambda: Exit(fine_temperature=float("nan")), "fine_temperature is nan"),
         (lambda: Exit(eta=1.5), "threshold is 1.5"),
         (lambda: Exit(eta="0.5"), "threshold is '0.5'"),  # type: ignore[arg-type]
+        (lambda: Exit(eta=True), "threshold is True"),
     ],
 )
 def test_rules_out_of_range_are_refused(make: Callable[[], object], message: str) -> None:

@@ -251,13 +251,13 @@ def test_any_engine_predicts_and_streams(model: CoarseToFineViT) -> None:
         Predictor(_Means(model), 0.5, compile=True)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", [0.5], 0.5j, torch.ones(2)])
+@pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", [0.5], 0.5j, torch.ones(2), True, False])
 def test_a_threshold_that_is_no_number_in_its_range_is_refused(model: CoarseToFineViT, threshold: Any) -> None:
     with pytest.raises(CfvitError, match=rf"^threshold is {re.escape(repr(threshold))}: give a number between 0"):
         Predictor(model, threshold)
 
 
-@pytest.mark.parametrize("threshold", [1, 0.5, np.float32(0.5), torch.tensor(0.5), True])
+@pytest.mark.parametrize("threshold", [1, 0.5, np.float32(0.5), torch.tensor(0.5)])
 def test_numbers_of_any_kind_are_thresholds(model: CoarseToFineViT, threshold: Any) -> None:
     assert Predictor(model, threshold).threshold == float(threshold)
 

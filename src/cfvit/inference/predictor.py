@@ -73,7 +73,7 @@ class Predictor:
             raise CfvitError("the model has no calibrated threshold: give one between 0 and 1")
         if isinstance(eta, Tensor) and eta.ndim == 0:
             eta = eta.item()
-        if not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
+        if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
             raise CfvitError(f"threshold is {eta!r}: give a number between 0 (coarse only) and 1 (always fine)")
         self.threshold = float(eta)
 

@@ -95,7 +95,8 @@ class Exit:
         for name in ("coarse_temperature", "fine_temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise CfvitError(f"{name} is {getattr(self, name)}: give a positive number, 1 to leave logits alone")
-        if self.eta is not None and not (isinstance(self.eta, (int, float)) and 0 <= self.eta <= 1):
+        number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
+        if self.eta is not None and not (number and 0 <= self.eta <= 1):
             raise CfvitError(f"threshold is {self.eta!r}: give a confidence between 0 and 1, or None")
 
     def coarse(self, logits: Tensor) -> Tensor:
