@@ -119,7 +119,6 @@ def test_colours_are_as_seen_on_white(content: bytes, colour: tuple[int, int, in
         pytest.param(_deep([0, 32896, 65535, 10**6], np.int32, "TIFF"), [0, 128, 255, 255], id="I"),
         pytest.param(_deep([0, 0.2, 1], np.float32, "TIFF"), [0, 51, 255], id="F-to-1"),
         pytest.param(_deep([0, 51, 300, -3], np.float32, "TIFF"), [0, 51, 255, 0], id="F-to-255"),
-        pytest.param(_deep([np.nan, 0.2, 1], np.float32, "TIFF"), [0, 51, 255], id="F-with-nan"),
     ],
 )
 def test_deep_images_are_scaled_to_8_bits(content: bytes, expected: list[int]) -> None:
@@ -127,15 +126,28 @@ def test_deep_images_are_scaled_to_8_bits(content: bytes, expected: list[int]) -
     assert pixels.tolist() == [[value] * 3 for value in expected]
 
 
-def _png_of_16_bit_colours(values: list[int]) -> bytes:
-    """A PNG of one pixel for each value, which Pillow cannot write."""
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_pixels_that_are_no_numbers_are_refused(value: float, kind: Any, fails: Callable[..., Any]) -> None:
+    file = io.BytesIO()
+    pixels = Image.fromarray(np.array([[0, value, 1]], dtype=np.float32))
+    pixels.save(file, "TIFF")
+    with fails("pixels that are not finite numbers", ImageError):
+        open_image(file.getvalue())
+
+
+def _png_of_16_bits(values: list[int], channels: int = 3, bits: int | None = None) -> bytes:
+    """A PNG of one pixel for each value, as Pillow cannot write it, perhaps with an sBIT chunk."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    row = b"\0" + b"".join(struct.pack(">HHH", value, value, value) for value in values)
-    header = struct.pack(">IIBBBBB", len(values), 1, 16, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(row)) + chunk(b"IEND", b"")
+    opaque = [65535] * (channels in (2, 4))
+    pixels = [sample for value in values for sample in [value] * (channels - len(opaque)) + opaque]
+    header = struct.pack(">IIBBBBB", len(values), 1, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    stated = chunk(b"tEXt", b"a\0b") + chunk(b"sBIT", bytes([bits] * channels)) if bits else b""
+    row = chunk(b"IDAT", zlib.compress(b"\0" + struct.pack(f">{len(pixels)}H", *pixels)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + stated + row + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -146,8 +158,9 @@ def _png_of_16_bit_colours(values: list[int]) -> bytes:
         pytest.param(_deep([0, 100, 255], np.uint16, "PNG"), [0, 100, 255], id="8-bit"),
         pytest.param(_deep([0, 0, 0], np.uint16, "PNG"), [0, 0, 0], id="black"),
         pytest.param(_deep([0, 512, 1023], np.int32, "TIFF"), [0, 128, 255], id="10-bit-I"),
-        pytest.param(_png_of_16_bit_colours([0, 2048, 4095]), [0, 136, 255], id="12-bit-colours"),
-        pytest.param(_png_of_16_bit_colours([0, 32768, 65535]), [0, 128, 255], id="16-bit-colours"),
+        pytest.param(_png_of_16_bits([0, 2048, 4095]), [0, 136, 255], id="12-bit-colours"),
+        pytest.param(_png_of_16_bits([0, 32768, 65535]), [0, 128, 255], id="16-bit-colours"),
+        pytest.param(_png_of_16_bits([0, 2048, 4095], 2), [0, 136, 255], id="12-bit-with-alpha"),
     ],
 )
 def test_deep_images_of_fewer_bits_are_not_black(content: bytes, expected: list[int]) -> None:
@@ -160,6 +173,23 @@ def test_the_range_that_a_tiff_states_goes_first(tag: int, value: int) -> None:
     image = Image.fromarray(np.array([[0, 500, 1000]], dtype=np.uint16))
     content = _encode(image, "TIFF", tiffinfo={tag: value})
     assert np.asarray(open_image(content))[0, :, 0].tolist() == [0, round(500 * 255 / value), round(1000 * 255 / value)]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("values", "bits", "full"),
+    [
+        ([0, 300, 1000], 12, 4095),
+        ([0, 300, 1000], 16, 65535),
+        ([0, 300, 1000], None, 1023),
+        ([0, 20000, 65535], 12, 65535),  # scaled up, as the PNG specification asks
+    ],
+)
+def test_the_bits_that_a_png_states_go_first(values: list[int], bits: int | None, full: int, channels: int) -> None:
+    pixels = np.asarray(open_image(_png_of_16_bits(values, channels, bits)))[0, :, 0].tolist()
+    if channels > 1:  # of which Pillow keeps the upper half
+        values, full = [value >> 8 for value in values], full >> 8
+    assert pixels == [round(value * 255 / full) for value in values]
 
 
 def _profile(name: Literal["LAB", "XYZ", "sRGB"]) -> bytes:

@@ -62,7 +62,8 @@ def open_image(
         formats: names of Pillow's formats that are read; by default all.
 
     Raises:
-        ImageError: no such file, not an image, truncated, larger than ``max_pixels``, longer than `MAX_ASPECT`.
+        ImageError: no such file, not an image, truncated, larger than ``max_pixels``, longer than `MAX_ASPECT`, or of
+            pixels that are not finite numbers.
     """
     if isinstance(source, bytes):
         source = io.BytesIO(source)
@@ -76,17 +77,14 @@ def open_image(
             if least is not None:
                 image.draft(None, (least, least))
             with _room_for(image.width * image.height):
-                deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
+                deep = image.mode in ("LA", "RGB", "RGBA") and any(";16" in str(tile.args) for tile in image.tile)
+                highest = _stated_range(image)
                 image.load()
                 try:
                     upright = ImageOps.exif_transpose(image)
                 except Exception:  # damaged EXIF, of which the pixels know nothing
                     upright = image
-                tags = getattr(image, "tag_v2", {})  # a TIFF's MaxSampleValue and BitsPerSample
-                bits, highest = tags.get(258, (16,))[0], tags.get(281)
-                highest = highest[0] if isinstance(highest, tuple) else highest
-                highest = highest or (2**bits - 1 if 8 < bits < 16 else None)
-                return to_rgb(_brightened(upright) if deep else upright, highest)
+                return to_rgb(_brightened(upright, highest) if deep else upright, highest)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -120,20 +118,45 @@ def _room_for(pixels: int) -> Iterator[None]:
             _decoding.notify_all()
 
 
-def _brightened(image: Image.Image) -> Image.Image:
+def _stated_range(image: Any) -> int | None:
+    """The highest value that a file says its samples of more than 8 bits may have; None where it does not.
+
+    MaxSampleValue or BitsPerSample of a TIFF. The sBIT of a PNG is the number of bits that its samples had once, and
+    still have where the writer has not scaled them up; Pillow does not read it.
+    """
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:
+        highest, bits = tags.get(281), tags.get(258, (16,))[0]
+        return (highest[0] if isinstance(highest, tuple) else highest) or (2**bits - 1 if 8 < bits < 16 else None)
+    if image.format != "PNG":
+        return None
+    place, bits = image.fp.tell(), 0
+    image.fp.seek(8)
+    while (chunk := image.fp.read(8))[4:] not in (b"IDAT", b"") and not bits:
+        content = image.fp.read(int.from_bytes(chunk[:4], "big") + 4)
+        bits = content[0] if chunk[4:] == b"sBIT" else 0
+    image.fp.seek(place)
+    return 2**bits - 1 if 8 < bits <= 16 else None
+
+
+def _brightened(image: Image.Image, highest: int | None) -> Image.Image:
     """An image of 16-bit colours, of which Pillow keeps the upper half: scaled up where that holds less than 8 bits."""
-    brightest = max(high for _, high in cast(Any, image.getextrema())[:3])
-    full = 2 ** brightest.bit_length() - 1
+    colours = len(image.getbands()) - (image.getbands()[-1] == "A")
+    brightest = max(high for _, high in cast(Any, image.getextrema())[:colours])
+    full = highest >> 8 if highest and brightest <= highest >> 8 else 2 ** brightest.bit_length() - 1
     scaled = [min(255, round(value * 255 / max(full, 1))) for value in range(256)]
-    return image.point(scaled * 3 + list(range(256)) * (len(image.getbands()) - 3))
+    return image.point(scaled * colours + list(range(256)) * (len(image.getbands()) - colours))
 
 
 def to_rgb(image: Image.Image, highest: int | None = None) -> Image.Image:
     """8-bit RGB in sRGB, on white.
 
-    Greyscale of more than 8 bits is scaled by its range: ``highest`` where that is known; else integers by the smallest
-    range of whole bits, 8 to 16, that holds the image's maximum, so that 12-bit values in 16 are not black; floats in
-    [0, 1] or [0, 255].
+    Greyscale of more than 8 bits is scaled by its range: ``highest``, as the file states it (`_stated_range`), where
+    that holds the image's maximum; else integers by the smallest range of whole bits, 8 to 16, that does, so that
+    12-bit values in 16 are not black; floats in [0, 1] or [0, 255].
+
+    Raises:
+        ImageError: pixels that are not finite numbers.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(image), highest)).convert("RGB")
@@ -149,14 +172,18 @@ def to_rgb(image: Image.Image, highest: int | None = None) -> Image.Image:
 
 def _to_8_bits(values: np.ndarray, highest: int | None) -> np.ndarray:
     """By rows, so that a large image is not held several times in 64 bits."""
-    peak = values.max(initial=0, where=np.isfinite(values)) if values.dtype.kind == "f" else values.max(initial=0)
+    peak = values.max(initial=0)
+    if not np.isfinite(peak) or not np.isfinite(values.min(initial=0)):
+        raise ImageError("has pixels that are not finite numbers: replace them by numbers")
     if values.dtype.kind == "f":
         full = 1.0 if peak <= 1 else 255.0
+    elif highest and peak <= highest:
+        full = float(highest)
     else:
-        full = float(highest or min(65535, 2 ** max(8, int(peak).bit_length()) - 1))
+        full = float(min(65535, 2 ** max(8, int(peak).bit_length()) - 1))
     out = np.empty(values.shape, np.uint8)
     for row in range(0, len(values), 256):
-        part = np.nan_to_num(values[row : row + 256].astype(np.float64))
+        part = values[row : row + 256].astype(np.float64)
         out[row : row + 256] = (part * (255 / full)).round().clip(0, 255)
     return out
 
