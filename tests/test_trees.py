@@ -195,6 +195,43 @@ def test_a_flat_val_is_told_in_training_too(tmp_path: Path, fails: Fails) -> Non
     assert not has_validation_split(str(test)), "unlabelled images for a contest"
 
 
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(
+    ("names", "split", "message"),
+    [
+        (["Train/a/1.png", "Train/b/1.png", "Val/a/1.png"], "train", "Train is named as .*: rename it to train"),
+        (["Train/a/1.png", "Train/b/1.png", "Val/a/1.png"], "validation", "Val is named as .*: rename it to val"),
+        (["train/a/1.png", "train/b/1.png", "VALID/1.png"], "validation", "VALID is named as .*: rename it to valid"),
+        (["Train/1.png", "Test/1.png"], "train", "Train is named as .*: rename it to train"),
+        (["Train/a/1.png", "Train/b/1.png"], "validation", "Train holds the folder a"),
+        (["train/1.png", "val/1.png"], "train", "train has no sub-folders"),
+        (["train/1.png", "val/1.png"], "validation", "val has no sub-folders"),
+    ],
+)
+def test_splits_are_not_taken_for_classes(
+    names: list[str], split: str, message: str, kind: str, tmp_path: Path, fails: Fails
+) -> None:
+    root = _write(tmp_path / "data", *names)
+    with fails(message):
+        open_data(str(root if kind == "folder" else _tar(root, tmp_path / "data.tar")), split)
+
+
+def test_classes_may_be_named_as_splits_are(tmp_path: Path) -> None:
+    """A train is a class of COCO."""
+    root = _write(tmp_path / "data", "Test/1.png", "bus/1.png", "train/1.png")
+    for data in (root, _tar(root, tmp_path / "data.tar")):
+        assert open_data(str(data)).class_names == ["bus", "Test", "train"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_what_lies_beside_splits_is_told(kind: str, tmp_path: Path) -> None:
+    root = _write(tmp_path / "data", *SPLITS, "test/1.png", "cat/1.png", "dog/1.png", "@eaDir/x/", ".git/x/")
+    data = str(root if kind == "folder" else _tar(root, tmp_path / "data.tar"))
+    for split in ("train", "validation"):
+        with pytest.warns(UserWarning, match=r"has splits: what lies beside them is not read \(cat, dog\)"):
+            assert open_data(data, split).class_names == ["a", "b"]
+
+
 def test_a_tar_of_tars_has_a_class_for_each(tmp_path: Path) -> None:
     """As ImageNet is handed out: ``n01440764.tar`` and its kin, in one tar or in a folder."""
     root = tmp_path / "tars"
@@ -391,8 +428,9 @@ def test_no_photos(tmp_path: Path, fails: Fails) -> None:
         open_images([tmp_path / "absent", tmp_path / "empty"])
 
 
-def test_photos_are_of_the_split_that_is_asked_for(tmp_path: Path) -> None:
-    root = _write(tmp_path / "data", *SPLITS)
+@pytest.mark.parametrize("names", [SPLITS, ["train/1.png", "train/2.png", *(f"val/{i}.png" for i in range(3))]])
+def test_photos_are_of_the_split_that_is_asked_for(names: list[str], tmp_path: Path) -> None:
+    root = _write(tmp_path / "data", *names)
     for data in (root, _tar(root, tmp_path / "data.tar")):
         assert len(open_images(data, "train")) == 2
         assert len(open_images(data, "validation")) == 3

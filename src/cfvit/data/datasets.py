@@ -7,9 +7,9 @@ import os
 import posixpath
 import re
 import unicodedata
+import warnings
 import zlib
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, Protocol
@@ -20,7 +20,7 @@ from PIL import Image
 
 from cfvit.data.images import IMAGE_SUFFIXES, ImageError, open_image, to_rgb
 from cfvit.data.labels import readable_class_names
-from cfvit.data.trees import StoredImage, Tree, holds_folders, natural_key, scan, tell_skipped
+from cfvit.data.trees import StoredImage, Tree, holds_folders, is_foreign, natural_key, scan, tell_skipped
 from cfvit.errors import CfvitError, first_line
 
 ClassOrder = Literal["natural", "torchvision"]
@@ -246,21 +246,20 @@ def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
         tars = {tar.stem: tar for tar in path.glob("*.tar") if tar.is_file()}
         here = path.resolve()  # a link back to where it lies is no split
         folders = {p.name: p for p in path.iterdir() if p.is_dir() and not here.is_relative_to(p.resolve())}
-        there = _SPLIT_NAMES & {*folders, *tars}
-        name = _split_among(there, {name for name in there if name in tars or holds_folders(folders[name])}, split)
+        names = [name for name in {*folders, *tars} if not is_foreign(name)]
+        name = _split_among(names, lambda name: name in tars or holds_folders(folders[name]), split, str(path))
         path = path if name is None else tars.get(name, folders.get(name, path))
         entered = name is not None
     tree = scan(path)
     if tree.unreadable:
         raise CfvitError(f"{path}/{tree.unreadable[0]} cannot be opened: change its permissions, or move it away")
-    tell_skipped(tree)
+    tell_skipped(tree, path)
     root = str(path)
     while True:
-        names = tree.names()
-        there = _SPLIT_NAMES.intersection(names)
-        name = _split_among(there, {name for name in there if tree.names(name)}, split)
+        names, inside = tree.names(), tree.names
+        name = _split_among(names, lambda name: bool(inside(name)), split, root)  # noqa: B023 - called at once
         entered = entered or name is not None
-        single = len(names) == 1 and not tree.images_in() and names[0] not in _SPLIT_NAMES - {path.stem}
+        single = len(names) == 1 and not tree.images_in() and names[0].lower() not in _SPLIT_NAMES - {path.stem}
         if name is None and single and tree.names(names[0]) and not tree.images_in(names[0]):
             name = names[0]
         if name is None:
@@ -268,16 +267,31 @@ def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
         root, tree = f"{root}/{name}", tree.below(name)
 
 
-def _split_among(there: AbstractSet[str], whole: AbstractSet[str], split: str) -> str | None:
-    """The folder or tar of a split, None where there is none.
+def _split_among(names: Iterable[str], holds_classes: Callable[[str], bool], split: str, root: str) -> str | None:
+    """The folder or tar of a split among all of a folder, None where there is none.
 
-    Args:
-        there: those that have the name of a split. They may be classes, so that one counts if it is ``whole``, or
-            beside one that is: it is then refused for its want of class folders.
-        whole: those of them that hold class folders.
+    Those that have the name of a split may be classes. They are splits if one of them holds class folders, the others
+    being refused then for their want of them, but for a ``test`` of images without labels; or if all are named so.
+
+    Raises:
+        CfvitError: its name is not in lower case.
     """
-    found = there - {"test"} | whole if whole else set()
-    return next((name for name in SPLITS[split] if name in found), None)
+    named = {name.lower(): name for name in sorted(names)}
+    there = _SPLIT_NAMES & named.keys()
+    whole = {name for name in there if holds_classes(named[name])}
+    found = there - {"test"} | whole if whole else there if 1 < len(there) == len(named) else set()
+    name = next((name for name in SPLITS[split] if name in found), None)
+    if name is None:
+        return None
+    if named[name] != name:
+        raise CfvitError(f"{root}/{named[name]} is named as a split is, but for the case: rename it to {name}")
+    beside = sorted(set(names) - _SPLIT_NAMES, key=natural_key)
+    if beside:
+        more = f" and {len(beside) - 3} more" if len(beside) > 3 else ""
+        warnings.warn(
+            f"{root} has splits: what lies beside them is not read ({', '.join(beside[:3])}{more})", stacklevel=4
+        )
+    return name
 
 
 def _images_of_classes(tree: Tree, root: str) -> dict[str, list[str]]:

@@ -156,7 +156,7 @@ def _walk(
     """
     for entry in sorted(listing):
         path = f"{name}/{entry.name}" if name else entry.name
-        if _is_foreign(entry.name) or entry.identity in parents:
+        if is_foreign(entry.name) or entry.identity in parents:
             continue
         yield path, entry
         if entry.open_folder is not None:
@@ -198,7 +198,7 @@ def _around(folder: Path) -> frozenset[str | None]:
 def holds_folders(folder: Path) -> bool:
     """Whether a folder holds others, or tars, that are not skipped."""
     return any(
-        (entry.open_folder is not None or entry.name.lower().endswith(".tar")) and not _is_foreign(entry.name)
+        (entry.open_folder is not None or entry.name.lower().endswith(".tar")) and not is_foreign(entry.name)
         for entry in _list_folder(str(folder))
     )
 
@@ -238,25 +238,26 @@ def iter_images(paths: Sequence[str | Path]) -> Iterator[Path]:
                 empty = False
                 if is_new(str(entry.identity)):
                     yield path / name
-        tell_skipped(tree)
+        tell_skipped(tree, path)
         yield from (path / name for name in tree.unreadable)
         if empty and not tree.unreadable:
             yield path
 
 
-def tell_skipped(tree: Tree) -> None:
-    """Warns in one line of pictures that are not read for their suffix."""
+def tell_skipped(tree: Tree, root: Path) -> None:
+    """Warns in one line of pictures below a root that are not read for their suffix."""
     if tree.skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(tree.skipped.items()))
         count = tree.skipped.total()
         files = "1 file is" if count == 1 else f"{count} files are"
         warnings.warn(
-            f"{files} skipped for the suffix ({kinds}): convert pictures to .jpg or .png to have them read",
+            f"{root}: {files} skipped for the suffix ({kinds}): convert pictures to .jpg or .png to have them read",
             stacklevel=3,
         )
 
 
-def _is_foreign(name: str) -> bool:
+def is_foreign(name: str) -> bool:
+    """Whether a file or folder is skipped for its name: hidden, or of a system."""
     return name.startswith(".") or name.lower() in FOREIGN_FOLDERS
 
 
