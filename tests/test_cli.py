@@ -155,6 +155,33 @@ def test_file_names_that_are_no_text_are_answered_too(
     assert Path(row["path"]) == odd
 
 
+def test_a_name_with_line_breaks_takes_one_line(
+    cfvit_main: Cli, colour_model: Path, photos: list[Path], bad: Path, tmp_path: Path
+) -> None:
+    odd, worse = (
+        Path(shutil.copy(file, tmp_path / f"{name}\n\r\x1b[31m\u2028.png"))
+        for name, file in (("odd", photos[0]), ("worse", bad))
+    )
+    outcome = cfvit_main("predict", odd, worse, "--model", colour_model)
+    assert (outcome.status, len(outcome.out), len(outcome.err)) == (1, 1, 2)
+    assert r"odd\n\r\x1b[31m\u2028.png " in outcome.out[0]
+    assert r"worse\n\r\x1b[31m\u2028.png: not an image" in outcome.err[0]
+    rows = _json(cfvit_main("predict", odd, worse, "--model", colour_model, "--json"))
+    assert [Path(row["path"]) for row in rows] == [odd, worse]
+
+
+def test_a_warning_is_given_once(cfvit_main: Cli, make_colours: Callable[..., Path], tmp_path: Path) -> None:
+    """Training opens its data several times."""
+    data = make_colours()
+    (data / "blue" / "1.heic").touch()
+    outcome = cfvit_main("train", "--data", data, "--out", tmp_path / "run", "--backbone", "resnet18")
+    assert outcome.status == 1
+    skipped = (
+        f"cfvit: {data}: 1 file is skipped for the suffix (1 .heic): convert pictures to .jpg or .png to have them read"
+    )
+    assert outcome.err[:-1] == [skipped]
+
+
 def test_explain_writes_a_picture_per_readable_image(
     cfvit_main: Cli, colour_model: Path, photos: list[Path], bad: Path, tmp_path: Path
 ) -> None:

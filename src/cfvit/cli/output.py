@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,13 +16,19 @@ if TYPE_CHECKING:
 
 def say(text: str) -> None:
     """A line on standard error, which leaves standard output to the answers."""
-    sys.stderr.write(text + "\n")
+    _write_line(text, sys.stderr)
 
 
 def print_line(text: str) -> None:
-    """A line on standard output; characters that it cannot show, as in odd file names, are escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    """A line on standard output."""
+    _write_line(text, sys.stdout)
+
+
+def _write_line(text: str, stream: TextIO) -> None:
+    """A single line; control characters and those that the stream cannot show, as in odd file names, are escaped."""
+    encoding = stream.encoding or "utf-8"
+    text = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def print_json(**values: Any) -> None:
@@ -38,9 +45,16 @@ def show(table: Table) -> None:
 
 @contextlib.contextmanager
 def warnings_said() -> Iterator[None]:
-    """Gives each warning a line on standard error at once, without the place in the code that Python adds."""
+    """Gives each warning a line on standard error, once and at once, without the place in the code that Python adds."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if (text := f"cfvit: {' '.join(str(message).split())}") not in said:
+            said.add(text)
+            say(text)
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: say(f"cfvit: {' '.join(str(message).split())}")
+        warnings.showwarning = show
         yield
 
 
