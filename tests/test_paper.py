@@ -360,6 +360,7 @@ def test_a_budget_that_is_too_short_for_the_first_run_starts_none(
     missing = [json.loads(line)["missing"] for line in outcome.out]
     assert missing == [f"{run}-seed0 does not fit into the budget" for run in ("loss-ce", DEFAULT)]
     assert not (tmp_path / "out" / "runs").exists()
+    assert "default-seed0: 4 steps are tried, to estimate its time" in outcome.err
     assert any("not run: default-seed0 does not fit into the budget, about" in line for line in outcome.err)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -656,6 +657,35 @@ def test_two_processes_count_every_image_once(recipe: Recipe, colours: Path, tmp
         assert 10 < score.top1 < 100, "figures that could tell a wrong count"
 
 
+def test_processes_that_number_the_classes_otherwise_are_refused(
+    recipe: Recipe,
+    make_colours: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails: Callable[..., Any],
+) -> None:
+    """As where the machines of a run do not hold the same data. This process is the first of two."""
+    ours, theirs = (recipe.replace({"data": str(make_colours(name))}) for name in ("ours", "theirs"))
+    (tmp_path / "theirs" / "green").rename(tmp_path / "theirs" / "yellow")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    for name, value in {**joined, "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    command = [sys.executable, *_command(theirs, tmp_path / "run", tmp_path / "theirs.yaml")]
+    environment = {**ENVIRONMENT, **joined, "RANK": "1"}
+    other = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    with fails("^class 1 of the data is 'green', and 'red' for process 1: give the data with the same class folders"):
+        train(ours, tmp_path / "run")
+    said = other.communicate(timeout=PATIENCE)[1].splitlines()
+    assert other.returncode == 1
+    expected = (
+        "cfvit: class 1 of the data is 'red', and 'green' for process 0: give the data with the same class folders"
+    )
+    assert [line for line in said if line.startswith("cfvit:")] == [expected]
+    assert not (tmp_path / "run").exists()
+
+
 def test_full_disk_leaves_the_last_checkpoint(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., Any]
 ) -> None:
@@ -706,6 +736,7 @@ def test_loss_that_is_no_number_ends_the_run(
         ({"auto_augment": "rnd-m9"}, "timm cannot augment so"),
         ({"backbone": "resnet18", "timm_kwargs": None}, "resnet18"),
         ({"initial_weights": "nowhere"}, "no weights at nowhere"),
+        ({"data": "nowhere"}, "no data at nowhere"),
     ],
 )
 def test_runs_that_cannot_start(
@@ -713,7 +744,7 @@ def test_runs_that_cannot_start(
 ) -> None:
     with fails(reason):
         train(recipe.replace(changes), tmp_path / "run")
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("precision", "fused"), [("bfloat16", False), ("float32", True)])

@@ -298,6 +298,7 @@ class Runs:
         others = [each for each in map(read_record, self.folder.glob("*-seed*")) if each is not None]
         seconds = time_left(record, others)
         if seconds is None and self.budget.deadline is not None and not self.budget.is_over():
+            self.say(f"{folder.name}: {TRIAL_STEPS} steps are tried, to estimate its time")
             pace = self._try_steps(recipe)
             seconds = None if pace is None else pace * self.steps * record.epochs
         if not self.budget.fits(seconds or 0.0):

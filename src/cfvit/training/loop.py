@@ -25,7 +25,7 @@ from cfvit.checkpoints import WEIGHTS_FILE
 from cfvit.data import TrainSampler, eval_loader, leave_signals_to_the_run
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
-from cfvit.files import atomic_write
+from cfvit.files import atomic_write, require_writable
 from cfvit.processes import Process, join_processes
 from cfvit.training.log import Reporter
 from cfvit.training.pace import Pace
@@ -72,6 +72,9 @@ def train(
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
+        if process.leads and not resume:
+            with atomic_write(out / RECIPE_FILE) as file:
+                file.write_text(recipe.to_yaml())
         with Reporter(out, process.leads, trained.step) as reporter:
             dtype = dtype_of(recipe, process.device)
             reporter.say(
@@ -103,14 +106,15 @@ def _require_same_classes(
     for where, names in compared:
         for index, (here, there) in enumerate(zip_longest(class_names, names)):
             if here != there:
+                ours, theirs = ("missing" if name is None else repr(name) for name in (here, there))
                 raise CfvitError(
-                    f"class {index} of the data is {here!r}, and {there!r} for {where}: "
+                    f"class {index} of the data is {ours}, and {theirs} for {where}: "
                     "give the data with the same class folders"
                 )
 
 
 def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict[str, Any] | None:
-    """Writes the recipe of a new run, or reads the checkpoint of one to resume."""
+    """Finds out whether a new run can be written, or reads the checkpoint of one to resume."""
     path = out / CHECKPOINT_FILE
     if resume and not path.exists():
         raise CfvitError(f"{out} holds no run to resume: leave out --resume to start one")
@@ -119,9 +123,7 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
     if path.exists() and not resume:
         raise CfvitError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
     if not path.exists():
-        if process.leads:
-            with atomic_write(out / RECIPE_FILE) as file:
-                file.write_text(recipe.to_yaml())
+        require_writable(out / RECIPE_FILE)
         return None
     again = "resume with the same recipe, or choose another --out"
     return _read_checkpoint(path, recipe, process, FREE_TO_CHANGE, again)
