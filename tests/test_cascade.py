@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cfvit import CoarseToFineViT, Predictor, load
+from cfvit import CoarseToFineViT, Predictor
 from cfvit.methods.base import create_method
 from cfvit.methods.cascade import CascadeOfViTs
 from cfvit.modeling.config import ModelConfig
@@ -60,12 +59,3 @@ def test_it_costs_both_networks() -> None:
             costs[name] = method.macs(method.build(ModelConfig(backbone="deit_small_patch16_224")))
     assert costs["cascade"]["fine"] - costs["cascade"]["coarse"] == costs["plain"]["plain"]
     assert costs["cascade"]["coarse"] == pytest.approx(costs["coarse_only"]["coarse"], rel=1e-3)
-
-
-def test_a_saved_cascade_is_no_coarse_to_fine_model(
-    cascade: CascadeOfViTs, tmp_path: Path, fails: Callable[..., Any]
-) -> None:
-    cascade.class_names = [str(index) for index in range(7)]
-    create_method("cascade").save(cascade, tmp_path)
-    with fails(r"holds a run of several plain ViTs \(large, small\), not a coarse-to-fine model: give"):
-        load(tmp_path)

@@ -334,6 +334,13 @@ def test_damaged_folders(damage: Callable[[Path], None], reason: str, folder: Pa
         load(folder)
 
 
+@pytest.mark.parametrize("method", ["cascade", "dvt", "msdnet"])
+def test_a_run_of_another_method_is_told(method: str, tmp_path: Path, fails: Callable[..., Any]) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"backbone: deit_tiny_patch16_224\nmethod: {method}\n")
+    with fails(f"holds a run of --method {method}, which is no coarse-to-fine model: give"):
+        load(tmp_path)
+
+
 def test_no_such_model(fails: Callable[..., Any]) -> None:
     with fails("no model 'deit_tiny_imaginary': give a saved folder"):
         load("deit_tiny_imaginary")

@@ -265,7 +265,27 @@ def test_a_tar_that_cannot_be_read_is_one_line(tmp_path: Path, fails: Fails) -> 
 # The same tree as a folder and as a tar
 
 NAME = st.one_of(
-    st.sampled_from(["a", "A", "1", "01", "val", "train", "test", "é", "e\u0301", "a.b", "5²3", "①", "ⅷ", "x y", "ß"]),
+    st.sampled_from(
+        [
+            "a",
+            "A",
+            "1",
+            "01",
+            "val",
+            "train",
+            "test",
+            "Train",
+            "VAL",
+            "é",
+            "e\u0301",
+            "a.b",
+            "5²3",
+            "①",
+            "ⅷ",
+            "x y",
+            "ß",
+        ]
+    ),
     st.sampled_from([".hidden", "@eaDir", "__MACOSX", "._a", "lost+found"]),
     st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="/"), min_size=1, max_size=5).filter(
         lambda name: name not in (".", "..")

@@ -175,9 +175,10 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
-        if parts := sorted(part.name for part in folder.iterdir() if _is_backbone_folder(part)):
+        recipe = folder / "recipe.yaml"
+        if recipe.is_file() and (method := re.search(r"^method: (\w+)", recipe.read_text(), re.MULTILINE)):
             raise CfvitError(
-                f"{folder} holds a run of several plain ViTs ({', '.join(parts)}), not a coarse-to-fine model: "
+                f"{folder} holds a run of --method {method[1]}, which is no coarse-to-fine model: "
                 "give the folder of a run of --method cf_vit"
             ) from error
         raise CfvitError(
