@@ -171,6 +171,7 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read(path: Path) -> Any:
+    """What a file holds. Where torch refuses a kind of plain data, it is read again with a stand-in for that kind."""
     stand_ins: dict[str, Any] = {}
     while True:
         try:
@@ -238,13 +239,13 @@ def _unwrapped(
 def _without_prefix(tensors: dict[str, Tensor], path: Path, choice: str | None) -> dict[str, Tensor]:
     """Weights without the names of what the network was a part of; those of other parts are left out, and told."""
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
+    chosen = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{choice}.")}
+    tensors = {name.removeprefix(f"{choice}."): tensor for name, tensor in chosen.items()} or tensors
     if any(re.search(r"(^|\.)(feature_reuse\.|coarse_pos_embed$)", name) for name in tensors):
         raise CfvitError(f"{path} holds a coarse-to-fine model's weights: give its folder, {path.parent}")
     depths = {name[: found.start()] for name in tensors if (found := re.search(r"(?<![^.])blocks\.\d", name))}
     vits = sorted(prefix for prefix in depths if f"{prefix}cls_token" in tensors)
-    if any(name.startswith(f"{choice}.") for name in tensors):
-        vits = [f"{choice}."]
-    elif len(vits) > 1 and "" not in vits:
+    if len(vits) > 1 and "" not in vits:
         names = ", ".join(prefix[:-1] for prefix in vits)
         raise CfvitError(f"{path} holds the networks {names}: give one of them, such as {path}#{vits[0][:-1]}")
     shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*(n.split(".")[:-1] for n in tensors), strict=False))
