@@ -37,7 +37,7 @@ from cfvit.benchmark.contenders import (
     whole_fine_batches,
     whole_images,
 )
-from cfvit.benchmark.engines import EngineName, Engines, prepare
+from cfvit.benchmark.engines import Engines, prepare
 from cfvit.benchmark.measure import (
     Batch,
     Plan,
@@ -47,6 +47,7 @@ from cfvit.benchmark.measure import (
     peak_bytes,
     random_images,
 )
+from cfvit.benchmark.names import EngineName
 from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
     Bench,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines, prepare
+from cfvit.benchmark.engines import IN_TORCH, Engines, prepare
+from cfvit.benchmark.names import EngineName
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
 from cfvit.inference.engines import Engine

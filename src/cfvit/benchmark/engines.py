@@ -6,13 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cfvit.benchmark.names import EngineName
 from cfvit.data.datasets import DataSource
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.compiling import compiled
@@ -21,8 +22,6 @@ from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import create_method
 from cfvit.modeling.model import CoarseToFineViT
 
-EngineName = Literal["eager", "torch", "compiled", "onnx", "onnx-int8", "openvino", "openvino-int8"]
-"""torch as it is, with packed layers where these are faster, through ``torch.compile``; graphs of `cfvit.export`."""
 IN_TORCH: dict[EngineName, bool | None] = {"eager": False, "torch": None, "compiled": True}
 """The argument ``compile`` of engines and predictors; all other engines run exported graphs."""
 

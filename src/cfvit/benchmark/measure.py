@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, own_contenders
-from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines, prepare
+from cfvit.benchmark.engines import IN_TORCH, Engines, prepare
+from cfvit.benchmark.names import EngineName
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
     MATRIX_SIDES,

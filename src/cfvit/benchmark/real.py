@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM
-from cfvit.benchmark.engines import IN_TORCH, EngineName, Engines
+from cfvit.benchmark.engines import IN_TORCH, Engines
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, measure
+from cfvit.benchmark.names import EngineName
 from cfvit.data.datasets import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 from cyclopts.validators import Number
 
-from cfvit.benchmark.engines import EngineName
+from cfvit.benchmark.names import EngineName
 from cfvit.cli.application import app
 from cfvit.cli.output import print_json, say, show
 from cfvit.cli.parameters import DEFAULT_MODEL, Json, Share
