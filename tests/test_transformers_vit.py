@@ -83,7 +83,7 @@ def test_the_plain_network_computes_what_transformers_does(kind: str, images: Te
         ours: Any = load_transformers(tmp_path)
     answer: Any = theirs(images)
     if "dinov2" in kind:
-        assert any("no head: the head is untrained" in str(warning.message) for warning in said)
+        assert any("no head for 3 classes: the head is untrained" in str(warning.message) for warning in said)
         ours_answer, answer = ours.backbone.forward_features(images)[:, 0], answer.last_hidden_state[:, 0]
     else:
         assert not said
@@ -133,7 +133,7 @@ def test_dinov2s_head_is_dropped_and_its_crop_decides_the_size(tmp_path: Path) -
         "resample": 3,
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(crop))
-    with pytest.warns(UserWarning, match=r"a head of \[3, 64\] for 3 classes: the head is untrained"):
+    with pytest.warns(UserWarning, match=r"has head.weight of \[3, 64\] for 3 classes: the head is untrained"):
         model = load_transformers(tmp_path)
     assert model.image_size == (48, 48)
     assert (model.data_config["crop_pct"], model.data_config["interpolation"]) == (0.75, "bicubic")
