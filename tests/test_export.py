@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -275,6 +276,15 @@ def test_the_benchmark_sets_exported_engines_beside_the_plain_backbone(
     assert rows == [("backbone", "eager"), *((name, engine) for engine in engines for name in names)]
     assert any("int8 is quantised by noise" in line for line in outcome.err)
     assert any("the best default here is" in line for line in outcome.err)
+
+
+def test_threads_share_an_engine_and_keep_their_answers(engine: ExportedEngine, model: CoarseToFineViT) -> None:
+    batches = _images(model, 12).split([1, 5, 2, 4])
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(Predictor(engine), batches * 3))
+    expected = Predictor(model)
+    for images, answer in zip(batches * 3, answers, strict=True):
+        torch.testing.assert_close(answer.logits, expected(images).logits, atol=1e-4, rtol=0)
 
 
 def test_an_exported_predictor_can_be_pickled(folder: Path, model: CoarseToFineViT) -> None:

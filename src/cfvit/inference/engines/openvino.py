@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,7 +19,10 @@ class OpenVinoGraph:
         self._compiled = openvino.Core().compile_model(path, "CPU", options)
         self.inputs = tuple(each.any_name for each in self._compiled.inputs)
         self._outputs = [each.any_name for each in self._compiled.outputs]
+        self._own = threading.local()  # a request holds the memory of a run and is for one thread
 
     def __call__(self, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        answers = self._compiled.create_infer_request().infer(dict(given))  # a request is for one thread
+        if not hasattr(self._own, "request"):
+            self._own.request = self._compiled.create_infer_request()
+        answers = self._own.request.infer(dict(given))  # copies, which the next run leaves alone
         return {name: answers[name] for name in self._outputs}
