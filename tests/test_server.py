@@ -612,6 +612,7 @@ def test_what_is_missing_is_said(cfvit_main: Callable[..., Outcome], monkeypatch
         (["--name", "a/b"], 2, "stands in addresses"),
         (["--api-key", "missing.txt"], 2, "cannot be read"),
         (["--port", "70000"], 2, "65535"),
+        (["--threshold", "0.3", "--least-eta", "0.9"], 2, "least eta is 0.9, and eta 0.3"),
         (["--model", "missing"], 1, "missing"),
         (["--host", "203.0.113.7"], 1, "choose another"),
     ],

@@ -84,6 +84,8 @@ def serve(
         StageOptions(batch or default.batch, default.wait if wait is None else wait / 1e3)
         for (batch, wait), default in zip(given, defaults, strict=True)
     )
+    if least_eta is not None and least_eta > predictor.threshold:
+        raise UsageError(f"least eta is {least_eta:g}, and eta {predictor.threshold:g}: give at most that")
     settings = Settings(
         name=name,
         max_body=max_body * 2**20,

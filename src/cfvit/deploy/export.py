@@ -64,7 +64,8 @@ print($label, confidence[0], ("coarse", "fine")[stage[0]])
 ''')
 
 _RUN = {
-    "onnx": """whole = onnxruntime.InferenceSession(Path(__file__).with_name("whole.onnx"))
+    "onnx": """onnxruntime.set_default_logger_severity(3)  # it warns of eta, an input with a default
+whole = onnxruntime.InferenceSession(Path(__file__).with_name("whole.onnx"))
 logits, confidence, stage = whole.run(None, {"images": images, "eta": np.array(ETA, np.float32)})""",
     "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}  # else some processors take bfloat16
 whole = openvino.compile_model(Path(__file__).with_name("whole.xml"), "CPU", options)
