@@ -306,6 +306,7 @@ def test_compiling_is_for_torch(folder: Path, fails: Fails) -> None:
     "changes",
     [
         {"backbone": "lvvit_tiny_patch16_224", "patch_size": 16, "coarse_grid": 2, "feature_reuse": "class_token"},
+        {"backbone": "vit_base_patch16_rope_mixed_224", "patch_size": 16, "coarse_grid": 2},
         {"backbone": "eva02_tiny_patch14_224", "coarse_grid": (2, 3), "selection": "negative"},
     ],
 )

@@ -13,6 +13,7 @@ import tempfile
 import unicodedata
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -297,23 +298,18 @@ LINK = st.tuples(PATH, st.lists(st.one_of(NAME, st.just("..")), min_size=1, max_
 
 
 def _build(root: Path, paths: list[str], links: list[tuple[str, str]], folders: list[str]) -> None:
+    """As much of a tree as can be there at once."""
     for path in folders:
-        try:
+        with suppress(OSError):
             (root / path).mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            continue
     for path in paths:
-        try:
+        with suppress(OSError):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).write_bytes(PNG)
-        except (FileExistsError, NotADirectoryError, IsADirectoryError):
-            continue
     for path, target in links:
-        try:
+        with suppress(OSError):
             (root / path).parent.mkdir(parents=True, exist_ok=True)
             (root / path).symlink_to(target)
-        except (FileExistsError, NotADirectoryError):
-            continue
 
 
 def _outcome(data: Path, split: str) -> Any:
