@@ -324,6 +324,14 @@ def _outcome(data: Path, split: str) -> Any:
     return source.class_names, images
 
 
+def test_a_link_back_makes_no_split_of_a_folder(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    _build(data, ["a.png", "train/b.png"], [("train/back", "..")], [])
+    _tar(data, tmp_path / "data.tar")
+    for place in (data, tmp_path / "data.tar"):
+        assert "DATA/a.png lies beside the class folders" in _outcome(place, "train")
+
+
 @settings(max_examples=FUZZ, deadline=None)
 @given(
     st.lists(PATH, min_size=1, max_size=8),

@@ -197,8 +197,10 @@ def _around(folder: Path) -> frozenset[str | None]:
 
 def holds_folders(folder: Path) -> bool:
     """Whether a folder holds others, or tars, that are not skipped."""
+    around = _around(folder)
     return any(
-        (entry.open_folder is not None or entry.name.lower().endswith(".tar")) and not is_foreign(entry.name)
+        (entry.open_folder is not None or entry.name.lower().endswith(".tar"))
+        and not (is_foreign(entry.name) or entry.identity in around)
         for entry in _list_folder(str(folder))
     )
 
