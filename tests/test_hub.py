@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
+from timm.data import resolve_model_data_config
+
+os.environ["USE_TF"] = os.environ["USE_FLAX"] = "0"
+
+import transformers
 
 import cfvit
 from cfvit.calibration.records import write_calibration
 from cfvit.calibration.targets import Saving
 from cfvit.checkpoints import save_exit
 from cfvit.deploy.hub import model_card
-from cfvit.methods.base import create_method
-from cfvit.methods.plain import backbone_of
 
 
 @pytest.fixture
@@ -89,15 +94,48 @@ def test_the_card_tells_what_each_eta_costs(make_model: Callable[..., Any], tmp_
 
 
 @torch.no_grad()
-def test_timm_reads_the_plain_vit_of_a_saved_model(
-    colour_model: Path, make_images: Callable[..., torch.Tensor], tmp_path: Path
-) -> None:
-    """As docs/backbones.md says."""
-    model: Any = cfvit.load(colour_model)
-    create_method("plain").save(backbone_of(cfvit.load(colour_model)), tmp_path / "plain")
-    plain = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
-    images = make_images(model, 2)
+@pytest.mark.parametrize(
+    ("backbone", "kwargs"),
+    [
+        ("deit_tiny_distilled_patch16_224", {"coarse_grid": (2, 3)}),
+        ("eva02_tiny_patch14_224", {"coarse_grid": 2}),
+        ("lvvit_tiny_patch16_224", {"coarse_grid": (2, 3)}),
+        ("transformers_vit", {"coarse_grid": 2, "patch_size": 4, "pretrained_cfg_overlay": {"crop_pct": 0.5}}),
+    ],
+)
+def test_timm_reads_the_plain_vit_of_a_saved_folder(backbone: str, kwargs: dict[str, Any], tmp_path: Path) -> None:
+    sizes = {"embed_dim": 24, "num_heads": 2, "depth": 4}
+    model: Any = cfvit.create_model(backbone, num_classes=5, **sizes, **kwargs).eval()
+    cfvit.save(model, tmp_path)
+    images = torch.randn(2, 3, *model.image_size, generator=torch.Generator().manual_seed(0))
+    plain: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert torch.equal(plain(images), model.backbone(images))
+    prepared = resolve_model_data_config(plain)
+    assert {name: tuple(v) if isinstance(v, list) else v for name, v in prepared.items()} == model.data_config
+    larger: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2, img_size=112).eval()
+    assert larger(torch.zeros(1, 3, 112, 112)).shape == (1, 2)
+    assert torch.equal(larger.blocks[0].norm1.weight, model.backbone.blocks[0].norm1.weight)
+
+
+@torch.no_grad()
+def test_converted_to_timm_a_model_is_read_by_timm_and_by_a_pipeline_of_transformers(
+    colour_model: Path, make_images: Callable[..., torch.Tensor], cfvit_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert cfvit_main("convert", colour_model, tmp_path / "plain", "--to", "timm").status == 0
+    model: Any = cfvit.load(colour_model)
+    images = make_images(model, 2)
+    expected = model.backbone(images)
+    plain: Any = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
+    assert torch.equal(plain(images), expected)
+    theirs: Any = transformers.pipeline("image-classification", model=str(tmp_path / "plain"))
+    torch.testing.assert_close(theirs.model(images).logits, expected, rtol=0, atol=1e-6)
+    photo = Image.new("RGB", (50, 40), "red")
+    best = model.backbone(theirs.image_processor(photo)["pixel_values"]).argmax()
+    assert theirs(photo)[0]["label"] == model.class_names[best]
+    with pytest.raises(ValueError, match="cfvit"):
+        transformers.pipeline("image-classification", model=str(colour_model))
+    again = cfvit_main("convert", colour_model, tmp_path / "plain", "--to", "timm")
+    assert "already holds a model" in again.err[0]
 
 
 def test_without_a_network_one_line_tells_so(colour_model: Path, fails: Callable[..., Any]) -> None:

@@ -169,7 +169,7 @@ def test_console_lines_run(
     monkeypatch.setattr(uvicorn.Server, "run", lambda server, sockets: None)  # serve ends as soon as it listens
     outcome = cfvit_main(*arguments)
     assert outcome.status == 0, outcome.err
-    promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "pictures", "report"}
+    promised = {Path(word).name for word in arguments} & {"RUN", "FOLDER", "PLAIN", "pictures", "report"}
     promised |= {"MAPS"} if arguments[0] == "token-labels" else set()
     promised |= {arguments[arguments.index("--output") + 1]} if "--output" in arguments else set()
     assert {path.name for path in place.iterdir()} == before | promised

@@ -553,7 +553,7 @@ def test_a_vits_positions_are_resampled_to_its_usual_size(name: str, tmp_path: P
 def test_folders_that_are_no_teachers_are_refused(
     colour_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
-    with fails(f"teacher local-dir:{colour_model} is no plain timm model, its config.json names no architecture: give"):
+    with fails(f"teacher local-dir:{colour_model} is no plain timm model by its config.json: give"):
         load_teacher(f"local-dir:{colour_model}", 3)
     with fails(f"teacher local-dir:{colour_model} is no plain timm model"):
         load_teacher(str(colour_model), 3)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -30,7 +30,17 @@ from cfvit.modeling import backbones, transformers_vit
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig
-from cfvit.modeling.weights import CONFIG_FILE, HUB, WEIGHTS_FILE, Weights, from_hub, read_weights, require_finite
+from cfvit.modeling.weights import (
+    CONFIG_FILE,
+    HUB,
+    MODEL_TYPE,
+    WEIGHTS_FILE,
+    Weights,
+    from_hub,
+    is_of_plain_network,
+    read_weights,
+    require_finite,
+)
 
 
 def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -55,11 +65,26 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "class_names": model.class_names,
         "exit": asdict(model.exit),
         **({} if model.class_order is None else {"class_order": model.class_order}),
+        **_for_timm(model),
     }
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(weights, file, metadata={"format": "pt"})
     _write_config(folder, config)
     (folder / CALIBRATION_FILE).unlink(missing_ok=True)
+
+
+def _for_timm(model: CoarseToFineViT) -> dict[str, Any]:
+    """What timm has to find in a saved folder to make the plain ViT of it, by `backbones.cfvit_backbone`."""
+    defaults = cast(dict[str, Any], model.backbone.pretrained_cfg)
+    kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config
+    return {
+        "model_type": MODEL_TYPE,
+        "architecture": backbones.cfvit_backbone.__name__,
+        "num_classes": model.config.num_classes,
+        "model_args": {"backbone": model.config.backbone, "img_size": model.image_size, **kwargs},
+        "pretrained_cfg": {k: defaults.get(k) for k in ("first_conv", "classifier", "fixed_input_size")}
+        | model.data_config,
+    }
 
 
 def save_exit(exit: Exit, folder: Path) -> None:
@@ -327,8 +352,8 @@ def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
 
 def _is_backbone_folder(path: Path) -> bool:
     try:
-        return bool({"architecture", "architectures", "model_type"} & set(json.loads((path / CONFIG_FILE).read_text())))
-    except (OSError, ValueError, TypeError):
+        return is_of_plain_network(json.loads((path / CONFIG_FILE).read_text()))
+    except (OSError, ValueError, AttributeError):
         return False
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -40,26 +40,42 @@ COSTED_BACKBONES = (
 @app.command
 def convert(
     source: Annotated[
-        Path, Parameter(help="one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2")
+        Path,
+        Parameter(
+            help="one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2; "
+            "with --to timm any model, also a saved folder or a bundled name"
+        ),
     ],
     folder: Annotated[Path, Parameter(help="where to write config.json and model.safetensors")],
     /,
     *,
+    to: Annotated[Literal["cfvit", "timm"], Parameter(help="timm: write the plain ViT alone")] = "cfvit",
     overwrite: Annotated[bool, Parameter(negative="", help="replace a model that is there")] = False,
 ) -> None:
-    """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder.
+    """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder; or a model into timm's.
 
     The source is only read. Both stages of a model of transformers begin with its weights. The coarse stage is of use
     only after training; recipe.yaml in the folder has the fields for it.
+
+    With --to timm the folder gets the plain ViT of a coarse-to-fine model, as timm.create_model("local-dir:FOLDER")
+    and transformers' pipeline("image-classification", "FOLDER") read it.
     """
     import yaml
 
-    from cfvit.checkpoints import CONFIG_FILE, load_authors_checkpoint, load_transformers, save
+    from cfvit.checkpoints import CONFIG_FILE, load, load_authors_checkpoint, load_transformers, save
 
-    if not source.exists():
-        raise CfvitError(f"no file {source}: name one of the authors' .pth files, or a folder of transformers")
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise CfvitError(f"{folder} already holds a model: choose another folder or add --overwrite")
+    if to == "timm":
+        from cfvit.methods.base import create_method
+        from cfvit.methods.plain import backbone_of
+
+        plain = backbone_of(load(source))
+        create_method("plain").save(plain, folder)
+        say(f"the plain ViT of {source} is in {folder}, for timm and transformers")
+        return
+    if not source.exists():
+        raise CfvitError(f"no file {source}: name one of the authors' .pth files, or a folder of transformers")
     model = load_transformers(source) if source.is_dir() else load_authors_checkpoint(source)
     save(model, folder)
     say(f"{model.config.backbone}, coarse grid {model.config.coarse_grid}, is in {folder}")

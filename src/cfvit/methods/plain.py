@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Plain(Method):
         return {"plain": network}
 
     def save(self, network: Any, folder: Path) -> None:
-        """In timm's own format, which it reads as ``local-dir:FOLDER``."""
+        """In timm's own format, which it reads as ``local-dir:FOLDER`` and transformers as a model of timm's."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         elsewhere = ("url", "file", "hf_hub_id", "source")
         described = {k: v for k, v in network.pretrained_cfg.items() if k not in elsewhere} | network.data_config
@@ -52,6 +53,9 @@ class Plain(Method):
                     **{k: v for k, v in network.timm_kwargs.items() if k != "pretrained_cfg_overlay"},  # described
                 },
             )
+            config = json.loads(file.read_text())
+            config["model_args"].pop("num_classes", None)  # transformers gives timm the number above by itself
+            file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def backbone_of(model: CoarseToFineViT) -> Any:

@@ -22,6 +22,7 @@ import timm.models.eva
 import torch
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers.activations import QuickGELU
+from timm.models import load_pretrained, register_model
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -191,6 +192,29 @@ def _resampled_positions(model: Backbone, positions: Tensor, weights: Weights) -
             f"and a square grid: give its grid as {weights.source}#ROWSxCOLUMNS, or weights of another model"
         )
     return resample_positions(model, positions, grid, target)
+
+
+@register_model
+def cfvit_backbone(pretrained: bool = False, *, backbone: str, **timm_kwargs: Any) -> Any:
+    """The plain ViT of a saved coarse-to-fine model: what ``timm.create_model("local-dir:FOLDER")`` makes of it.
+
+    Args:
+        pretrained: with the saved weights, whose positions are resampled to another ``img_size``.
+        backbone: timm's name of it.
+    """
+    timm_kwargs.pop("pretrained_model_args", None)  # as timm read them; these arguments hold the same
+    network: Any = timm.create_model(backbone, **timm_kwargs)
+
+    def plain(tensors: Mapping[str, Tensor], _: nn.Module) -> dict[str, Tensor]:
+        prefix = "backbone."
+        ours = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        size, patch = network.pretrained_cfg["input_size"][1:], patch_side(network)
+        grid = size[0] // patch[0], size[1] // patch[1]
+        return in_timms_keys(network, Weights("the saved model", ours, grid))
+
+    if pretrained:
+        load_pretrained(network, num_classes=network.num_classes, filter_fn=plain)
+    return network
 
 
 def require_fit(

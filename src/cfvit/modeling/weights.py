@@ -154,12 +154,22 @@ def from_hub(name: str) -> Path:
         raise CfvitError(f"{name} cannot be had ({first_line(error)}): give a local file or folder instead") from error
 
 
+MODEL_TYPE = "cfvit"
+"""Marks the ``config.json`` of a coarse-to-fine model, so that transformers does not take it for one of timm's."""
+
+
+def is_of_plain_network(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is timm's or transformers', and not a coarse-to-fine model's, which timm reads too."""
+    named = {"architecture", "architectures", "model_type"} & set(config)
+    return bool(named) and config.get("model_type") != MODEL_TYPE
+
+
 def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The file of weights in a folder of timm's or transformers', and its configuration."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        known = {"architecture", "architectures", "model_type"} & set(config)
-    except (OSError, ValueError, TypeError) as error:
+        known = is_of_plain_network(config)
+    except (OSError, ValueError, AttributeError) as error:
         raise CfvitError(f"{folder} has no {CONFIG_FILE} that can be read: give the file of weights itself") from error
     if not known:
         if "data_config" in config:

@@ -20,6 +20,7 @@ from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import create_method
 from cfvit.methods.plain import backbone_of
 from cfvit.modeling.model import CoarseToFineViT, create_model
+from cfvit.modeling.weights import is_of_plain_network
 from cfvit.paper.runs import Result, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
 from cfvit.processes import best_device
@@ -128,6 +129,8 @@ def _plain_vit(name: str) -> CoarseToFineViT:
         architecture, kwargs = name.partition(".")[0], {}
         if name.startswith("local-dir:"):
             config = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG_FILE).read_text())
+            if not is_of_plain_network(config):
+                raise CfvitError("a coarse-to-fine model; cfvit convert --to timm writes its plain ViT")
             ours = ("img_size", "num_classes", "in_chans", "pretrained")  # these follow from other arguments below
             architecture = config["architecture"]
             kwargs = {key: value for key, value in config.get("model_args", {}).items() if key not in ours}

@@ -21,7 +21,7 @@ from cfvit.checkpoints import CONFIG_FILE
 from cfvit.data.labels import difference_of_classes, have_one_order
 from cfvit.errors import CfvitError
 from cfvit.modeling.backbones import in_timms_keys, require_fit
-from cfvit.modeling.weights import read_weights
+from cfvit.modeling.weights import is_of_plain_network, read_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +182,10 @@ def load_teacher(
         config = json.loads((Path(folder) / CONFIG_FILE).read_text()) if source == "local-dir" else None
     except (OSError, ValueError):  # of which timm says more
         config = None
-    if isinstance(config, dict) and "architecture" not in config:
+    if isinstance(config, dict) and not ("architecture" in config and is_of_plain_network(config)):
         raise CfvitError(
-            f"teacher {name} is no plain timm model, its {CONFIG_FILE} names no architecture: "
-            "give a folder written by timm or by cfvit train --method plain"
+            f"teacher {name} is no plain timm model by its {CONFIG_FILE}: "
+            "give a folder written by timm, cfvit train --method plain or cfvit convert --to timm"
         )
     try:
         options: dict[str, Any] = {"pretrained": True} if weights is None else {"num_classes": num_classes}
