@@ -20,7 +20,7 @@ from cfvit.methods.base import create_method
 from cfvit.processes import Process
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import RECIPES, Recipe
-from cfvit.training.setup import assemble, prepare
+from cfvit.training.setup import assemble, open_run, prepare
 from cfvit.training.step import make_batch
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -161,6 +161,36 @@ def test_the_saved_model_is_part_of_the_way_back_to_where_the_run_began(recipe: 
         torch.testing.assert_close(saved[0.0][name], reached[0.0][name])
         torch.testing.assert_close(saved[0.25][name], 0.75 * reached[0.0][name] + 0.25 * begun)
         torch.testing.assert_close(saved[1.0][name], begun)
+
+
+@pytest.mark.parametrize("method", ["cf_vit", "sit", "ia_red2", "dvt"])
+def test_a_run_of_any_method_is_opened_from_its_folder(
+    method: str, recipe: Recipe, plain: Path, colours: Path, cfvit_main: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    one_size = {**recipe.timm_kwargs, "dynamic_img_size": False}
+    half = replace(recipe, method=method, epochs=2, initial_share=0.5, val_data=str(colours), timm_kwargs=one_size)
+    figures = train(half, run)
+    begun, reached = prepare(half, CPU)[1].state_dict(), torch.load(run / "checkpoint.pt")["model"]
+    _, made, network = open_run(run)
+    for name, tensor in network.named_parameters():
+        share = 0.0 if made.is_added(name) else 0.5
+        torch.testing.assert_close(tensor, reached[name].lerp(begun[name], share), msg=name)
+    weights = load_file(run / "model.safetensors")
+    save_file({k: v.bfloat16() if v.is_floating_point() else v for k, v in weights.items()}, run / "model.safetensors")
+    given = ["--model", run, "--data", colours, "--plain", plain, "--workers", "0", "--json"]
+    outcome = cfvit_main("eval", *given)
+    lines = [line for line in map(json.loads, outcome.out) if "stage" in line]
+    assert [line["stage"] for line in lines][: len(made.points(network))] == list(made.points(network))
+    for line in lines[: len(made.points(network))]:
+        assert line["top1"] == pytest.approx(figures[f"validation_{line['stage']}_top1"], abs=4), (
+            "bfloat16 moves little"
+        )
+        assert line["agreement"] == pytest.approx(figures[f"validation_{line['stage']}_agreement"], abs=4)
+        assert line["gmacs"] == pytest.approx(made.macs(network)[line["stage"]] / 1e9, rel=0.1)
+    assert (len(lines) > len(made.points(network))) == (method == "dvt")
+    if method == "dvt":
+        assert lines[0]["gmacs"] <= lines[-1]["gmacs"] <= lines[-2]["gmacs"]
 
 
 def test_a_share_of_random_weights_is_refused(recipe: Recipe, fails: Callable[..., Any]) -> None:

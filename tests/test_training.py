@@ -704,6 +704,7 @@ def test_full_disk_leaves_the_last_checkpoint(
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 2
     assert sorted(path.name for path in out.iterdir() if path.is_file()) == [
         "checkpoint.pt",
+        "class_names.json",
         "log.jsonl",
         "recipe.yaml",
     ]

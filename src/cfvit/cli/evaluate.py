@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -16,7 +17,7 @@ from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
     from cfvit.data import DataSource
-    from cfvit.evaluation.metrics import Evaluation
+    from cfvit.evaluation.metrics import Evaluation, Scores
     from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -29,12 +30,20 @@ def evaluate(
     *,
     data: Data,
     model: Annotated[
-        str | None, Parameter(help=f"as of predict; by default a folder given as --against, or {DEFAULT_MODEL}")
+        str | None,
+        Parameter(
+            help=f"as of predict, or a run of any --method of train; by default a folder given as --against, or "
+            f"{DEFAULT_MODEL}"
+        ),
     ] = None,
     calibration: CalibrationFile = None,
     against: Annotated[
         Path | None,
         Parameter(help="compare with the images of this calibration.json, or of this model's; needs no labels"),
+    ] = None,
+    plain: Annotated[
+        str | None,
+        Parameter(help="the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own"),
     ] = None,
     report: Annotated[
         Path | None, Parameter(help="folder for report.html: curve, reliability, classes and examples on one page")
@@ -49,36 +58,73 @@ def evaluate(
 ) -> int:
     """Accuracy of both stages, and accuracy, exit share and expected GMACs over a sweep of eta.
 
+    Of a run of another method: accuracy and GMACs at each of its operating points, and with its own exits.
     With --against: whether images in use, with or without classes, still look like those that eta was
     chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
     processes, each counted once.
     """
     if against is not None:
-        if report is not None or calibration is not None:
+        if report is not None or calibration is not None or plain is not None:
             raise UsageError(
-                "--against needs neither labels nor eta: give --report and --calibration in a call of their own"
+                "--against needs neither labels nor eta: give --report, --calibration, --plain in a call of their own"
             )
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
         return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
-    from cfvit.evaluation.metrics import evaluate_model, labelled_images
+    import torch
+
+    from cfvit.evaluation.metrics import (
+        PLAIN,
+        Evaluation,
+        Scores,
+        beside_plain,
+        collect_with_progress,
+        evaluate_model,
+        labelled_images,
+        score_points,
+    )
     from cfvit.inference.engines.exported import ExportedEngine
+    from cfvit.inference.engines.packing import accelerate
+    from cfvit.methods.base import create_method
+    from cfvit.modeling.model import CoarseToFineViT
     from cfvit.plots.report import require_report
     from cfvit.processes import join_processes
+    from cfvit.training.setup import CLASSES_FILE, open_run
 
     name = model or DEFAULT_MODEL
     engine: Any
-    if is_exported(name, report=report, calibration=calibration):
+    method, config = None, cast(Any, None)
+    if is_exported(name, report=report, calibration=calibration, plain=plain):
         engine = ExportedEngine(name)
         network = engine.model
+    elif calibration is None and report is None and (Path(name) / CLASSES_FILE).is_file():
+        recipe, method, network = open_run(Path(name))
+        engine, config = network, recipe.model_config(len(network.class_names))
     else:
         engine = network = load_model(name, calibration)
+        config = network.config
     if report is not None and network.threshold is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
     source = labelled_images(network, data)
+    base: Any = None if plain is None else create_method("plain").build(config, plain, network.class_names).eval()
     with join_processes() as process:
         if report is not None and process.leads:
             require_report(report / REPORT_FILE)
-        result = evaluate_model(engine, source, thresholds, batch_size, workers, process)
+        base = base and accelerate(base.to(process.device))
+        if method is None or isinstance(network, CoarseToFineViT):
+            result = evaluate_model(engine, source, thresholds, batch_size, workers, process, base)
+        else:
+            fast = accelerate(network.to(process.device))
+            forward = beside_plain(partial(method.answers, fast), base)
+            about = network.data_config, source, batch_size, workers, process
+            collected, unreadable = collect_with_progress(forward, *about)
+            plains, macs = collected.logits.pop(PLAIN, None), method.macs(network)
+            answers = dict(collected.logits)
+            if (exits := method.exits(network, answers)) is not None:
+                costs = torch.tensor(list(macs.values()), dtype=torch.float64)
+                at_exits = torch.stack(list(answers.values()), dim=1)[torch.arange(len(exits)), exits]
+                answers["its own exits"], macs = at_exits, {**macs, "its own exits": int(costs[exits].mean())}
+            stages = score_points(answers, collected.labels, macs, plains)
+            result = Scores(len(collected.labels), stages, unreadable, collected)
         if process.leads:
             _print_evaluation(result, as_json=json)
             report_unreadable(result.unreadable)
@@ -87,7 +133,7 @@ def evaluate(
                     f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
                     "numbers and count as wrong: check the weights"
                 )
-            if report is not None:
+            if report is not None and isinstance(result, Evaluation):
                 _write_report(report / REPORT_FILE, engine, result, source, name, data, calibration)
     return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
 
@@ -155,21 +201,29 @@ def _check_drift(
     return int(bool(unreadable))
 
 
-def _print_evaluation(result: Evaluation, as_json: bool) -> None:
-    if as_json:
-        for stage in result.stages:
-            values = dataclasses.asdict(stage)
-            print_json(**{name: value for name, value in values.items() if name != "not_finite" or value})
-        for point in result.sweep:
-            print_json(**dataclasses.asdict(point))
-        return
+def _print_evaluation(result: Scores, as_json: bool) -> None:
     from rich.table import Table
 
-    stages = Table(
-        "stage", "top-1 %", "top-5 %", "GMACs", title=f"{result.images} images", box=None, title_justify="left"
-    )
+    from cfvit.evaluation.metrics import Evaluation
+
+    sweep = result.sweep if isinstance(result, Evaluation) else []
+    if as_json:
+        for stage in result.stages:
+            values = {name: value for name, value in dataclasses.asdict(stage).items() if value is not None}
+            print_json(**{name: value for name, value in values.items() if name != "not_finite" or value})
+        for point in sweep:
+            print_json(**dataclasses.asdict(point))
+        return
+
+    compared = any(stage.agreement is not None for stage in result.stages)
+    columns = ("stage", "top-1 %", "top-5 %", "GMACs", *["answers as the plain ViT %"] * compared)
+    stages = Table(*columns, title=f"{result.images} images", box=None, title_justify="left")
     for stage in result.stages:
-        stages.add_row(stage.stage, f"{stage.top1:.2f}", f"{stage.top5:.2f}", f"{stage.gmacs:.3f}")
+        figures = [f"{stage.top1:.2f}", f"{stage.top5:.2f}", f"{stage.gmacs:.3f}"]
+        stages.add_row(stage.stage, *figures, *([] if stage.agreement is None else [f"{stage.agreement:.1f}"]))
+    show(stages)
+    if not isinstance(result, Evaluation):
+        return
     trade = Table("eta", "top-1 %", "exit share", "GMACs", "against plain", box=None)
     for point in result.sweep:
         mark = " (the model's)" if point.threshold == result.calibrated else ""
@@ -181,6 +235,5 @@ def _print_evaluation(result: Evaluation, as_json: bool) -> None:
             f"{point.gmacs:.3f}",
             cost,
         )
-    show(stages)
     print_line("")
     show(trade)

@@ -16,7 +16,7 @@ from cfvit.calibration.tradeoff import NO_ANSWER, answers_of, rank_images
 from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
 from cfvit.data.labels import have_one_order
 from cfvit.errors import CfvitError
-from cfvit.inference.engines.exported import ExportedEngine, ExportedModel
+from cfvit.inference.engines.exported import ExportedEngine
 from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.stream import placed
 from cfvit.modeling.cost import StageMacs, count_macs
@@ -25,6 +25,8 @@ from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
 PAPERS_EXIT = Exit()
+PLAIN = "the plain ViT"
+"""In the place of an operating point: what the plain ViT answers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +73,16 @@ def collect(
     return Collected(logits, labels[readable], indices[readable], indices[order[labels[order] < 0]].tolist())
 
 
-def labelled_images(model: CoarseToFineViT | ExportedModel, data: str) -> DataSource:
+def labelled_images(model: Any, data: str) -> DataSource:
     """Opens data to score a model on, its validation split where it has one, with the model's class indices.
+
+    Args:
+        model: a `CoarseToFineViT`, an `ExportedModel`, or any network with ``class_names``.
 
     Raises:
         CfvitError: data that cannot be read, or of other classes.
     """
-    source = open_data(data, "validation", model.class_order or "natural")
+    source = open_data(data, "validation", getattr(model, "class_order", None) or "natural")
     if model.class_names is not None:
         return source.aligned(model.class_names)
     if len(source.class_names) != model.config.num_classes:
@@ -175,15 +180,19 @@ class StageScore:
     top5: float  # in percent
     gmacs: float  # cost of an image that this stage answers, in 1e9 multiply-accumulates
     not_finite: int  # images to which its answer is not a finite number, which counts as wrong
+    agreement: float | None = None  # percentage of images that the plain ViT answers alike; None without one
 
 
-def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, int]) -> list[StageScore]:
+def score_points(
+    logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, float], plain: Tensor | None = None
+) -> list[StageScore]:
     """Scores each operating point of a method, by its name.
 
     Args:
         logits: ``[n, classes]`` of each point.
         labels: class indices ``[n]``.
         macs: cost of an image at each point.
+        plain: the plain ViT's logits ``[n, classes]``.
     """
     return [
         StageScore(
@@ -192,23 +201,37 @@ def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str
             top5=top_k_accuracy(answers, labels, 5),
             gmacs=macs[name] / 1e9,
             not_finite=int((answers_of(answers) == NO_ANSWER).sum()),
+            agreement=None if plain is None else top_k_accuracy(answers, plain.argmax(dim=-1), 1),
         )
         for name, answers in logits.items()
     ]
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """A model on a data set."""
+class Scores:
+    """A network on a data set."""
 
     images: int  # how many were scored
-    stages: list[StageScore]  # the coarse stage for all images, and the fine stage for all images
-    sweep: list[SweepPoint]  # the trade-off between them, by rising eta
-    calibrated: float | None  # the model's own eta, which is among the sweep's, or None
-    backbone_gmacs: float  # cost of the plain backbone
+    stages: list[StageScore]  # each stage or operating point, if it answers all images
     unreadable: list[str]  # names of images that could not be read and are not counted
     collected: Collected  # the logits and labels that all of it follows from
+
+
+@dataclass(frozen=True)
+class Evaluation(Scores):
+    """A coarse-to-fine model on a data set."""
+
+    sweep: list[SweepPoint]  # the trade-off between the stages, by rising eta
+    calibrated: float | None  # the model's own eta, which is among the sweep's, or None
+    backbone_gmacs: float  # cost of the plain backbone
     macs: StageMacs  # cost of each stage
+
+
+def beside_plain(
+    answers: Callable[[Tensor], Mapping[str, Tensor]], plain: Callable[[Tensor], Tensor] | None
+) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What `collect` runs: a network's logits by operating point and, if there is one, the plain ViT's as `PLAIN`."""
+    return lambda images: {**answers(images), **({} if plain is None else {PLAIN: plain(images)})}
 
 
 def evaluate_model(
@@ -218,8 +241,12 @@ def evaluate_model(
     batch_size: int,
     workers: int,
     process: Process,
+    plain: Callable[[Tensor], Tensor] | None = None,
 ) -> Evaluation:
     """Scores both stages on every image once, over all processes, with a progress bar on the leading one.
+
+    Args:
+        plain: from images to the plain ViT's logits, with which answers are compared.
 
     Raises:
         CfvitError: not one image could be read.
@@ -237,16 +264,18 @@ def evaluate_model(
         def answers(images: Tensor) -> dict[str, Tensor]:
             return fast(images)._asdict()
 
-    collected, unreadable = collect_with_progress(answers, about.data_config, source, batch_size, workers, process)
+    forward = beside_plain(answers, plain)
+    collected, unreadable = collect_with_progress(forward, about.data_config, source, batch_size, workers, process)
     logits, labels = collected.logits, collected.labels
+    base = logits.pop(PLAIN, None)
     etas = sorted({*thresholds, *(() if about.threshold is None else (about.threshold,))})
     return Evaluation(
         images=len(labels),
-        stages=score_points(logits, labels, {"coarse": macs.coarse, "fine": macs.both}),
+        stages=score_points(logits, labels, {"coarse": macs.coarse, "fine": macs.both}, base),
+        unreadable=unreadable,
+        collected=collected,
         sweep=sweep(logits["coarse"], logits["fine"], labels, macs, etas, about.exit),
         calibrated=about.threshold,
         backbone_gmacs=macs.backbone / 1e9,
-        unreadable=unreadable,
-        collected=collected,
         macs=macs,
     )

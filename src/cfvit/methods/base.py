@@ -108,6 +108,10 @@ class Method(ABC):
             class_names: by class index; trained weights of other classes are told.
         """
 
+    def is_added(self, name: str) -> bool:
+        """Whether a weight of the network is of a part that begins untrained, whatever weights the run starts from."""
+        return False
+
     def in_training(self, network: Any) -> nn.Module:
         """What runs in a training step: a module whose ``forward`` computes all that `loss` reads."""
         return network
@@ -138,6 +142,14 @@ class Method(ABC):
 
         Args:
             compile: as of `cfvit.Predictor`.
+        """
+        return None
+
+    def exits(self, network: Any, logits: dict[str, Tensor]) -> Tensor | None:
+        """The number of the operating point at which each image exits, ``[n]``; None for a network without exits.
+
+        Args:
+            logits: as `answers` gives them.
         """
         return None
 

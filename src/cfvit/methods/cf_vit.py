@@ -14,6 +14,7 @@ from cfvit.inference.engines import Engine
 from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.methods.base import Batch, Method, register
 from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.exit import goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
 from cfvit.modeling.model import CoarseToFineOutput, CoarseToFineViT, TokenOutput
 
@@ -78,6 +79,10 @@ class CfViT(Method):
 
     def engine(self, network: Any, compile: bool | None = None) -> Engine:
         return TorchEngine(network, compile)
+
+    def exits(self, network: Any, logits: dict[str, Tensor]) -> Tensor | None:
+        eta = network.threshold
+        return None if eta is None else goes_on(network.exit.coarse(logits["coarse"]), eta).long()
 
     def choose_exit(
         self, network: CoarseToFineViT, logits: dict[str, Tensor], labels: Tensor, max_drop: float

@@ -132,3 +132,6 @@ class DVT(MultiExit):
         height, width = large.patch_embed.patch_size
         sizes = [(round(rows * share) * height, round(columns * share) * width) for share in SMALLER_GRIDS]
         return CascadeWithReuse([*(resized(large, config, size, initial_weights is not None) for size in sizes), large])
+
+    def is_added(self, name: str) -> bool:
+        return not name.startswith("vits.")

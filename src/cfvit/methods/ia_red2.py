@@ -5,14 +5,16 @@ not by its code. Choices that the paper leaves open: all interpreters and the ba
 interpreters keep everything at first; a wrong answer is punished by 1; the share in the reward is the mean over groups;
 without labels an answer is right that agrees with the teacher's.
 
-How many patches an image keeps is its own affair, so an image costs the mean over those that training saw; before any
-training, the share per group is one at which DeiT-S costs the 3.2 GMACs that the paper prints.
+How many patches an image keeps is its own affair, so an image costs the mean over those that the network has answered
+since it was loaded; before it answers any, over those that training was scored on, and before any training, the share
+per group is one at which DeiT-S costs the 3.2 GMACs that the paper prints.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +34,8 @@ PUBLISHED_SHARE = 0.83
 """Of the patches that enter a group, those that it keeps, before any training."""
 
 FIRST_BIAS = 2.0
-MOMENTUM = 0.99
-"""Of the running mean of shares that images keep."""
+PARTS = 1_000_000
+"""Shares are counted in such parts, as averages of weights leave whole numbers alone."""
 
 
 @configuration
@@ -70,26 +72,33 @@ class InterpretedViT(ExtendedViT):
         depth, heads = len(backbone.blocks), backbone.blocks[0].attn.num_heads
         self.starts = [depth * group // GROUPS for group in range(GROUPS)]
         self.interpreters = nn.ModuleList(Interpreter(backbone.embed_dim, heads) for _ in self.starts)
-        self.plan = PUBLISHED_SHARE ** torch.arange(1, GROUPS + 1, device="cpu")
-        """Shares of all patches that are left in each group, mean over images."""
+        shares = PUBLISHED_SHARE ** torch.arange(1, GROUPS + 1, device="cpu")
+        self.plan = torch.cat([shares * PARTS, shares.new_zeros(1)]).long()
+        """Of all patches, how many are left in each group, mean over images; and over how many images."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, each with the patches that it needs.
+        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, each with the patches that it needs."""
+        return self.answer(images)[0]
+
+    def answer(self, images: Tensor) -> tuple[Tensor, list[list[int]]]:
+        """Logits, and the number of tokens of each image by group.
 
         The tokens of all images lie in one row, since they differ in number; only attention is computed image by image.
         """
         tokens = embed(self.backbone, images)
         lengths, row = [tokens.shape[1]] * len(images), tokens.flatten(0, 1)[None]
+        counts = []
         for index, block in enumerate(self.backbone.blocks):
             if index in self.starts:
                 kept = self.interpreters[self.starts.index(index)](row)[0] >= KEEP_ABOVE
                 parts = [F.pad(part[1:], (1, 0), value=True) for part in kept.split(lengths)]  # class tokens stay
-                row, lengths = row[:, torch.cat(parts)], [int(part.sum()) for part in parts]
+                row, lengths = row[:, torch.cat(parts)], torch.stack([part.sum() for part in parts]).tolist()
+                counts.append(lengths)
             images_of = [part.split(lengths, dim=2) for part in project(block.attn, block.norm1(row))]
             mixed = [F.scaled_dot_product_attention(*image) for image in zip(*images_of, strict=True)]
             update = block.attn.proj(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))
             row = transform(block, row + block.ls1(update))
-        return torch.cat([classify(self.backbone, image) for image in row.split(lengths, dim=1)])
+        return torch.cat([classify(self.backbone, image) for image in row.split(lengths, dim=1)]), counts
 
     def with_counts(self, images: Tensor, counts: list[int]) -> Tensor:
         """The same with given numbers of patches in each group, those that are worth most."""
@@ -127,12 +136,11 @@ class PlayingViT(nn.Module):
         self._ddp_params_and_buffers_to_ignore = ["network.plan"]  # which stays on the CPU
 
     def forward(self, images: Tensor) -> Played:
+        assert self.network.plan is not None
+        self.network.plan[-1] = 0  # answers by the weights of before no longer count
         drawn = self._play(images, torch.bernoulli)
         with torch.no_grad():
             greedy_logits, greedy_shares, _ = self._play(images, lambda worth: (worth >= KEEP_ABOVE).to(worth.dtype))
-        if not images.is_meta:
-            assert self.network.plan is not None
-            self.network.plan.lerp_(greedy_shares.mean(dim=0).float().cpu(), 1 - MOMENTUM)
         return Played(*drawn, greedy_logits, greedy_shares)
 
     def _play(self, images: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,8 +191,25 @@ class IaRed2(ExtendsPlainViT):
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         return {f"above {KEEP_ABOVE}": network}
 
+    def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
+        """Logits at the one operating point; what the images keep is counted, for `macs`."""
+        logits, counts = network.answer(images)
+        *shares, before = network.plan.tolist()
+        patches, total = network.backbone.patch_embed.num_patches, before + len(images)
+        for group, lengths in enumerate(counts):
+            kept = PARTS * sum(length - 1 for length in lengths) / patches
+            shares[group] = (before * shares[group] + kept) / total
+        network.plan.copy_(torch.tensor([*shares, total]).round())
+        (point,) = self.points(network)
+        return {point: logits}
+
+    def load(self, network: Any, folder: Path) -> Any:
+        network = super().load(network, folder)
+        network.plan[-1] = 0  # what is answered from now on is counted anew
+        return network
+
     def macs(self, network: Any) -> dict[str, int]:
         """At the mean share of patches that images keep."""
-        counts = (network.backbone.patch_embed.num_patches * network.plan).round().int().tolist()
+        counts = (network.backbone.patch_embed.num_patches * network.plan[:-1] / PARTS).round().int().tolist()
         (point,) = self.points(network)
         return count_points(network, lambda meta: {point: partial(meta.with_counts, counts=counts)})

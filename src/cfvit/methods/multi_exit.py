@@ -106,6 +106,13 @@ class MultiExit(Method):
         costs = count_points(network, stages)
         return dict(zip(costs, accumulate(costs.values()), strict=True))
 
+    def exits(self, network: Any, logits: dict[str, Tensor]) -> Tensor:
+        *earlier, last = logits.values()
+        stages = torch.zeros(len(last), dtype=torch.long, device=last.device)
+        for index, (own, eta) in enumerate(zip(earlier, network.etas.tolist(), strict=True)):
+            stages += (stages == index) & goes_on(confidence_of(own), eta)
+        return stages
+
     def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
         """From the last exit to the first, each eta may lose its part of ``max_drop`` against what would go on."""
         *earlier, (_, answer) = logits.items()

@@ -114,14 +114,16 @@ class ChoosingViT(nn.Module):
 
     def __init__(self, network: PatchSlimmedViT) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.ready = network, False  # asked of a GPU once, as each answer of its waits for all its work
 
     def forward(self, images: Tensor) -> Tensor:
         network = self.network
-        if not images.is_meta and not network.chosen:
-            if dist.is_initialized():
+        if not (self.ready or images.is_meta):
+            if not network.chosen and dist.is_initialized():
                 raise UsageError("the masks of ps_vit are chosen by one process: start training without torchrun")
-            network.choose(images)
+            if not network.chosen:
+                network.choose(images)
+            self.ready = True
         assert network.plan is not None
         return network(images, network.plan.tolist())
 

@@ -63,6 +63,9 @@ class ExtendsPlainViT(Method):
         backbone = PlainBlocks(self.objective).build(config, initial_weights, class_names)
         return self.network_class(backbone, self.options, initial_weights is not None)
 
+    def is_added(self, name: str) -> bool:
+        return not name.startswith("backbone.")
+
 
 class FrozenTeacher(nn.Module):
     """The backbone as training found it, which the slimmed network imitates: always in evaluation, without gradients.

@@ -7,6 +7,7 @@ and step to continue as if nothing had happened.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -30,12 +31,21 @@ from cfvit.processes import Process, join_processes
 from cfvit.training.log import Reporter
 from cfvit.training.pace import Pace
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import Data, Trained, assemble, autocast, dtype_of, prepare, steps_per_epoch
+from cfvit.training.setup import (
+    CLASSES_FILE,
+    RECIPE_FILE,
+    Data,
+    Trained,
+    assemble,
+    autocast,
+    dtype_of,
+    prepare,
+    steps_per_epoch,
+)
 from cfvit.training.step import take_step
 
 CHECKPOINT_FILE = "checkpoint.pt"
 ALL_CELLS_FILE = "all_cells.pt"
-RECIPE_FILE = "recipe.yaml"
 TEACHER = "teacher"
 """In the place of an operating point: what the teacher answers."""
 
@@ -45,8 +55,8 @@ def train(
 ) -> dict[str, float]:
     """Trains by a recipe into a folder, from the start or from its last checkpoint.
 
-    The folder receives ``recipe.yaml``, ``log.jsonl``, tensorboard's files, ``checkpoint.pt`` and,
-    after each evaluation, the model itself (`cfvit.load` reads it; of the plain backbone timm does,
+    The folder receives ``recipe.yaml``, ``class_names.json``, ``log.jsonl``, tensorboard's files, ``checkpoint.pt``
+    and, after each evaluation, the model itself (`cfvit.load` reads it; of the plain backbone timm does,
     as ``local-dir:FOLDER``). ``all_cells.pt`` is the checkpoint at the end of the epochs that split all cells.
 
     Args:
@@ -73,6 +83,8 @@ def train(
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
         if process.leads and not resume:
+            with atomic_write(out / CLASSES_FILE) as file:
+                file.write_text(json.dumps(model.class_names) + "\n")
             with atomic_write(out / RECIPE_FILE) as file:
                 file.write_text(recipe.to_yaml())
         with Reporter(out, process.leads, trained.step) as reporter:

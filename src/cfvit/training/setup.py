@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -26,9 +27,12 @@ from cfvit.inference.engines.packing import accelerate, accelerate_training
 from cfvit.methods.base import Method, create_method
 from cfvit.processes import Process
 from cfvit.training.optimizers import create_optimizer, resume_optimizer
-from cfvit.training.recipe import Recipe
+from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.tokens.label_maps import LabelledImages, LabelledTransform
+
+RECIPE_FILE, CLASSES_FILE = "recipe.yaml", "class_names.json"
+"""What a run's folder holds beside the weights, so that the network can be built again."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Trained:
     average: ModelEmaV3 | None  # the averaged weights, None where nothing is averaged
     teacher: Teacher | None
     classes: int  # the size of the head
-    initial: dict[str, torch.Tensor] | None = None  # the weights that the run began with, where they have a share
+    initial: dict[str, torch.Tensor] | None = None  # the trained weights that it began with, where they have a share
     initial_share: float = 0.0  # of them in the model that is saved
     step: int = 0  # counts optimiser steps
 
@@ -63,9 +67,10 @@ class Trained:
         best = self.model if self.average is None else self.average.module
         if self.initial is not None:
             best = copy.deepcopy(best)
-            for name, tensor in best.state_dict().items():
-                if tensor.is_floating_point():
-                    tensor.lerp_(self.initial[name], self.initial_share)
+            weights = best.state_dict()
+            for name, begun in self.initial.items():
+                if begun.is_floating_point():
+                    weights[name].lerp_(begun, self.initial_share)
         return best
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,6 +160,29 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
     return data, model.to(process.device)
 
 
+def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
+    """What `cfvit train` left in a folder: the recipe, the method and, in evaluation mode on the CPU, the network.
+
+    Raises:
+        CfvitError: the folder is damaged, or holds no run.
+    """
+    try:
+        class_names = json.loads((folder / CLASSES_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise CfvitError(
+            f"{folder} is no folder of cfvit train, or damaged ({first_line(error)}): give one with {RECIPE_FILE}, "
+            f"{CLASSES_FILE} and weights"
+        ) from error
+    recipe = load_recipe("deit", folder / RECIPE_FILE)
+    method = create_method(recipe.method, recipe, recipe.method_options)
+    network = method.build(recipe.model_config(len(class_names)), None, class_names)
+    if recipe.crop_pct is not None:
+        network.data_config["crop_pct"] = recipe.crop_pct
+    network = method.load(network, folder)
+    network.class_names = class_names
+    return recipe, method, network
+
+
 def _classes_without_labels(recipe: Recipe) -> list[str]:
     """The class names of unlabelled data: those of the teacher, or of the network that the run starts from."""
     if not recipe.uses_teacher:
@@ -220,7 +248,10 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype_of(recipe, process.device) is torch.float16)
     teacher, classes = _teacher(recipe, model, process.device), len(model.class_names)
-    initial = {name: tensor.clone() for name, tensor in model.state_dict().items()} if recipe.initial_share else None
+    initial = None
+    if recipe.initial_share:
+        began = model.state_dict().items()
+        initial = {name: tensor.clone() for name, tensor in began if not method.is_added(name)}
     if initial is not None and recipe.initial_weights is None:
         raise UsageError(
             f"initial_share is {recipe.initial_share:g} in a run from random weights: name trained ones with "
