@@ -12,6 +12,8 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
 from cfvit.deploy.scheduler import Scheduler, StageOptions
+from cfvit.inference.engines.pytorch import TorchEngine
+from cfvit.inference.engines.recording import recorded
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe
 
@@ -55,6 +57,25 @@ def test_the_answers_are_those_of_the_cpu(
     for size in SIZES:
         for _ in range(3):  # the first of a size is computed, the next is recorded, then it is replayed
             same(on_gpu(images[-size:] if size else images[:0]), on_cpu(images[-size:] if size else images[:0]))
+
+
+@torch.inference_mode()
+def test_what_was_recorded_follows_the_weights(model: CoarseToFineViT, images: Tensor) -> None:
+    engine = TorchEngine(model.cuda())
+    batch = images[:8].cuda()
+    before = [engine.coarse(batch)[0].logits for _ in range(3)][-1]
+    head: Any = model.backbone.head
+    head.bias.add_(1.0)
+    torch.testing.assert_close(engine.coarse(batch)[0].logits, before + 1.0, **WITHIN)
+
+
+@torch.inference_mode()
+def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+    run = recorded(lambda images: images[images[:, 0] > 0].sum() + images)
+    batch = torch.tensor([[1.0], [-2.0]], device="cuda")
+    assert [run(batch).tolist() for _ in range(3)] == [[[2.0], [-1.0]]] * 3
+    doubled = recorded(lambda images: 2 * images)
+    assert [doubled(batch + k).tolist() for k in range(3)] == [[[2.0 + 2 * k], [-4.0 + 2 * k]] for k in range(3)]
 
 
 def test_a_stream_answers_as_one_batch_does(model: CoarseToFineViT, images: Tensor, eta: float) -> None:

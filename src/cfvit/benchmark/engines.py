@@ -19,6 +19,7 @@ from cfvit.inference.engines import Engine
 from cfvit.inference.engines.compiling import compiled
 from cfvit.inference.engines.exported import ExportedEngine, Format, graph_file, graph_kind
 from cfvit.inference.engines.packing import accelerate
+from cfvit.inference.engines.recording import recorded
 from cfvit.methods.base import create_method
 from cfvit.modeling.model import CoarseToFineViT
 
@@ -35,7 +36,7 @@ def prepare(
         run: from the prepared network to the function that is called, and that is compiled if any is.
     """
     fast = run(network if engine == "eager" else accelerate(network))
-    return compiled(fast) if engine == "compiled" else fast
+    return compiled(fast) if engine == "compiled" else recorded(fast) if engine == "torch" else fast
 
 
 class Engines:

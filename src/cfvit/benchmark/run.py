@@ -101,6 +101,7 @@ def notes_of(model: CoarseToFineViT, plan: Plan, random_weights: bool, quantised
         "the weights are random: speed does not depend on them, and shares of exits are forced": random_weights,
         "int8 is quantised by noise: its speed counts, its answers do not": int8 and quantised_by_noise,
         "acceleration changes nothing on this device and precision: torch is eager": "torch" in plan.engines
+        and weight.device.type != "cuda"
         and accelerate(model.backbone) is model.backbone,
         f"float32 matrix products at precision {torch.get_float32_matmul_precision()!r}": weight.device.type != "cpu"
         and weight.dtype == torch.float32,

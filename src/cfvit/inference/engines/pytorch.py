@@ -1,4 +1,4 @@
-"""The engine that runs torch: packed for this processor, compiled, or the model as it is."""
+"""The engine that runs torch: packed for a processor, recorded on a GPU, compiled, or the model as it is."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.compiling import compiled
 from cfvit.inference.engines.packing import accelerate, frozen
+from cfvit.inference.engines.recording import recorded
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 
 Stages = tuple[Callable[[Tensor], tuple[CoarseState, Tensor]], Callable[[Tensor, CoarseState], tuple[Tensor, Tensor]]]
@@ -45,7 +46,8 @@ class TorchEngine:
             logits = network.fine(images, state)
             return logits, rule.fine(logits)
 
-        return (compiled(coarse), compiled(fine)) if self.compile else (coarse, fine)
+        faster = compiled if self.compile else recorded if self.compile is None else lambda run: run
+        return faster(coarse), faster(fine)
 
     def _stages(self) -> Stages:
         return self._plain if torch.is_autocast_enabled("cpu") else self._packed  # oneDNN's layers are in float32
