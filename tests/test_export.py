@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import signal
 import subprocess
 import sys
 import warnings
@@ -326,7 +327,7 @@ def test_graphs_that_differ_from_torch_are_not_written(
         changed.get_parameter("backbone.pos_embed")[0, 1:] *= 2  # which the fine stage alone reads
     with fails("the exported graphs differ from torch by .*, more than 0.001: not written"):
         export(changed, tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     export(model, tmp_path / "new")
     assert read_exported(tmp_path / "new").difference < 1e-4
 
@@ -390,6 +391,46 @@ def test_from_the_command_line(
     assert outcome.status == 0, outcome.err
     assert "differs from torch by" in outcome.err[-1]
     assert Predictor(tmp_path / "exported").threshold == load(colour_model).threshold
+
+
+def test_an_export_replaces_another_and_no_model(
+    model: CoarseToFineViT, colour_model: Path, traced: None, folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    for suffix in (".onnx", ".bin", ".xml"):
+        (tmp_path / f"whole{suffix}").write_text("of another format")
+    (tmp_path / "notes.txt").write_text("mine")
+    export(model, tmp_path, format=read_exported(folder).format)
+    assert {file.name for file in tmp_path.iterdir()} == {file.name for file in folder.iterdir()} | {"notes.txt"}
+    with fails(f"{colour_model} holds a model, which would no longer load: choose another folder"):
+        export(model, colour_model)
+
+
+def test_an_unwritable_folder_is_refused_before_anything_is_read(
+    tmp_path: Path, cfvit_main: Callable[..., Outcome]
+) -> None:
+    (tmp_path / "file").touch()
+    outcome = cfvit_main("export", tmp_path / "nowhere", tmp_path / "file" / "exported")
+    assert outcome.status == 1
+    (line,) = outcome.err
+    assert "exported" in line
+    assert line.endswith("(Not a directory): choose another place; nothing was changed")
+
+
+def test_nothing_is_left_of_an_export_that_was_ended(
+    folder: Path,
+    colour_model: Path,
+    tmp_path: Path,
+    cfvit_main: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ExportedEngine(folder)  # and it is gone: OpenVINO has to leave signals as they were
+    monkeypatch.setattr(export_module, "stage_graphs", lambda _: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert cfvit_main("export", colour_model, tmp_path / "exported").status == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_answers_from_an_export(folder: Path, model: CoarseToFineViT, colours: Path) -> None:

@@ -35,15 +35,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _unwritable(path: Path, error: Exception) -> CfvitError:
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return CfvitError(f"cannot write {path} ({reason}): make room or choose another place; nothing was changed")
+def unwritable(path: Path, error: Exception) -> CfvitError:
+    """What to tell of a file or folder that could not be written."""
+    reason, number = getattr(error, "strerror", None) or first_line(error), getattr(error, "errno", None)
+    mend = "choose another place" if number not in (None, errno.ENOSPC, errno.EDQUOT) else "make room"
+    return CfvitError(f"cannot write {path} ({reason}): {mend}; nothing was changed")
 
 
 def require_writable(path: Path) -> None:
@@ -58,4 +60,4 @@ def require_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=next(folder for folder in path.absolute().parents if folder.exists())):
             pass
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error

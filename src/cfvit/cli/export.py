@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +13,7 @@ from cfvit.cli.application import app
 from cfvit.cli.output import eta_text, say
 from cfvit.cli.parameters import CalibrationFile, load_model
 from cfvit.errors import CfvitError, UsageError
+from cfvit.files import require_writable
 
 
 @app.command
@@ -36,6 +39,9 @@ def export(
     """
     if int8 != (data is not None):
         raise UsageError("--int8 quantises by the images of --data: give both, or neither")
+    require_writable(folder / "cfvit.json")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleaned up
+
     from cfvit.data import open_images
     from cfvit.deploy.export import TOLERANCE
     from cfvit.deploy.export import export as write

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cfvit.checkpoints import weights_digest
+from cfvit.checkpoints import CONFIG_FILE, weights_digest
 from cfvit.data import DataSource
 from cfvit.deploy.graphs import STATE, stage_graphs, whole_graph, write_graphs
 from cfvit.deploy.quantising import quantise_export, warn_if_slow
 from cfvit.errors import CfvitError, first_line
+from cfvit.files import unwritable
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
+    WEIGHTS_FILE,
     ExportedEngine,
     ExportedModel,
     Format,
@@ -88,7 +90,7 @@ def export(
     graphs are in float32 at first, are compared with torch on random images, and go on only if they agree.
 
     Args:
-        folder: made if it is not there; what another export left in it is replaced.
+        folder: made if it is not there; another export in it is replaced once the new one is complete.
         format: ``"onnx"`` or ``"openvino"``.
         images: further normalised images ``[n, 3, H, W]`` to compare on.
         int8: quantise weights and activations to eight bits, by some of these images. On the others both stages are
@@ -97,9 +99,11 @@ def export(
 
     Raises:
         CfvitError: a model that cannot be exported, graphs that differ from torch by more than `TOLERANCE`, too few
-            images for ``int8``, packages that are not installed, a folder that cannot be written.
+            images for ``int8``, packages that are not installed, a folder that cannot be written or holds a model.
     """
     folder = Path(folder)
+    if (folder / CONFIG_FILE).exists():
+        raise CfvitError(f"{folder} holds a model, which would no longer load: choose another folder")
     if format not in get_args(Format):
         raise CfvitError(f"format is {format!r}: give one of {', '.join(get_args(Format))}")
     if model.config.selection == "random":
@@ -131,9 +135,9 @@ def export(
         difference=0.0,
         versions=versions,
     )
+    beside = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".export.") as temporary:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".export.") as temporary:
             made = Path(temporary)
             try:
                 graphs = stage_graphs(model)
@@ -158,13 +162,14 @@ def export(
             (made / "example.py").write_text(
                 _EXAMPLE.substitute(package=PACKAGES[format][-1], about=EXPORT_FILE, label=classes, run=run)
             )
-            (folder / EXPORT_FILE).unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            old = [f"{stage}.{suffix}" for stage in (*graphs, "whole") for suffix in ("onnx", "xml", "bin")]
+            for name in (EXPORT_FILE, WEIGHTS_FILE, *old):
+                (folder / name).unlink(missing_ok=True)
             for file in sorted(made.iterdir(), key=lambda file: file.name == EXPORT_FILE):  # it says that all is there
                 shutil.move(file, folder / file.name)
     except OSError as error:
-        raise CfvitError(
-            f"cannot write {folder} ({error.strerror or error}): make room or choose another place"
-        ) from error
+        raise unwritable(folder, error) from error
     return about
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import openvino
 
+CORE = openvino.Core()
+"""One for the whole process: it frees the main thread's signal stack when it goes, and the next signal would crash."""
+
 
 class OpenVinoGraph:
     """One graph; see `cfvit.inference.engines.exported.Graph`. Threads may share it."""
@@ -16,7 +19,7 @@ class OpenVinoGraph:
     def __init__(self, path: Path, threads: int = 0) -> None:
         # in float32, where some processors would take bfloat16
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-        self._compiled = openvino.Core().compile_model(path, "CPU", options)
+        self._compiled = CORE.compile_model(path, "CPU", options)
         self.inputs = tuple(each.any_name for each in self._compiled.inputs)
         self._outputs = [each.any_name for each in self._compiled.outputs]
         self._own = threading.local()  # a request holds the memory of a run and is for one thread
