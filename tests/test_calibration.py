@@ -28,6 +28,7 @@ from cfvit.calibration import (
     LatencyBudget,
     Risk,
     Saving,
+    SelectiveRisk,
     StageLatency,
     Target,
     calibrate,
@@ -35,10 +36,11 @@ from cfvit.calibration import (
     rank_images,
 )
 from cfvit.calibration.binomial import images_needed, paired_difference, share_estimate
+from cfvit.calibration.calibrated import best_measure
 from cfvit.calibration.choice import TESTED, choose_eta, require_reachable
 from cfvit.calibration.records import parse_record
-from cfvit.calibration.temperature import fit_temperature
-from cfvit.modeling.exit import Measure, confidence_of, goes_on
+from cfvit.calibration.temperature import fit_mixture, fit_temperature
+from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)
 LATENCY = StageLatency(coarse=2.0, both=10.0)
@@ -51,6 +53,7 @@ TARGETS: tuple[Target, ...] = (
     Drop(1.5),
     Risk(0.02, 0.9),
     Risk(0.02, 0.9, "fixed_sequence"),
+    SelectiveRisk(0.1, 0.9),
 )
 CLASSES = 3
 REPEATS = 200
@@ -350,6 +353,39 @@ def test_promises_are_kept_as_often_as_promised(source: str, digits: Images) -> 
         assert risks.mean() > share / 4, f"{method} saves next to nothing"
 
 
+@pytest.mark.parametrize("source", ["simulated", "digits", "surest are worst"])
+def test_few_answers_of_the_coarse_stage_are_wrong_as_often_as_promised(source: str, digits: Images) -> None:
+    coarse, fine, labels = digits if source == "digits" else _simulate(20_000, 1)
+    if source == "surest are worst":  # then the share of wrong answers rises with eta
+        coarse = torch.where(confidence_of(coarse)[:, None] > 0.8, coarse.roll(1, dims=1), coarse)
+    confidence, wrong = confidence_of(coarse), (coarse.argmax(-1) != labels).double()
+    share = wrong.mean().item() / 2
+    generator = np.random.default_rng(0)
+    risks, etas = [], []
+    for _ in range(REPEATS):
+        drawn = _drawn((coarse, fine, labels), 600, generator)
+        etas.append(choose_eta(SelectiveRisk(share, 0.9), rank_images(*drawn), MACS))
+        exits = ~goes_on(confidence, etas[-1])
+        risks.append(wrong[exits].mean().item() if exits.any() else 0.0)
+    assert (np.array(risks) > share).sum() <= _most_breaks(0.1)
+    assert source == "surest are worst" or np.mean(risks) > share / 4, "it saves next to nothing"
+
+
+def test_of_the_images_that_exit_those_that_are_wrong_are_told() -> None:
+    images = _simulate(2000, 3)
+    chosen = _calibrate(images, SelectiveRisk(0.1))
+    exits = ~goes_on(confidence_of(images[0]), chosen.threshold)
+    assert 0 < exits.sum() < 2000
+    wrong = (images[0].argmax(-1) != images[2])[exits].double().mean().item()
+    assert chosen.wrong_exits is not None
+    assert chosen.wrong_exits.value == pytest.approx(wrong)
+    assert chosen.wrong_exits.low < wrong < chosen.wrong_exits.high < 0.1
+    assert "at most 10% of the coarse stage's answers are wrong" in chosen.promise
+    few = _calibrate(_simulate(40, 0), SelectiveRisk(0.05))
+    assert (few.threshold, few.wrong_exits) == (1, None)
+    assert "40 images are too few to promise this of a threshold below 1: at least 86 are needed" in few.warnings
+
+
 def test_calibrate_gives_the_promise_in_words_and_the_figures_of_its_images() -> None:
     images = _simulate(2000, 3)
     chosen = _calibrate(images, Risk(0.01))
@@ -503,6 +539,37 @@ def test_fitted_temperature_stays_in_range_where_there_is_no_least() -> None:
     assert fit_temperature(logits, torch.tensor([1, 0])) == pytest.approx(10, rel=1e-3)
 
 
+def test_fitted_mixture_is_the_one_that_drew_the_labels() -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse, fine = 2 * torch.randn(2, 20_000, 4, generator=generator)
+    labels = (0.5 * coarse + 1.5 * fine).softmax(dim=-1).multinomial(1, generator=generator).flatten()
+    weight, temperature = fit_mixture(coarse, fine, labels)
+    assert (weight, temperature) == pytest.approx((0.25, 0.5), rel=0.1)
+    answer = Exit(coarse_weight=weight).answer(coarse, fine)
+    torch.testing.assert_close(answer / temperature, 0.5 * coarse + 1.5 * fine, atol=0.5, rtol=0.1)
+    assert fit_mixture(coarse, fine, fine.argmax(dim=-1)) == pytest.approx((0, 0.1), abs=0.01)
+
+
+def test_a_mixture_is_calibrated_as_the_fine_stage() -> None:
+    coarse, fine, labels = _simulate(500, 4)
+    mixed = 0.7 * fine + 0.3 * coarse
+    chosen = _calibrate((coarse, fine, labels), Saving(50), coarse_weight=0.3)
+    expected = _calibrate((coarse, mixed, labels), Saving(50))
+    assert chosen == replace(expected, coarse_weight=0.3)
+    assert chosen.exit == Exit(eta=expected.threshold, coarse_weight=0.3)
+
+
+@pytest.mark.parametrize("target", [Saving(55), Accuracy(66), Drop(1), SelectiveRisk(0.2)])
+def test_the_best_measure_is_none_worse_than_any(target: Target) -> None:
+    images = _simulate(800, 5, classes=8)
+    best = best_measure(*images, MACS, target, Exit())
+    chosen = {measure: _calibrate(images, target, measure=measure) for measure in MEASURES}
+    if isinstance(target, Saving):
+        assert chosen[best].accuracy.value == max(each.accuracy.value for each in chosen.values())
+    else:
+        assert chosen[best].gmacs.value == min(each.gmacs.value for each in chosen.values())
+
+
 # files -----------------------------------------------------------------------------------------
 
 
@@ -542,6 +609,7 @@ def _changed(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("measure", "hope", "measure is 'hope'"),
         ("measure", ["margin"], "measure is "),
         ("coarse_temperature", 0, "coarse_temperature is 0"),
+        ("coarse_weight", 1, "coarse_weight is 1"),
         ("level", 1, "level is 1"),
         ("warnings", "none", "warnings is 'none'"),
         ("warnings", [1], "warnings.0 is 1"),

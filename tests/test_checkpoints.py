@@ -27,6 +27,7 @@ from cfvit.checkpoints import bundled_models, initialise, load_authors_checkpoin
 from cfvit.evaluation.metrics import labelled_images
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Reuse
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.weights import read_weights
 
 Make = Callable[..., CoarseToFineViT]
@@ -75,15 +76,17 @@ def test_a_saved_model_comes_back_whole(
 
 
 @pytest.mark.parametrize(
-    "variant", [{"selection": "negative"}, *({"feature_reuse": reuse} for reuse in get_args(Reuse))]
+    "variant",
+    [{"selection": "negative"}, {"fine_merged": 3}, *({"feature_reuse": reuse} for reuse in get_args(Reuse))],
 )
 def test_variants_come_back_as_such(
-    variant: dict[str, str], make_model: Make, make_images: Callable[..., Tensor], tmp_path: Path
+    variant: dict[str, Any], make_model: Make, make_images: Callable[..., Tensor], tmp_path: Path
 ) -> None:
     model = make_model(**variant)
+    model.exit = Exit("margin", eta=0.3, coarse_weight=0.2)
     save(model, tmp_path)
     loaded = load(tmp_path)
-    assert loaded.config == model.config
+    assert (loaded.config, loaded.exit) == (model.config, model.exit)
     images = make_images(model, 2)
     assert torch.equal(_logits(loaded, images), _logits(model, images))
 
@@ -91,10 +94,12 @@ def test_variants_come_back_as_such(
 def test_folders_from_before_the_variants_are_the_papers(
     model: CoarseToFineViT, folder: Path, make_images: Callable[..., Tensor]
 ) -> None:
-    for name in ("selection", "feature_reuse"):
-        _edit_config(folder, lambda c, name=name: {**c, "model": {k: v for k, v in c["model"].items() if k != name}})
+    parts = {"model": ("selection", "feature_reuse", "fine_merged"), "exit": ("coarse_weight",)}
+    for part, names in parts.items():
+        _edit_config(folder, lambda c, p=part, n=names: {**c, p: {k: v for k, v in c[p].items() if k not in n}})
     loaded = load(folder)
-    assert (loaded.config.selection, loaded.config.feature_reuse) == ("attention", "mlp")
+    assert (loaded.config.selection, loaded.config.feature_reuse, loaded.config.fine_merged) == ("attention", "mlp", 0)
+    assert loaded.exit.coarse_weight == 0
     images = make_images(model, 2)
     assert torch.equal(_logits(loaded, images), _logits(model, images))
 

@@ -18,9 +18,19 @@ from torch import Tensor
 
 import cfvit
 from cfvit import Calibration, CoarseToFineViT, Predictor, StageMacs, calibrate, load
-from cfvit.calibration import Accuracy, Drop, GmacsBudget, LatencyBudget, Risk, Saving, StageLatency, Target
+from cfvit.calibration import (
+    Accuracy,
+    Drop,
+    GmacsBudget,
+    LatencyBudget,
+    Risk,
+    Saving,
+    SelectiveRisk,
+    StageLatency,
+    Target,
+)
 from cfvit.calibration.records import parse_record, read_calibration
-from cfvit.calibration.temperature import fit_temperature
+from cfvit.calibration.temperature import fit_mixture, fit_temperature
 from cfvit.data import eval_transform, find_images, open_image
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
@@ -38,6 +48,8 @@ from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
         (["--max-drop", "2.5"], Drop(2.5)),
         (["--latency-ms", "2"], LatencyBudget(2)),
         (["--risk", "0.3"], Risk(0.3)),
+        (["--risk", "30%"], Risk(0.3)),
+        (["--selective-risk", "70%", "--confidence", "60%"], SelectiveRisk(0.7, 0.6)),
         (["--risk", "0.3", "--confidence", "0.8", "--method", "fixed_sequence"], Risk(0.3, 0.8, "fixed_sequence")),
     ],
 )
@@ -183,6 +195,45 @@ def test_temperatures_are_fitted_on_other_images_than_eta_is_chosen_on(
     assert again.out == outcome.out
 
 
+def test_the_best_that_the_model_can_is_fitted_chosen_stored_and_used(
+    cfvit_main: Cli, model: Path, network: CoarseToFineViT, colours: Path, pixels: Tensor, images: Images
+) -> None:
+    arguments = ("--gmacs", budget(network), "--best")
+    outcome = run_calibrate(cfvit_main, model, colours, *arguments)
+    assert outcome.status == 0, outcome.err
+    chosen, (coarse, fine, labels) = read_calibration(model), images
+    weight, temperature = fit_mixture(*images)
+    fitted = (fit_temperature(coarse, labels), temperature, weight)
+    used = (chosen.coarse_temperature, chosen.fine_temperature, chosen.coarse_weight)
+    assert used == pytest.approx(fitted, abs=1e-3)
+    rule = dict(zip(("coarse_temperature", "fine_temperature", "coarse_weight"), used, strict=True))
+    target = GmacsBudget(budget(network))
+    each = {m: calibrate(*images, macs_of(network), target, measure=m, **rule) for m in MEASURES}
+    assert chosen.accuracy.value == max(one.accuracy.value for one in each.values())
+    assert_alike(chosen, each[chosen.measure])
+    assert any(line.endswith("fitted on the same images") for line in outcome.out)
+    assert any("% of the coarse logits" in line for line in outcome.out) == (chosen.coarse_weight > 0)
+    prediction = Predictor(load(model))(pixels)
+    hard = goes_on(chosen.exit.coarse(coarse), chosen.threshold)
+    assert torch.equal(prediction.stage, hard.long())
+    expected = torch.where(hard[:, None], chosen.exit.answer(coarse, fine), coarse)
+    torch.testing.assert_close(prediction.logits, expected, atol=1e-4, rtol=1e-4)
+    again = run_calibrate(cfvit_main, model, colours, *arguments)  # of the stages' own answers, not of the mixture
+    assert again.out == outcome.out
+    assert run_calibrate(cfvit_main, model, colours, *arguments, "--measure", "entropy").status == 0
+    assert read_calibration(model).measure == "entropy"
+
+
+def test_what_a_promise_is_about_is_fitted_on_other_images(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    assert (
+        run_calibrate(cfvit_main, model, colours, "--selective-risk", "60%", "--confidence", "50%", "--best").status
+        == 0
+    )
+    chosen = read_calibration(model)
+    assert (chosen.images, chosen.origin and chosen.origin.temperature_images) == (17, 16)
+    assert chosen.target == SelectiveRisk(0.6, 0.5)
+
+
 @pytest.mark.parametrize(("blues", "fitted"), [(4, True), (5, False)])
 def test_a_class_that_only_one_half_has_is_told(
     blues: int, fitted: bool, cfvit_main: Cli, model: Path, make_colours: Callable[..., Path]
@@ -297,7 +348,7 @@ def test_authors_files_are_calibrated_into_a_file(cfvit_main: Cli, authors_file:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "^no target is given: give one of --gmacs, --saving, --latency-ms, --accuracy, --max-drop, --risk$"),
+        ([], "^no target is given: give one of --gmacs, --saving, --latency-ms, .*, --risk, --selective-risk$"),
         (["--gmacs", "1", "--risk", "0.1"], "^--gmacs and --risk are given: give one of"),
         (["--saving", "half"], "--saving.*half"),
         (["--saving", "100%"], "saving is 100.0: give a percentage from 0 to below 100"),
@@ -310,6 +361,8 @@ def test_authors_files_are_calibrated_into_a_file(cfvit_main: Cli, authors_file:
         (["--risk", "0.1", "--method", "luck"], "method of the risk is 'luck'"),
         (["--saving", "1", "--confidence", "0.9"], "--confidence belongs to --risk and --saving is given"),
         (["--saving", "1", "--method", "upper_bound"], "--method belongs to --risk"),
+        (["--selective-risk", "0.1", "--method", "upper_bound"], "--method belongs to --risk and --selective-risk is"),
+        (["--selective-risk", "0"], "share of the selective risk is 0.0"),
         (["--saving", "1", "--measure", "hope"], "measure is 'hope': give one of max_probability, margin"),
         (["--saving", "1", "--out", "mine"], "--out mine does not end in .json"),
         (["--saving", "1", "--out", "model/config.json"], "is there and is no calibration: name a new file"),

@@ -49,6 +49,7 @@ from cfvit.inference.engines.exported import (
     graph_kind,
     read_exported,
 )
+from cfvit.modeling.exit import Exit
 from cfvit.plots.explain import explain
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -309,13 +310,19 @@ def test_compiling_is_for_torch(folder: Path, fails: Fails) -> None:
         {"backbone": "lvvit_tiny_patch16_224", "patch_size": 16, "coarse_grid": 2, "feature_reuse": "class_token"},
         {"backbone": "vit_base_patch16_rope_mixed_224", "patch_size": 16, "coarse_grid": 2},
         {"backbone": "eva02_tiny_patch14_224", "coarse_grid": (2, 3), "selection": "negative"},
+        {"fine_merged": 3},
     ],
 )
 def test_other_models_can_be_exported(
     changes: dict[str, Any], make_model: Callable[..., CoarseToFineViT], tmp_path: Path
 ) -> None:
     model = make_model(**{"depth": 2, **changes})
-    assert export(model, tmp_path, images=_images(model, 3)).difference < 1e-4
+    model.exit = Exit("margin", coarse_weight=0.3)
+    images = _images(model, 5)
+    assert export(model, tmp_path, images=images).difference < 1e-4
+    for eta in (0, 1):
+        expected, answer = Predictor(model, eta, compile=False)(images), Predictor(tmp_path, eta)(images)
+        torch.testing.assert_close(answer.logits, expected.logits, atol=1e-4, rtol=0)
     assert "0.5" in (tmp_path / "example.py").read_text()  # an eta, where the model has none
 
 

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from cfvit import CfvitError, CoarseState, CoarseToFineViT, create_model
+from cfvit import CfvitError, CoarseState, CoarseToFineViT, count_macs, create_model
 from cfvit.modeling.config import Objective, Reuse
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.losses import coarse_to_fine_loss
 
 MakeModel = Callable[..., CoarseToFineViT]
@@ -239,6 +240,42 @@ class TestVariants:
             ranked, any_order = model.fine(images, state), model.fine(images, shuffled)
         torch.testing.assert_close(any_order, ranked, atol=1e-5, rtol=1e-5)
 
+    def test_merging_in_the_fine_stage_is_cheaper_and_the_same_for_any_batch(
+        self, make_model: MakeModel, make_images: MakeImages
+    ) -> None:
+        model = make_model(fine_merged=6)
+        plain = make_model()
+        plain.load_state_dict(model.state_dict())
+        images = make_images(model, 5)
+        with torch.no_grad():
+            answer = model(images)
+            torch.testing.assert_close(torch.cat([model(image[None]).fine for image in images]), answer.fine)
+            assert torch.equal(answer.coarse, plain(images).coarse)
+            assert (answer.fine - plain(images).fine).abs().max() > 1e-3
+        ours, theirs = count_macs(model), count_macs(plain)
+        assert (ours.coarse, ours.backbone) == (theirs.coarse, theirs.backbone)
+        assert ours.fine < 0.9 * theirs.fine
+
+    def test_merging_patches_that_are_equal_changes_nothing(self, make_model: MakeModel) -> None:
+        """Each token counts for all that it stands for."""
+        model = make_model(fine_merged=6, informative_ratio=0.0, feature_reuse="none").requires_grad_(False)
+        plain = make_model(informative_ratio=0.0, feature_reuse="none")
+        assert model.coarse_pos_embed is not None
+        model.coarse_pos_embed[:, 1:] = 0
+        plain.load_state_dict(model.state_dict())
+        flat = torch.full((1, 3, *model.image_size), 0.7)
+        torch.testing.assert_close(model(flat).fine, plain(flat).fine)
+
+    def test_answers_of_both_stages_are_mixed_by_weight(self, make_model: MakeModel, make_images: MakeImages) -> None:
+        model = make_model()
+        images = make_images(model, 3)
+        with torch.no_grad():
+            coarse, fine = model(images)
+            model.exit = Exit(coarse_weight=0.25)
+            mixed = model(images)
+        assert torch.equal(mixed.coarse, coarse)
+        torch.testing.assert_close(mixed.fine, 0.75 * fine + 0.25 * coarse)
+
     def test_without_reuse_there_are_no_weights_for_it(self, make_model: MakeModel) -> None:
         def names(reuse: str) -> set[str]:
             return {n for n in make_model(feature_reuse=reuse).state_dict() if n.startswith("feature_reuse.")}
@@ -419,6 +456,8 @@ class TestErrors:
             ({"attention_momentum": 1.0}, "attention_momentum is 1.0"),
             ({"num_classes": 0}, "num_classes is 0"),
             ({"selection": "best"}, "selection is 'best': give one of attention, negative, random"),
+            ({"fine_merged": -1}, "fine_merged is -1: give at least 0"),
+            ({"fine_merged": 2, "backbone": "vit_base_patch16_rope_mixed_224"}, "not for rotary positions"),
             (
                 {"feature_reuse": None},
                 "feature_reuse is None: give one of mlp, linear, none, class_token, uninformative",

@@ -71,14 +71,14 @@ class Engines:
         from cfvit.deploy.quantising import calibration_images, quantise
 
         format, int8 = format_of(name)
-        graph = trace(self.model.backbone, {"images": torch.zeros(2, 3, *self.model.image_size)}, ["logits"])
+        graph = trace(self.model.backbone, {"x": torch.zeros(2, 3, *self.model.image_size)}, ["logits"])
         if int8:
             images, _ = calibration_images(self.source, self.model.data_config)
-            graph = quantise(graph, [{"images": image[None].numpy()} for image in images])
+            graph = quantise(graph, [{"x": image[None].numpy()} for image in images])
         with TemporaryDirectory() as folder:
             write_graphs({"plain": graph}, Path(folder), format)
             run = graph_kind(format)(graph_file(Path(folder), "plain", format), torch.get_num_threads())
-        return lambda images: torch.from_numpy(run({"images": images.numpy()})["logits"])
+        return lambda images: torch.from_numpy(run({"x": images.numpy()})["logits"])
 
 
 def format_of(name: EngineName) -> tuple[Format, bool]:

@@ -15,6 +15,7 @@ from cfvit.calibration.targets import (
     LatencyBudget,
     Risk,
     Saving,
+    SelectiveRisk,
     StageLatency,
     Target,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Origin",
     "Risk",
     "Saving",
+    "SelectiveRisk",
     "StageLatency",
     "Target",
     "TradeOff",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
@@ -12,8 +12,16 @@ from pydantic import Field
 from torch import Tensor
 
 from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
-from cfvit.calibration.choice import choose_eta
-from cfvit.calibration.targets import Drop, Risk, StageLatency, Target, count_images
+from cfvit.calibration.choice import STARTS, choose_eta
+from cfvit.calibration.targets import (
+    Accuracy,
+    Drop,
+    Promise,
+    SelectiveRisk,
+    StageLatency,
+    Target,
+    count_images,
+)
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
@@ -84,13 +92,13 @@ class Calibration:
 
     An `Estimate` is a figure of the calibration images and its interval. The intervals hold at the
     given level for a threshold that did not depend on the images; one that was chosen on them looks
-    a little better than it is. `Risk` alone gives a promise that accounts for the choice.
+    a little better than it is. `Risk` and `SelectiveRisk` alone give a promise that accounts for the choice.
 
     Attributes:
         target: what was asked for.
         threshold: eta in [0, 1].
         measure, coarse_temperature: of the confidence that eta is compared with.
-        fine_temperature: for the confidence of fine answers; it changes no decision.
+        fine_temperature: for the confidence of answers to images that go on; it changes no decision.
         promise: a sentence on what holds for images yet unseen.
         warnings: sentences on what a user should know before relying on it.
         images, classes: of the calibration set.
@@ -105,6 +113,8 @@ class Calibration:
         coarse_accuracy, fine_accuracy: top-1 in percent of each stage for all images.
         profile: the distribution of the coarse confidence.
         origin: where it comes from, or None if it was never stored.
+        coarse_weight: of the coarse logits in the answer to an image that goes on, which is what "fine" means here.
+        wrong_exits: share of wrong answers among those that the coarse stage gives, in [0, 1]; None without any.
     """
 
     target: Target
@@ -128,6 +138,8 @@ class Calibration:
     fine_accuracy: Estimate
     profile: ConfidenceProfile
     origin: Origin | None = None
+    coarse_weight: float = 0.0
+    wrong_exits: Estimate | None = None
 
     def __post_init__(self) -> None:
         _ = self.exit  # which checks eta, measure and temperatures
@@ -137,7 +149,7 @@ class Calibration:
     @property
     def exit(self) -> Exit:
         """What a model needs to know of it: ``model.exit = calibration.exit``."""
-        return Exit(self.measure, self.coarse_temperature, self.fine_temperature, self.threshold)
+        return Exit(self.measure, self.coarse_temperature, self.fine_temperature, self.threshold, self.coarse_weight)
 
     @property
     def exit_share(self) -> float:
@@ -155,6 +167,7 @@ def calibrate(
     measure: Measure = "max_probability",
     coarse_temperature: float = 1.0,
     fine_temperature: float = 1.0,
+    coarse_weight: float = 0.0,
     latency: StageLatency | None = None,
     level: float = 0.95,
     allow_missing_classes: bool = False,
@@ -166,9 +179,10 @@ def calibrate(
         coarse, fine: logits ``[n, classes]``.
         labels: class indices ``[n]``.
         macs: cost of each stage.
-        target: one of `GmacsBudget`, `Saving`, `LatencyBudget`, `Accuracy`, `Drop` and `Risk`.
+        target: one of `GmacsBudget`, `Saving`, `LatencyBudget`, `Accuracy`, `Drop`, `Risk` and `SelectiveRisk`.
         measure: how confidence is measured; the paper's is the maximum probability.
         coarse_temperature, fine_temperature: logits are divided by these, see `fit_temperature`.
+        coarse_weight: of the coarse logits in the answer to an image that goes on, see `fit_mixture`.
         latency: measured times, which `LatencyBudget` needs.
         level: of the intervals.
         allow_missing_classes: calibrate although some class has no image, with a warning.
@@ -182,13 +196,15 @@ def calibrate(
     missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), count)
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
-    rule = Exit(measure, float(coarse_temperature), float(fine_temperature))
+    rule = Exit(measure, float(coarse_temperature), float(fine_temperature), coarse_weight=float(coarse_weight))
+    fine = rule.answer(coarse, fine)
     if not 0 < level < 1:
         raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
     worse, better = int(trade.worse[go_on]), int(trade.better[go_on])
+    exits, wrong = count - go_on, int(trade.wrong_exits[go_on])
     nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
     return Calibration(
         target=target,
@@ -196,7 +212,7 @@ def calibrate(
         measure=rule.measure,
         coarse_temperature=rule.coarse_temperature,
         fine_temperature=rule.fine_temperature,
-        promise=target.promise(count) if isinstance(target, Risk) else NO_PROMISE,
+        promise=target.promise(count) if isinstance(target, Promise) else NO_PROMISE,
         warnings=tuple(_warnings(target, trade, eta, macs, missing)),
         images=count,
         classes=coarse.shape[1],
@@ -207,8 +223,44 @@ def calibrate(
         coarse_accuracy=trade.accuracy(0, level),
         fine_accuracy=trade.accuracy(count, level),
         profile=ConfidenceProfile.of(trade.ranked),
+        coarse_weight=rule.coarse_weight,
+        wrong_exits=share_estimate(wrong, exits, level) if exits else None,
         **vars(operation),
     )
+
+
+def best_measure(
+    coarse: Tensor,
+    fine: Tensor,
+    labels: Tensor,
+    macs: StageMacs,
+    target: Target,
+    rule: Exit,
+    latency: StageLatency | None = None,
+) -> Measure:
+    """The measure with which a target is met best: most accurately if it is a budget, else at the lowest cost.
+
+    Args:
+        coarse, fine, labels, macs, target, latency: as of `calibrate`.
+        rule: its temperatures and its weight are taken as they are.
+
+    Raises:
+        CfvitError: out of reach with every measure.
+    """
+    outcomes: dict[Measure, float] = {}
+    failure = None
+    for measure in get_args(Measure):
+        trade = rank_images(coarse, rule.answer(coarse, fine), labels, measure, rule.coarse_temperature)
+        try:
+            go_on = trade.gone_on(choose_eta(target, trade, macs, latency))
+        except CfvitError as error:
+            failure = failure or error
+            continue
+        by_cost = isinstance(target, Accuracy | Drop | Promise)
+        outcomes[measure] = -go_on if by_cost else float(trade.right[go_on])
+    if failure is not None and not outcomes:
+        raise failure
+    return max(outcomes, key=lambda measure: outcomes[measure])
 
 
 def check_logits(logits: Tensor, stage: str) -> None:
@@ -269,7 +321,10 @@ def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
 
 def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: str) -> list[str]:
     found = []
-    if isinstance(target, Risk) and trade.images < (needed := images_needed(target.share, target.confidence)):
+    sequences = len(STARTS) if isinstance(target, SelectiveRisk) else 1
+    if isinstance(target, Promise) and trade.images < (
+        needed := images_needed(target.share, 1 - (1 - target.confidence) / sequences)
+    ):
         found.append(
             f"{count_images(trade.images)} are too few to promise this of a threshold below 1: "
             f"at least {needed} are needed"

@@ -7,6 +7,11 @@ threshold there is (Bates et al., "Distribution-Free, Risk-Controlling Predictio
 fixed sequence on a grid that does not depend on the images, with exact binomial p-values (Angelopoulos
 et al., "Learn then Test", 2021). For early exits: Jazbec et al., "Fast yet Safe: Early-Exiting with
 Risk Control", NeurIPS 2024.
+
+Selective risk: the share of wrong answers among those that the coarse stage gives, which need not fall as eta rises.
+Of the m images that exit at an eta the number of wrong answers is binomial, given m. Close to 1 too few images
+exit to show anything, so the fixed sequence cannot begin there; and where enough do depends on the images. So there
+is one sequence downwards from each of `STARTS`, and each may err with an equal part of the probability.
 """
 
 from __future__ import annotations
@@ -17,7 +22,17 @@ import numpy as np
 import scipy
 from torch import Tensor
 
-from cfvit.calibration.targets import Accuracy, Drop, GmacsBudget, LatencyBudget, Risk, Saving, StageLatency, Target
+from cfvit.calibration.targets import (
+    Accuracy,
+    Drop,
+    GmacsBudget,
+    LatencyBudget,
+    Risk,
+    Saving,
+    SelectiveRisk,
+    StageLatency,
+    Target,
+)
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
@@ -29,6 +44,9 @@ _SLACK = 1e-9
 
 TESTED = np.unique(np.concatenate([np.linspace(0, 1, 1001), *(1 - np.arange(1, 10) / 10**j for j in range(4, 8))]))
 """The fixed sequence's thresholds: steps of 0.001, and finer ones close to 1."""
+
+STARTS = (0.9, 0.7, 0.5, 0.3)
+"""Where the sequences of a selective risk begin."""
 
 
 def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: float) -> float:
@@ -122,6 +140,16 @@ def choose_eta(target: Target, trade: TradeOff, macs: StageMacs, latency: StageL
                 if p_values[trade.worse[trade.gone_on(eta)]] > 1 - target.confidence:
                     break
                 granted_eta = eta
+            return granted_eta
+        case SelectiveRisk(share, confidence):
+            granted_eta = 1.0  # where no image exits
+            for start in STARTS:
+                for eta in TESTED[start >= TESTED][::-1].tolist():
+                    go_on = trade.gone_on(eta)
+                    p_value = scipy.stats.binom.cdf(trade.wrong_exits[go_on], images - go_on, share)
+                    if p_value > (1 - confidence) / len(STARTS):
+                        break
+                    granted_eta = min(granted_eta, eta)
             return granted_eta
     return trade.threshold(int(go_on))
 

@@ -1,4 +1,4 @@
-"""What a user asks of the trade-off: one of six targets."""
+"""What a user asks of the trade-off: one of seven targets."""
 
 from __future__ import annotations
 
@@ -161,10 +161,45 @@ class Risk:
         )
 
 
+@dataclass(frozen=True)
+class SelectiveRisk:
+    """The lowest threshold found with a promise: few of the coarse stage's answers are wrong, also on images unseen.
+
+    With probability of at least ``confidence`` over the choice of the calibration images, at most ``share`` of the
+    answers that the coarse stage gives are wrong. It holds as a `Risk` does. See `cfvit.calibration.choice`.
+
+    Attributes:
+        share: of the answers given at the coarse stage, in (0, 1).
+        confidence: in (0, 1).
+    """
+
+    share: float
+    confidence: float = 0.95
+    kind: Literal["SelectiveRisk"] = field(default="SelectiveRisk", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("share", self.share), ("confidence", self.confidence)):
+            _require(
+                f"{name} of the selective risk", value, lambda v: 0 < v < 1, "a share between 0 and 1, both excluded"
+            )
+
+    def promise(self, images: int) -> str:
+        """What holds for images yet unseen, if eta was chosen on this many."""
+        return (
+            f"with a probability of at least {100 * self.confidence:g}% over the choice of the {count_images(images)}, "
+            f"at most {100 * self.share:g}% of the coarse stage's answers are wrong (fixed-sequence testing, exact "
+            "binomial p-values)"
+        )
+
+
+Promise = Risk | SelectiveRisk
+"""Targets that hold for images unseen, if nothing else was chosen on the same images."""
+
+
 def count_images(count: int) -> str:
     """A number of images in words."""
     return "1 image" if count == 1 else f"{count} images"
 
 
-Target = Annotated[GmacsBudget | Saving | LatencyBudget | Accuracy | Drop | Risk, Discriminator("kind")]
-"""Any of the six; a file tells them apart by their ``kind``."""
+Target = Annotated[GmacsBudget | Saving | LatencyBudget | Accuracy | Drop | Risk | SelectiveRisk, Discriminator("kind")]
+"""Any of the seven; a file tells them apart by their ``kind``."""

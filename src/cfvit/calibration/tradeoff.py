@@ -53,12 +53,14 @@ class TradeOff:
         ranked: confidences of the coarse stage in rising order, ``[n]`` in float32.
         right: ``[n + 1]``, right answers if k images go on, for k from 0 to n.
         worse: ``[n + 1]``, wrong answers where the fine stage is right; falls with k.
+        wrong_exits: ``[n + 1]``, wrong answers of the coarse stage among the n - k that do not go on; falls with k.
         reachable: the k that a threshold gives, rising: images of equal confidence stay together.
     """
 
     ranked: Tensor
     right: np.ndarray
     worse: np.ndarray
+    wrong_exits: np.ndarray
     reachable: np.ndarray
 
     @property
@@ -131,5 +133,6 @@ def rank_images(
         ranked=ranked,
         right=fine_sums + coarse_sums[-1] - coarse_sums,
         worse=lost_sums[-1] - lost_sums,
+        wrong_exits=len(ranked) - np.arange(len(ranked) + 1) - coarse_sums[-1] + coarse_sums,
         reachable=apart.nonzero().flatten().numpy(),
     )

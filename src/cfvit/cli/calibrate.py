@@ -27,12 +27,18 @@ def _percent(hint: Any, tokens: Sequence[Any]) -> float:
     return float(tokens[0].value.removesuffix("%"))
 
 
+def _share(hint: Any, tokens: Sequence[Any]) -> float:
+    text = tokens[0].value
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 Percent = Parameter(converter=_percent)
+Share = Parameter(converter=_share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TargetFlags:
-    """What `calibrate` can be asked for: one target, and the details of `--risk`."""
+    """What `calibrate` can be asked for: one target, and the details of the two risks."""
 
     gmacs: Annotated[float | None, Parameter(help="target: a mean cost of at most this many GMACs an image")] = None
     saving: Annotated[
@@ -50,10 +56,17 @@ class TargetFlags:
         float | None, Percent, Parameter(help="target: lose at most these points of accuracy against the fine stage")
     ] = None
     risk: Annotated[
-        float | None, Parameter(help="target: promise that at most this share of answers gets worse, for example 0.01")
+        float | None,
+        Share,
+        Parameter(help="target: promise that at most this share of answers gets worse, for example 0.01 or 1%"),
+    ] = None
+    selective_risk: Annotated[
+        float | None,
+        Share,
+        Parameter(help="target: promise that at most this share of the coarse stage's answers is wrong, as in 10%"),
     ] = None
     confidence: Annotated[
-        float | None, Parameter(help="for --risk: probability that the promise is kept; by default 0.95")
+        float | None, Share, Parameter(help="for both risks: probability that the promise is kept; by default 95%")
     ] = None
     method: Annotated[
         str | None, Parameter(help="for --risk: upper_bound or fixed_sequence; by default upper_bound")
@@ -75,13 +88,15 @@ class TargetFlags:
             "--accuracy": (self.accuracy, calibration.Accuracy),
             "--max-drop": (self.max_drop, calibration.Drop),
             "--risk": (self.risk, lambda share: calibration.Risk(share, **details)),
+            "--selective-risk": (self.selective_risk, lambda share: calibration.SelectiveRisk(share, **details)),
         }
         given = [name for name, (value, _) in kinds.items() if value is not None]
         if len(given) != 1:
             problem = f"{' and '.join(given)} are given" if given else "no target is given"
             raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
-        if details and self.risk is None:
-            raise UsageError(f"--{next(iter(details))} belongs to --risk and {given[0]} is given: leave it out")
+        taken = {"--risk": ("confidence", "method"), "--selective-risk": ("confidence",)}.get(given[0], ())
+        if foreign := [name for name in details if name not in taken]:
+            raise UsageError(f"--{foreign[0]} belongs to --risk and {given[0]} is given: leave it out")
         value, make = kinds[given[0]]
         return _as_usage(lambda: make(value))
 
@@ -96,8 +111,12 @@ def calibrate(
     model: Model = DEFAULT_MODEL,
     target: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET,
     measure: Annotated[
-        str, Parameter(help="of confidence: max_probability, margin, entropy or energy")
-    ] = "max_probability",
+        str | None, Parameter(help="of confidence: max_probability, the default, margin, entropy or energy")
+    ] = None,
+    best: Annotated[
+        bool,
+        Parameter(negative="", help="also fit temperatures and a mixture of both stages' answers, choose the measure"),
+    ] = False,
     temperature_scaling: Annotated[
         bool, Parameter(negative="", help="fit temperatures on a random half, choose eta on the other")
     ] = False,
@@ -128,7 +147,8 @@ def calibrate(
     from cfvit.modeling.exit import Exit
     from cfvit.processes import Process, best_device
 
-    checked = _as_usage(lambda: Exit(typing.cast(typing.Any, measure))).measure
+    checked: Any = measure
+    _as_usage(lambda: Exit(checked or "max_probability"))
     require_writable(path)
     network = load_model(model, None)
     source = labelled_images(network, data)
@@ -142,6 +162,7 @@ def calibrate(
         workers=workers,
         measure=checked,
         scale_temperatures=temperature_scaling,
+        best=best,
         allow_missing_classes=allow_missing_classes,
         training=_training_images(model, train_data),
     )
@@ -221,14 +242,21 @@ def _print_calibration(calibration: Calibration, as_json: bool) -> None:
         ("GMACs", calibration.gmacs, ".3f"),
         ("saving %", calibration.saving, ".1f"),
         *([] if calibration.latency is None else [("ms an image", calibration.latency, ".2f")]),
+        *([] if calibration.wrong_exits is None else [("wrong exits", calibration.wrong_exits, ".1%")]),
     ]
     for name, figure, form in rows:
         table.add_row(name, f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}")
     show(table)
-    if calibration.origin and calibration.origin.temperature_images:
+    temperatures = (calibration.coarse_temperature, calibration.fine_temperature)
+    if temperatures != (1, 1):
+        others = calibration.origin.temperature_images if calibration.origin else 0
         print_line(
-            f"temperatures: {calibration.coarse_temperature:.3g} coarse, {calibration.fine_temperature:.3g} fine, "
-            f"fitted on {calibration.origin.temperature_images} other images of the data"
+            f"temperatures: {temperatures[0]:.3g} coarse, {temperatures[1]:.3g} fine, fitted on "
+            + (f"{others} other images of the data" if others else "the same images")
+        )
+    if calibration.coarse_weight:
+        print_line(
+            f"answers of images that go on: {calibration.coarse_weight:.1%} of the coarse logits in the fine ones"
         )
     print_line(f"promise: {calibration.promise}")
     for warning in calibration.warnings:

@@ -46,9 +46,11 @@ class _Fine(_Coarse):
         embedding: Tensor,
         class_attention: Tensor,
         class_token: Tensor | None = None,
+        coarse_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         unused = tokens[:, 0]
-        state = CoarseState(unused, tokens, embedding, class_attention, unused if class_token is None else class_token)
+        logits, token = (unused if part is None else part for part in (coarse_logits, class_token))
+        state = CoarseState(logits, tokens, embedding, class_attention, token)
         logits = self.model.fine(images, state)
         return logits, self.model.exit.fine(logits)
 
@@ -61,6 +63,7 @@ def stage_graphs(model: CoarseToFineViT) -> dict[str, Any]:
     needed = ["tokens", "embedding", "class_attention"]
     needed += ["class_token"] if model.config.feature_reuse == "class_token" else []
     given = {"images": images, **{name: getattr(state, name) for name in needed}}
+    given |= {"coarse_logits": state.logits} if model.exit.coarse_weight else {}
     return {
         "coarse": trace(_Coarse(model), {"images": images}, [*STATE, "confidence"]),
         "fine": trace(_Fine(model), given, ["logits", "confidence"]),
@@ -71,7 +74,7 @@ def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) 
     """A network as an ``onnx.ModelProto`` for batches of any size, also none.
 
     Args:
-        inputs: examples of two images, by name, in the order of the network's arguments.
+        inputs: examples of two images, by the names of the network's arguments.
     """
     from onnxscript import optimizer
 
@@ -79,12 +82,12 @@ def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) 
     with silent():
         program = torch.onnx.export(
             network.eval(),
-            tuple(inputs.values()),
+            kwargs=dict(inputs),
             dynamo=True,
             verbose=False,
             input_names=list(inputs),
             output_names=outputs,
-            dynamic_shapes=({0: batch},) * len(inputs),
+            dynamic_shapes={name: {0: batch} for name in inputs},
             custom_translation_table={torch.ops.aten.sort.stable: _sort},
         )
         assert program is not None
@@ -146,7 +149,8 @@ def whole_graph(coarse: Any, fine: Any, eta: float | None) -> Any:
 
     first = compose.add_prefix(coarse, "coarse_", rename_inputs=False).graph
     second = compose.add_prefix(fine, "fine_").graph
-    sources = {each.name: f"coarse_{each.name}" for each in fine.graph.input} | {"images": "images"}
+    sources = {each.name: f"coarse_{each.name.removeprefix('coarse_')}" for each in fine.graph.input}
+    sources["images"] = "images"
     picked = "\n".join(f"fine_{name} = Gather <axis = 0> ({source}, hard)" for name, source in sources.items())
 
     def nodes(text: str) -> list[Any]:

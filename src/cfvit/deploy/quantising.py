@@ -98,7 +98,8 @@ def quantise_export(
     given = []
     for image in images:
         state = model.coarse(image[None])
-        given.append({"images": image[None].numpy(), **{name: part.numpy() for name, part in vars(state).items()}})
+        known = {**vars(state), "coarse_logits": state.logits, "images": image[None]}
+        given.append({name: part.numpy() for name, part in known.items()})
     stages = {}
     for stage, graph in graphs.items():
         names = [each.name for each in graph.graph.input]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
-from cfvit.calibration.calibrated import ADD_CLASSES, check_images, missing_classes
+from cfvit.calibration.calibrated import ADD_CLASSES, best_measure, check_images, missing_classes
 from cfvit.calibration.choice import require_reachable
 from cfvit.calibration.overlap import refuse_training_images
-from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_temperature
+from cfvit.calibration.targets import Promise
+from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_mixture, fit_temperature
 from cfvit.checkpoints import weights_digest
 from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.timing import lacks_memory, time_stages
-from cfvit.inference.engines.packing import accelerate
+from cfvit.inference.engines.packing import accelerate, frozen
 from cfvit.modeling.cost import count_macs
-from cfvit.modeling.exit import Measure
+from cfvit.modeling.exit import Exit, Measure
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process
 
@@ -45,8 +46,9 @@ def calibrate_model(
     *,
     batch_size: int,
     workers: int,
-    measure: Measure = "max_probability",
+    measure: Measure | None = None,
     scale_temperatures: bool = False,
+    best: bool = False,
     allow_missing_classes: bool = False,
     training: tuple[DataSource, Sequence[int]] | None = None,
 ) -> tuple[Calibration, list[str]]:
@@ -58,10 +60,11 @@ def calibrate_model(
         source: images with the model's class indices.
         data: where they are, to be opened again and for `Origin`.
         target: what eta is chosen for.
-        measure: of the confidence.
+        measure: of the confidence; None for the maximum probability, and with ``best`` for what serves the target best.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
-            run, and choose eta on the other half: a promise of `Risk` allows no image to serve both. A
-            class that only one half has is a warning.
+            run, and choose eta on the other half. A class that only one half has is a warning.
+        best: fit the temperatures and how both stages' answers are mixed, and choose the measure. Where the target is a
+            promise, which allows no image to serve both, on such a half; else on the same images as eta.
         allow_missing_classes: go on with a warning if some class has no image.
         training: what the model was trained on, and which of it; None if that is not known, which
             becomes a warning of the calibration.
@@ -86,25 +89,41 @@ def calibrate_model(
     require_reachable(target, macs, latency)
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    network = accelerate(model)
+    network = accelerate(frozen(model))
+    network.exit = Exit()  # the stages' own answers
     collected, unreadable = collect_with_progress(
         lambda images: network(images)._asdict(), model.data_config, source, batch_size, workers, process
     )
     images = (collected.logits["coarse"], collected.logits["fine"], collected.labels)
     check_images(*images)
     require_classes(collected.labels.tolist(), len(collected.labels))
-    temperatures, doubts = (1.0, 1.0), list[str]()
-    if scale_temperatures:
-        temperatures, images, doubts = _fit_on_half(images, names)
+    rule, fitted, doubts = Exit(measure or "max_probability"), images, list[str]()
+    if scale_temperatures or (best and isinstance(target, Promise)):
+        fitted, images, doubts = _halved(images, names)
+    if scale_temperatures or best:
+        coarse, fine, labels = fitted
+        rule = replace(
+            rule, coarse_temperature=fit_temperature(coarse, labels), fine_temperature=fit_temperature(fine, labels)
+        )
+        if any(
+            not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE
+            for t in (rule.coarse_temperature, rule.fine_temperature)
+        ):
+            doubts.append("a temperature is at the bound of its range: do not rely on it")
+    if best:
+        weight, temperature = fit_mixture(*fitted)
+        rule = replace(rule, coarse_weight=weight, fine_temperature=temperature)
+        rule = replace(rule, measure=measure or best_measure(*fitted, macs, target, rule, latency))
     if training is None:
         doubts.append(NOT_COMPARED)
     calibration = calibrate(
         *images,
         macs,
         target,
-        measure=measure,
-        coarse_temperature=temperatures[0],
-        fine_temperature=temperatures[1],
+        measure=rule.measure,
+        coarse_temperature=rule.coarse_temperature,
+        fine_temperature=rule.fine_temperature,
+        coarse_weight=rule.coarse_weight,
         latency=latency,
         allow_missing_classes=True,  # the classes of all images were checked above
         class_names=model.class_names,
@@ -112,11 +131,11 @@ def calibrate_model(
     now = datetime.now(UTC).isoformat(timespec="seconds")
     fitted_on = len(collected.labels) - len(images[-1])
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
-    return dataclasses.replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
+    return replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
 
 
-def _fit_on_half(images: Images, names: Sequence[object]) -> tuple[tuple[float, float], Images, list[str]]:
-    """Temperatures of both stages by a random half, the other half of the images, and what speaks against the former.
+def _halved(images: Images, names: Sequence[object]) -> tuple[Images, Images, list[str]]:
+    """A random half of the images to fit temperatures on, the other half, and what speaks against the former.
 
     The half is not taken within each class, though a rare class may then miss in it, which is a warning. The promise
     of `Risk` counts worse answers as a binomial number, which they are in a random half of images drawn
@@ -129,17 +148,14 @@ def _fit_on_half(images: Images, names: Sequence[object]) -> tuple[tuple[float, 
         raise CfvitError("1 image cannot be halved to fit temperatures on: give at least 2")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))
     count = total // 2
-    coarse, fine, labels = (column[order[:count]] for column in images)
-    temperatures = fit_temperature(coarse, labels), fit_temperature(fine, labels)
+    coarse, fine, labels = (column[order] for column in images)
+    fitted, kept = ((coarse[part], fine[part], labels[part]) for part in (slice(count), slice(count, None)))
     doubts = []
     if count < FEW_IMAGES:
         doubts.append(f"{count} images are few to fit a temperature on: use more")
-    if missing := missing_classes(labels.tolist(), names, count):
+    if missing := missing_classes(fitted[-1].tolist(), names, count):
         doubts.append(f"{missing} that temperatures were fitted on: give more of them")
-    if any(not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE for t in temperatures):
-        doubts.append("a temperature is at the bound of its range: do not rely on it")
-    coarse, fine, labels = (column[order[count:]] for column in images)
-    return temperatures, (coarse, fine, labels), doubts
+    return fitted, kept, doubts
 
 
 def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:

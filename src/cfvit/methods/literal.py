@@ -45,9 +45,9 @@ class Literal(CfViT):
         require_plain_vit(network.backbone)
         if hasattr(network.backbone, "token_logits"):
             raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")
-        if (config.selection, config.feature_reuse) != ("attention", "mlp"):
+        if (config.selection, config.feature_reuse, config.fine_merged) != ("attention", "mlp", 0):
             raise UsageError(
-                "the method is written for the paper's selection and feature reuse: leave them as they are"
+                "the method is written for the paper's selection, feature reuse and fine stage: leave them"
             )
         return network
 
@@ -87,7 +87,7 @@ class LiteralPort(CoarseToFineViT):
         ]
         parts.append(gather_tokens(state.embedding, others))
         tokens, _ = self._run(torch.cat(parts, dim=1), backbone.pos_embed)
-        return backbone.forward_head(tokens)
+        return self.exit.answer(state.logits, backbone.forward_head(tokens))
 
     def _run(self, patches: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Class token, all blocks and the norm; and the global class attention ``[B, n]``."""

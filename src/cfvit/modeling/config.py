@@ -142,6 +142,11 @@ class ModelConfig:
     feature_reuse: Reuse = Field(
         default="mlp", description="what the fine stage takes over of coarse features (Table 5)"
     )
+    fine_merged: int = Field(
+        default=0,
+        ge=0,
+        description="tokens merged before each block of the fine stage but those of the first third, as ToMe does",
+    )
     timm_kwargs: Annotated[Mapping[str, Any], BeforeValidator(lambda value: value or {})] = Field(
         default_factory=dict, description="further timm arguments, as in --timm-kwargs.patch_size 8"
     )

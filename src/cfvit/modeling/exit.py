@@ -1,4 +1,4 @@
-"""How sure a stage is of its answer, and which images therefore go on to the fine stage."""
+"""How sure a stage is of its answer, which images go on to the fine stage, and what those are answered."""
 
 from __future__ import annotations
 
@@ -69,25 +69,27 @@ def goes_on(confidence: Tensor, eta: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Exit:
-    """All that a model knows of its exit: how confidence is measured, and the eta that it is compared with.
+    """All that a model knows of its exit: how confidence is measured, eta, and what an image that goes on is answered.
 
-    The defaults are the paper's measure, and no eta. The record of how eta was chosen is a
-    `cfvit.calibration.Calibration`, which no model needs.
+    The defaults are the paper's measure, no eta, and the fine stage's answer alone. The record of how eta was chosen
+    is a `cfvit.calibration.Calibration`, which no model needs.
 
     Attributes:
         measure: of both stages, see `confidence_of`.
         coarse_temperature: coarse logits are divided by it.
         fine_temperature: fine logits are divided by it, which changes no decision.
         eta: the confidence at which the coarse answer is given, in [0, 1], or None.
+        coarse_weight: weight of the coarse logits in the answer of an image that goes on, in [0, 1); see `answer`.
 
     Raises:
-        CfvitError: an unknown measure, a temperature that is not positive, an eta outside [0, 1].
+        CfvitError: an unknown measure, a temperature that is not positive, an eta or a weight out of range.
     """
 
     measure: Measure = "max_probability"
     coarse_temperature: float = 1.0
     fine_temperature: float = 1.0
     eta: float | None = None
+    coarse_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.measure not in get_args(Measure):
@@ -98,11 +100,21 @@ class Exit:
         number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
         if self.eta is not None and not (number and 0 <= self.eta <= 1):
             raise CfvitError(f"threshold is {self.eta!r}: give a confidence between 0 and 1, or None")
+        if not 0 <= self.coarse_weight < 1:
+            raise CfvitError(f"coarse_weight is {self.coarse_weight}: give at least 0, the paper's, and less than 1")
 
     def coarse(self, logits: Tensor) -> Tensor:
         """Confidence of the coarse stage's answers, ``[B, classes] -> [B]``."""
         return confidence_of(logits, self.measure, self.coarse_temperature)
 
+    def answer(self, coarse: Tensor, fine: Tensor) -> Tensor:
+        """What images are answered that both stages have seen: ``[B, classes]`` twice to ``[B, classes]``.
+
+        The mean of both stages' logits, which mixes their log-probabilities. A temperature of each stage would be
+        another weight: answers depend on the ratio alone, and confidence on ``fine_temperature`` too.
+        """
+        return fine.lerp(coarse, self.coarse_weight) if self.coarse_weight else fine
+
     def fine(self, logits: Tensor) -> Tensor:
-        """Confidence of the fine stage's answers, ``[B, classes] -> [B]``."""
+        """Confidence of what `answer` gives, ``[B, classes] -> [B]``."""
         return confidence_of(logits, self.measure, self.fine_temperature)

@@ -19,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
-from cfvit.errors import CfvitError
+from cfvit.errors import CfvitError, UsageError
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.batches import Rows, check_images
@@ -135,7 +135,7 @@ class CoarseToFineViT(nn.Module):
         class_names: a name for each class, or None.
         class_order: of a model without names, how the folders of its classes are numbered: ``"natural"`` or
             ``"torchvision"``; None if that is not known.
-        exit: how confidence is measured, and the eta at which the coarse answer is given; see `Exit`.
+        exit: how confidence is measured, at which eta the coarse answer is given, how both are mixed; see `Exit`.
     """
 
     fine_rotation: Tensor | None
@@ -155,6 +155,10 @@ class CoarseToFineViT(nn.Module):
             pretrained=pretrained_backbone,
             **config.timm_kwargs,
         )
+        if config.fine_merged and (
+            getattr(self.backbone, "rope", None) is not None or self.backbone.num_prefix_tokens != 1
+        ):
+            raise UsageError("fine_merged is not for rotary positions, nor for tokens beside class token and patches")
         self.coarse_pos_embed: nn.Parameter | None = None
         if self.backbone.pos_embed is not None:
             positions, fine_grid = self.backbone.pos_embed.detach(), (2 * self.grid[0], 2 * self.grid[1])
@@ -249,7 +253,7 @@ class CoarseToFineViT(nn.Module):
             informative_ratio: instead of the configured share, in [0, 1]; 1 splits all cells.
 
         Returns:
-            Logits ``[B, classes]``.
+            Logits ``[B, classes]``, mixed with the coarse ones if ``exit.coarse_weight`` says so.
 
         Raises:
             CfvitError: images of another shape or number than the state's, a ratio out of range.
@@ -258,7 +262,8 @@ class CoarseToFineViT(nn.Module):
         if images.shape[0] != state.logits.shape[0]:
             raise CfvitError(f"{len(images)} images with the state of {len(state.logits)}: index both alike")
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
-        return self.backbone.forward_head(self._fine_tokens(images, state, informative, others))
+        logits = self.backbone.forward_head(self._fine_tokens(images, state, informative, others))
+        return self.exit.answer(state.logits, logits)
 
     def _choose_cells(self, class_attention: Tensor, ratio: float | None) -> tuple[Tensor, Tensor]:
         """Informative cells ``[B, k]`` and the others ``[B, N - k]`` (Eq. 10)."""
@@ -286,11 +291,13 @@ class CoarseToFineViT(nn.Module):
         return backbone.norm(self.run_fine(anatomy.enter(backbone, tokens), rotation))
 
     def run_fine(self, tokens: Tensor, rotation: Tensor | None) -> Tensor:
-        """All blocks on the mixed sequence ``[B, p + T, D]``; a subclass may drop tokens on the way.
+        """All blocks on the mixed sequence ``[B, p + T, D]``, merging tokens if asked to; a subclass may drop some.
 
         Args:
             rotation: of all patches in ``tokens``, where positions are rotary.
         """
+        if self.config.fine_merged:
+            return anatomy.run_merging(self.backbone, tokens, self.config.fine_merged)
         return anatomy.run_blocks(self.backbone, tokens, rotation)
 
     def _reuse(
@@ -346,6 +353,8 @@ class CoarseToFineViT(nn.Module):
         backbone: Any = self.backbone
         if not hasattr(backbone, "token_logits"):
             raise CfvitError(f"{self.config.backbone} has no auxiliary head for its tokens: choose an lvvit backbone")
+        if self.config.fine_merged:
+            raise CfvitError("tokens that are merged have no labels of their own: train with fine_merged 0")
         sources = None if mixed is None else mirrored_sources(mixed, len(images))
         state = self._coarse_state(images, backbone.class_logits, sources)
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
@@ -363,6 +372,7 @@ def create_model(
     attention_momentum: float = 0.99,
     selection: Selection = "attention",
     feature_reuse: Reuse = "mlp",
+    fine_merged: int = 0,
     pretrained_backbone: backbones.Pretrained = False,
     **timm_kwargs: Any,
 ) -> CoarseToFineViT:
@@ -387,6 +397,7 @@ def create_model(
         attention_momentum=attention_momentum,
         selection=selection,
         feature_reuse=feature_reuse,
+        fine_merged=fine_merged,
         timm_kwargs=timm_kwargs,
     )
     return CoarseToFineViT(config, pretrained_backbone)

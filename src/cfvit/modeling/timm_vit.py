@@ -32,7 +32,7 @@ from timm.models.vision_transformer import (
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cfvit.modeling.tokens import CHILDREN, class_attention_row, cut_children, gather_tokens
+from cfvit.modeling.tokens import CHILDREN, class_attention_row, cut_children, gather_tokens, merge_similar
 
 Backbone = VisionTransformer | Eva
 ATTENTIONS = (Attention, EvaAttention, AttentionRope)
@@ -208,6 +208,25 @@ def run_blocks(backbone: Backbone, tokens: Tensor, rotation: Tensor | None, stop
     for index, block in enumerate(backbone.blocks[:stop]):
         rope = {} if rotation is None else {"rope": _rotation_of_block(backbone, rotation, index)}
         tokens = _checkpointed(backbone, block)(tokens, **rope)
+    return tokens
+
+
+def run_merging(backbone: Backbone, tokens: Tensor, merged: int) -> Tensor:
+    """All of timm's blocks; after the first third of them, similar patches are merged before each (ToMe).
+
+    Attention is in proportion to how many patches a token stands for. Unlike in ToMe, whole blocks run, of any kind,
+    and tokens are compared by their features; and merging begins later, which loses less at the same cost.
+
+    Args:
+        tokens: ``[B, 1 + n, D]``, the class token first.
+        merged: by how many tokens the sequence is shortened each time.
+    """
+    sizes = None
+    for index, block in enumerate(backbone.blocks):
+        if index >= max(1, len(backbone.blocks) // 3):
+            tokens, sizes = merge_similar(tokens, tokens, sizes, merged)
+        bias = {} if sizes is None else {"attn_mask": sizes.log()[:, None, None].expand(-1, -1, tokens.shape[1], -1)}
+        tokens = _checkpointed(backbone, block)(tokens, **bias)
     return tokens
 
 

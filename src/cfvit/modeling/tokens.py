@@ -150,3 +150,39 @@ def mirrored_sources(mixed: Tensor, batch: int) -> Tensor:
 def repeat_for_children(tokens: Tensor) -> Tensor:
     """Each cell's token once for each of its children (Fig. 4): ``[B, k, D] -> [B, 4k, D]``."""
     return tokens.repeat_interleave(CHILDREN, dim=1)
+
+
+def merge_similar(tokens: Tensor, keys: Tensor, sizes: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+    """Bipartite soft matching: every other patch may be merged into the most similar one of the rest.
+
+    Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
+
+    Args:
+        tokens: ``[B, 1 + n, D]``, the class token first, which is never merged.
+        keys: ``[B, 1 + n, d]``; tokens are similar by the cosine of their keys.
+        sizes: ``[B, 1 + n]``, how many patches each token stands for; None for one each.
+        count: how many tokens are merged away, those with the most similar partners; at most half of the patches.
+
+    Returns:
+        Tokens ``[B, 1 + n - count, D]``, each the mean of its patches, and their sizes.
+    """
+    count = min(count, (tokens.shape[1] - 1) // 2)
+    if count <= 0:
+        return tokens, sizes
+    if sizes is None:
+        sizes = tokens.new_ones(tokens.shape[:2])
+    directions = F.normalize(keys[:, 1:], dim=-1)
+    similarity, partner = (directions[:, 0::2] @ directions[:, 1::2].transpose(1, 2)).max(dim=-1)
+    going, staying = rank_cells(similarity, count)
+    partner = partner.gather(1, going)
+
+    def merge(values: Tensor) -> Tensor:
+        movable, fixed = values[:, 0::2], values[:, 1::2]
+        moved = gather_tokens(movable, going)
+        fixed = fixed.scatter_add(1, partner[..., None].expand_as(moved), moved)
+        return torch.cat([gather_tokens(movable, staying), fixed], dim=1)
+
+    weights = sizes[:, 1:, None]
+    merged = merge(weights)
+    patches = merge(tokens[:, 1:] * weights) / merged
+    return torch.cat([tokens[:, :1], patches], dim=1), torch.cat([sizes[:, :1], merged[..., 0]], dim=1)

@@ -72,7 +72,7 @@ export async function answer({ about, runtime, coarse, fine }, view) {
   const start = performance.now();
   const state = await coarse.run({ images });
   const between = performance.now();
-  const known = { ...state, images };
+  const known = { ...state, coarse_logits: state.logits, images };
   const answers = await fine.run(Object.fromEntries(fine.inputNames.map((name) => [name, known[name]])));
   return { coarse: state, fine: answers, milliseconds: [between - start, performance.now() - between] };
 }

@@ -182,7 +182,7 @@ class ExportedEngine:
 
     def fine(self, images: Tensor, state: CoarseState) -> tuple[Tensor, Tensor]:
         """The fine stage and its confidence, see `cfvit.inference.engines.Engine`."""
-        given = {**vars(state), "images": images}
+        given = {**vars(state), "coarse_logits": state.logits, "images": images}
         answer = self._fine({name: _array(given[name]) for name in self._fine.inputs})
         return torch.from_numpy(answer["logits"]), torch.from_numpy(answer["confidence"])
 
