@@ -47,7 +47,7 @@ class Literal(CfViT):
             raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")
         if (config.selection, config.feature_reuse, config.fine_merged) != ("attention", "mlp", 0):
             raise UsageError(
-                "the method is written for the paper's selection, feature reuse and fine stage: leave them"
+                "the method is written for the paper's selection and feature reuse, without merging: leave them"
             )
         return network
 
