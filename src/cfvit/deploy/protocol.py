@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from cfvit.errors import CfvitError, first_line
+from cfvit.errors import CfvitError
 
 
 class Failure(BaseModel):
@@ -31,6 +30,8 @@ class PredictedImage(BaseModel):
     stage: int = Field(description="0: the coarse stage answered; 1: the fine one")
     gmacs: float = Field(description="1e9 multiply-accumulates that were spent")
     eta: float = Field(description="what the coarse stage's confidence was compared with")
+    milliseconds_waiting: float = Field(description="in the queues of the stages")
+    milliseconds_computing: float = Field(description="of the batches in which the image was")
 
 
 class Predictions(BaseModel):
@@ -180,13 +181,14 @@ def read_input(given: InputTensor, binary: bytes, size: tuple[int, int], most: i
         raise CfvitError(f"input {given.name!r} has no data, or bytes too many: give data, or binary_data_size")
     if each:
         try:
-            return _floats(np.asarray(given.data), given.shape)
+            values = np.asarray(given.data)
         except ValueError as error:
-            raise CfvitError(f"input 'images' cannot be read ({first_line(error)}): give numbers") from error
+            raise CfvitError("input 'images' has rows of different lengths: give numbers, one after another") from error
+        return _floats(values, given.shape)
     try:
         files = [base64.b64decode(text, validate=True) for text in given.data]
-    except (binascii.Error, TypeError, ValueError) as error:
-        raise CfvitError(f"input 'files' cannot be read ({first_line(error)}): give image files in base64") from error
+    except (TypeError, ValueError) as error:
+        raise CfvitError("input 'files' has a value that is not base64: give each image file as base64 text") from error
     if len(files) != given.shape[0]:
         raise CfvitError(f"input 'files' has {len(files)} values for the shape {given.shape}: give as many")
     return files

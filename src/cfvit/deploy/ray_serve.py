@@ -140,12 +140,14 @@ class Stages:
         return [asyncio.run_coroutine_threadsafe(self._answer(image.numpy(), both), loop) for image in images]
 
     async def _answer(self, image: np.ndarray, both: bool) -> Answer:
-        eta = self.eta
+        eta, start = self.eta, time.monotonic()
         logits, sure, state, seconds = await self._ask(COARSE, self.coarse, image, 1.0 if both else eta)
-        if state is None:
-            return Answer(logits, sure, COARSE, eta, (seconds, 0.0), None, sure)
-        logits, fine_sure, fine_seconds = await self._ask(FINE, self.fine, image, state)
-        return Answer(logits, fine_sure, FINE, eta, (seconds, fine_seconds), state if both else None, sure)
+        stage, answered, fine_seconds = COARSE, sure, 0.0
+        if state is not None:
+            logits, answered, fine_seconds = await self._ask(FINE, self.fine, image, state)
+            stage = FINE
+        waited = max(0.0, time.monotonic() - start - seconds - fine_seconds)  # on the way between processes as well
+        return Answer(logits, answered, stage, eta, (seconds, fine_seconds), waited, state if both else None, sure)
 
     async def _ask(self, stage: int, deployment: Any, *given: Any) -> Any:
         self.lengths[stage] += 1

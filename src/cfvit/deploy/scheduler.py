@@ -65,6 +65,7 @@ class Answer:
         stage: 0 where the coarse stage answered and 1 where the fine one did.
         eta: what the confidence of the coarse stage was compared with.
         seconds: what the batches of both stages took in which the image was, 0 for a stage that did not run.
+        waited: seconds that it was here besides, in the queues.
         state: of the coarse stage, with one row, where both stages were asked for.
         coarse_confidence: of the coarse stage.
     """
@@ -74,6 +75,7 @@ class Answer:
     stage: int
     eta: float
     seconds: tuple[float, float]
+    waited: float
     state: Any
     coarse_confidence: float
 
@@ -86,6 +88,7 @@ class _Place:
     both: bool
     since: float
     future: Future[Answer] = field(default_factory=Future)
+    began: float = field(default_factory=time.monotonic)
     state: Any = None
     confidence: float = 0.0
     eta: float = 0.0
@@ -257,5 +260,7 @@ class Scheduler:
     def _give(self, place: _Place, logits: Tensor, confidence: float, stage: int, seconds: tuple[float, float]) -> None:
         self._answered += 1
         if place.future.set_running_or_notify_cancel():
-            state = place.state if place.both else None
-            place.future.set_result(Answer(logits, confidence, stage, place.eta, seconds, state, place.confidence))
+            state, waited = place.state if place.both else None, max(0.0, time.monotonic() - place.began - sum(seconds))
+            place.future.set_result(
+                Answer(logits, confidence, stage, place.eta, seconds, waited, state, place.confidence)
+            )

@@ -26,6 +26,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
@@ -52,6 +53,9 @@ from cfvit.modeling.tokens import num_informative, rank_cells
 STAGES = ("coarse", "fine")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 """What is decoded. Pillow knows more, some of which by calling other programs."""
+
+POLLED = frozenset(["/stats", "/metrics", "/v2/health/live", "/v2/health/ready"])
+"""What is asked again and again, by open pages and probes, and is not logged if all is well."""
 
 RECENT = 60.0
 """Seconds that `/stats` looks back."""
@@ -185,6 +189,8 @@ class Service:
                 stage=answer.stage,
                 gmacs=(macs.both if answer.stage == FINE else macs.coarse) / 1e9,
                 eta=answer.eta,
+                milliseconds_waiting=1e3 * answer.waited,
+                milliseconds_computing=1e3 * sum(answer.seconds),
             )
             for answer in answers
         ]
@@ -236,9 +242,8 @@ class Service:
             try:
                 asked = protocol.InferRequest.model_validate_json(body[:end])
             except ValidationError as error:
-                first = error.errors()[0]
-                where = ".".join(map(str, first["loc"]))
-                raise CfvitError(f"not a request of the Open Inference Protocol ({where}: {first['msg']})") from error
+                what = first_problem(error.errors())
+                raise CfvitError(f"not a request of the Open Inference Protocol ({what})") from error
             most = self.settings.max_images
             return asked, protocol.read_input(asked.inputs[0], body[end:], self.model.image_size, most)
 
@@ -478,7 +483,8 @@ class Door:
             route = getattr(scope.get("route"), "path", "other")
             service.metrics.requests.labels(route, str(status or 500)).inc()
             fields = {"method": scope["method"], "path": scope["path"], "status": status or 500}
-            log.info("request", extra={"fields": {**fields, "ms": round(1e3 * (time.monotonic() - start), 1)}})
+            if status != 200 or route not in POLLED:
+                log.info("request", extra={"fields": {**fields, "ms": round(1e3 * (time.monotonic() - start), 1)}})
 
     def _refusal(self, limit: str) -> JSONResponse:
         settings = self.service.settings
@@ -495,6 +501,13 @@ class Door:
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
         return failure(status, message, headers, self.service.scheduler.retry_after() if status == 503 else None)
+
+
+def first_problem(errors: Sequence[Any]) -> str:
+    """What pydantic finds wrong first, and where."""
+    first = errors[0]
+    where = ".".join(map(str, first["loc"]))
+    return ": ".join(part for part in (where, first["msg"].replace("Invalid JSON", "no JSON")) if part)
 
 
 def failure(
@@ -530,13 +543,20 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     app.add_middleware(Door, service=service)
 
     @app.exception_handler(HTTPException)
-    def refused(_: Request, error: HTTPException) -> Response:
-        return failure(error.status_code, error.detail, error.headers)
+    def refused(request: Request, error: HTTPException) -> Response:
+        if error.status_code not in (404, 405):
+            return failure(error.status_code, error.detail, error.headers)
+        path = request.url.path
+        known = [(method, r) for r in app.routes if isinstance(r, APIRoute) for method in sorted(r.methods or ())]
+        allowed = ", ".join(method for method, route in known if route.path == path)
+        if allowed:
+            return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
+        addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
+        return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return failure(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+        return failure(422, first_problem(error.errors()))
 
     @app.exception_handler(CfvitError)
     def wrong(_: Request, error: CfvitError) -> Response:
@@ -658,7 +678,8 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
-        raise CfvitError(f"{host}, port {port}, cannot be had ({error.strerror}): choose another") from error
+        reason = str(error.strerror).partition(" (")[0]  # behind it Python tells the address once more
+        raise CfvitError(f"cannot listen on {host}, port {port} ({reason}): choose another --port or --host") from error
     told = {"host": host, "port": listener.getsockname()[1], "model": settings.name, "eta": service.scheduler.eta}
     log.info("serving", extra={"fields": told})
     Server(config, service, notice).run([listener])
