@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 from timm.data.imagenet_info import ImageNetInfo
 from timm.data.transforms_factory import create_transform
 from torch.utils.data import DataLoader
@@ -233,21 +233,22 @@ class TestColourProfiles:
 def test_threads_share_the_room_for_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one image and a half, four threads hold one at a time; a larger one has its turn alone."""
     monkeypatch.setattr(data, "PIXELS_AT_ONCE", 150)
-    monkeypatch.setattr(data, "_free_pixels", [150])
     held: list[int] = []
     most: list[int] = []
 
-    def decode(pixels: int) -> None:
-        with data._room_for(pixels):
-            held.append(pixels)
-            most.append(sum(min(p, 150) for p in held))
-            time.sleep(0.001)
-            held.remove(pixels)
+    def watch(image: Image.Image) -> Image.Image:
+        """In the place of a step of decoding."""
+        held.append(image.width * image.height)
+        most.append(sum(min(pixels, 150) for pixels in held))
+        time.sleep(0.001)
+        held.remove(image.width * image.height)
+        return image
 
+    monkeypatch.setattr(ImageOps, "exif_transpose", watch)
+    files = [_encode(Image.new("RGB", (10, height)), "PNG") for height in (10, 6, 9, 100, 1, 10)] * 5
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(decode, [100, 60, 90, 1000, 10, 100] * 5))
+        assert len(list(pool.map(open_image, files))) == len(most) == 30
     assert max(most) <= 150
-    assert data._free_pixels == [150]
 
 
 def test_deep_images_do_not_take_many_times_their_size() -> None:

@@ -20,25 +20,3 @@ from cfvit.calibration.targets import (
     Target,
 )
 from cfvit.calibration.tradeoff import TradeOff, rank_images
-
-__all__ = [
-    "Accuracy",
-    "Calibration",
-    "ConfidenceProfile",
-    "Drift",
-    "Drop",
-    "Estimate",
-    "GmacsBudget",
-    "LatencyBudget",
-    "Origin",
-    "Risk",
-    "Saving",
-    "SelectiveRisk",
-    "StageLatency",
-    "Target",
-    "TradeOff",
-    "calibrate",
-    "check_drift",
-    "choose_threshold",
-    "rank_images",
-]

@@ -13,18 +13,3 @@ from cfvit.cli import (  # each adds its commands
     train,
 )
 from cfvit.cli.application import app, main
-
-__all__ = [
-    "app",
-    "bench",
-    "calibrate",
-    "demo",
-    "evaluate",
-    "export",
-    "main",
-    "models",
-    "predict",
-    "reproduce",
-    "serve",
-    "train",
-]

@@ -29,31 +29,3 @@ from cfvit.data.loading import (
     progress_bar,
 )
 from cfvit.data.trees import find_images, iter_images, natural_key
-
-__all__ = [
-    "FAILURES_IN_A_ROW",
-    "IMAGE_SUFFIXES",
-    "MAX_ASPECT",
-    "MAX_PIXELS",
-    "UNREADABLE",
-    "DataSource",
-    "EvalImages",
-    "ImageError",
-    "StoredImages",
-    "TrainImages",
-    "TrainSampler",
-    "combine_seeds",
-    "eval_loader",
-    "eval_transform",
-    "find_images",
-    "has_validation_split",
-    "iter_images",
-    "leave_signals_to_the_run",
-    "natural_key",
-    "next_batch",
-    "open_data",
-    "open_image",
-    "open_images",
-    "progress_bar",
-    "split_holdout",
-]

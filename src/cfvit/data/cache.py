@@ -34,12 +34,11 @@ class _Held:
 class _Pixels:
     """Bytes in a temporary file without a name, which every loading process maps and which goes with the last of them.
 
-    A file and not the process's own memory: where it lies on a disk, the system holds it in memory while there is
-    room, and processes that do not inherit memory are handed it all the same.
+    A file, so that the system holds it in memory while there is room, and processes that inherit no memory get it too.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.size = file, 0
+    def __init__(self, file: IO[bytes], size: int = 0) -> None:
+        self._file, self.size = file, size
         self._map: np.memmap | None = None
 
     def append(self, pixels: np.ndarray) -> int:
@@ -65,23 +64,17 @@ class _Pixels:
 
 def _receive(handle: Any, size: int) -> _Pixels:
     """In a process that did not inherit the pixels."""
-    pixels = _Pixels(os.fdopen(handle.detach(), "rb"))
-    pixels.size = size
+    pixels = _Pixels(os.fdopen(handle.detach(), "rb"), size)
     pixels.seal()
     return pixels
 
 
 @dataclass(frozen=True)
 class HeldSource(DataSource):
-    """A data source whose images are not read from where they came any more.
+    """A data source whose images are not read from where they came any more."""
 
-    Attributes:
-        held: of each image.
-        pixels: of all images.
-    """
-
-    held: tuple[_Held, ...] = ()
-    pixels: _Pixels | None = None
+    held: tuple[_Held, ...] = ()  # of each image
+    pixels: _Pixels | None = None  # of all images
 
     def decode(self, index: int) -> tuple[Image.Image, int]:
         """Image and the data set's own class index, as the source would give them. Raises `ImageError` where it did."""
@@ -111,23 +104,16 @@ class _Decoded(Dataset):
 
 
 def hold(source: DataSource, workers: int, leads: bool = True) -> HeldSource:
-    """Decodes all images of a source, and gives a source of the same images that need no decoding.
+    """A source of the same images, all of them decoded now by ``workers`` processes, which needs no decoding again.
 
-    Their pixels take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``). Each process of
-    a distributed run holds them for itself.
-
-    Args:
-        workers: processes that decode.
-        leads: whether to show progress.
-
-    Raises:
-        CfvitError: no room for the pixels.
+    Their pixels take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``), for each process
+    of a distributed run anew. Raises `CfvitError` if there is no room.
     """
     decoded = DataLoader(
         _Decoded(source),
         batch_size=None,
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=tuple,  # each item as it is
         worker_init_fn=leave_signals_to_the_run,
     )
     held: list[_Held] = []
@@ -158,7 +144,3 @@ def _telling_what_was_held(held: Sequence[_Held], count: int) -> Iterator[None]:
             f"the decoded images cannot be held ({error.strerror or error}; {len(held)} of {count} were): "
             "make room for temporary files, set TMPDIR to a folder that has some, or leave out --hold-decoded"
         ) from error
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -39,16 +39,12 @@ class _Dataset(Protocol):
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set before any transform.
+    """A data set before any transform."""
 
-    Attributes:
-        dataset: `StoredImages` of a folder or a tar, or timm's data set.
-        class_names: by class index, ImageNet's identifiers replaced by words. Empty where classes do not matter.
-        targets: the class index to give instead of each of the data set's own, if they differ.
-    """
-
-    dataset: _Dataset
+    dataset: _Dataset  # `StoredImages` of a folder or a tar, or timm's data set
+    # by class index, ImageNet's identifiers replaced by words. Empty where classes do not matter.
     class_names: list[str]
+    # the class index to give instead of each of the data set's own, if they differ
     targets: Sequence[int] | None = None
 
     def aligned(self, class_names: Sequence[str]) -> DataSource:
@@ -196,7 +192,6 @@ def open_data(data: str, split: str = "train", class_order: ClassOrder = "natura
     single folder around the classes, is entered.
 
     Args:
-        data: path or timm's name.
         split: ``train`` or ``validation``.
         class_order: how the classes of a folder or a tar are numbered.
 
@@ -220,7 +215,11 @@ def open_data(data: str, split: str = "train", class_order: ClassOrder = "natura
             dataset = timm.data.create_dataset(data, root=None, split=split, download=False)
         except Exception as error:
             raise CfvitError(f"cannot read the data at {data} ({first_line(error)})") from error
-        names = _class_names(dataset)
+        reader = getattr(dataset, "reader", dataset)
+        mapping = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
+        if not mapping:
+            raise CfvitError("the data set does not name its classes: give a folder, a tar or a data set that does")
+        names = [str(name) for name in sorted(mapping, key=lambda name: mapping[name])]
     else:
         raise CfvitError(
             f"no data at {data}: give a folder with one sub-folder per class, a .tar, or a timm name (hfds/...)"
@@ -272,9 +271,7 @@ def _split_among(names: Iterable[str], holds_classes: Callable[[str], bool], spl
 
     Those that have the name of a split may be classes. They are splits if one of them holds class folders, the others
     being refused then for their want of them, but for a ``test`` of images without labels; or if all are named so.
-
-    Raises:
-        CfvitError: its name is not in lower case.
+    A name that is not in lower case is refused.
     """
     named = {name.lower(): name for name in sorted(names)}
     there = _SPLIT_NAMES & named.keys()
@@ -323,15 +320,6 @@ def _images_of_classes(tree: Tree, root: str) -> dict[str, list[str]]:
             raise CfvitError(f"{root} holds two folders {name!r}, in two forms of Unicode: merge them")
         classes[name] = inside[folder]
     return classes
-
-
-def _class_names(dataset: Any) -> list[str]:
-    reader = getattr(dataset, "reader", dataset)
-    for attribute in ("class_to_idx", "class_name_to_idx"):
-        mapping = getattr(reader, attribute, None)
-        if mapping:
-            return [str(name) for name, _ in sorted(mapping.items(), key=lambda item: item[1])]
-    raise CfvitError("the data set does not name its classes: give a folder, a tar or a data set that does")
 
 
 def split_holdout(source: DataSource, share: float, seed: int) -> tuple[list[int], list[int]]:

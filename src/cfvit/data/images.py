@@ -100,21 +100,21 @@ def open_image(
 
 
 _decoding = threading.Condition()
-_free_pixels = [PIXELS_AT_ONCE]
+_decoded: list[int] = []
+"""How many pixels each image has that a thread decodes now."""
 
 
 @contextmanager
 def _room_for(pixels: int) -> Iterator[None]:
     """Waits until so many pixels fit beside those that other threads decode; a larger image has its turn alone."""
-    pixels = min(pixels, PIXELS_AT_ONCE)
     with _decoding:
-        _decoding.wait_for(lambda: _free_pixels[0] >= pixels)
-        _free_pixels[0] -= pixels
+        _decoding.wait_for(lambda: not _decoded or sum(_decoded) + pixels <= PIXELS_AT_ONCE)
+        _decoded.append(pixels)
     try:
         yield
     finally:
         with _decoding:
-            _free_pixels[0] += pixels
+            _decoded.remove(pixels)
             _decoding.notify_all()
 
 
@@ -149,14 +149,11 @@ def _brightened(image: Image.Image, highest: int | None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, highest: int | None = None) -> Image.Image:
-    """8-bit RGB in sRGB, on white.
+    """8-bit RGB in sRGB, on white. Raises `ImageError` of pixels that are not finite numbers.
 
     Greyscale of more than 8 bits is scaled by its range: ``highest``, as the file states it (`_stated_range`), where
     that holds the image's maximum; else integers by the smallest range of whole bits, 8 to 16, that does, so that
     12-bit values in 16 are not black; floats in [0, 1] or [0, 255].
-
-    Raises:
-        ImageError: pixels that are not finite numbers.
     """
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_8_bits(np.asarray(image), highest)).convert("RGB")

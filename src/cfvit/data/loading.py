@@ -73,10 +73,7 @@ class TrainImages(Dataset):
 
 
 class TrainSampler(Sampler):
-    """The order of one rank's training images, as ``(position, seed)``, fixed by seed and epoch.
-
-    Call `set_position` before each epoch; ``start`` leaves out what a resumed run has seen.
-    """
+    """The order of one rank's training images, as ``(position, seed)``, fixed by seed and epoch."""
 
     def __init__(self, dataset: TrainImages, repeats: int, seed: int, rank: int, world: int) -> None:
         self.seed, self.rank, self.epoch, self.start = seed, rank, 0, 0
@@ -87,7 +84,7 @@ class TrainSampler(Sampler):
             self.order = DistributedSampler(dataset, num_replicas=world, rank=rank, seed=seed)
 
     def set_position(self, epoch: int, start: int) -> None:
-        """Chooses the epoch, and how many of this rank's images of it to leave out."""
+        """Before each epoch: which it is, and how many of this rank's images of it a resumed run has seen."""
         self.epoch, self.start = epoch, start
         self.order.set_epoch(epoch if self.order.__class__ is DistributedSampler else self.seed * 100_003 + epoch)
 
@@ -125,13 +122,14 @@ def leave_signals_to_the_run(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it and keeps torch's handler, which ends on any SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_run, args=(os.getppid(),), daemon=True).start()
+        run = os.getppid()
 
+        def end_with_the_run() -> None:
+            while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+                pass
+            os._exit(0)
 
-def _end_with_the_run(run: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
-        pass
-    os._exit(0)
+        threading.Thread(target=end_with_the_run, daemon=True).start()
 
 
 def combine_seeds(*parts: int) -> int:
@@ -191,6 +189,7 @@ def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Call
     before = done
 
     def advance(count: int) -> None:
+        """So many more images are done."""
         nonlocal done, spoken
         done += count
         progress.advance(task, count)

@@ -73,19 +73,13 @@ class StoredImage(NamedTuple):
 
 @dataclass
 class Tree:
-    """Images and folders by their paths below a root, ``/`` between the names.
+    """Images and folders by their paths below a root, ``/`` between the names."""
 
-    Attributes:
-        images: what is found by its suffix; nothing hidden, nothing in `FOREIGN_FOLDERS`.
-        folders: all that are not skipped, a tar within being one.
-        skipped: how many pictures of other suffixes there are.
-        unreadable: folders that cannot be opened.
-    """
-
+    # what is found by its suffix; nothing hidden, nothing in `FOREIGN_FOLDERS`
     images: dict[str, StoredImage] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)
-    skipped: Counter[str] = field(default_factory=Counter)
-    unreadable: list[str] = field(default_factory=list)
+    folders: set[str] = field(default_factory=set)  # all that are not skipped, a tar within being one
+    skipped: Counter[str] = field(default_factory=Counter)  # how many pictures of other suffixes there are
+    unreadable: list[str] = field(default_factory=list)  # folders that cannot be opened
 
     def names(self, folder: str = "") -> list[str]:
         """The names of the folders right below one, in natural order."""
@@ -102,15 +96,8 @@ class Tree:
         images = {path[start:]: image for path, image in self.images.items() if path.startswith(inside)}
         return Tree(images, {path[start:] for path in self.folders if path.startswith(inside)})
 
-    def add(
-        self, name: str, listing: Iterable[_Entry], tars: bool, parents: frozenset[str | None] = frozenset()
-    ) -> None:
-        """Adds what a folder of this path holds, as `_walk` finds it."""
-        for path, entry in _walk(name, listing, parents):
-            self.take(path, entry, tars)
-
-    def take(self, path: str, entry: _Entry | OSError, tars: bool) -> None:
-        """Adds one thing that `_walk` has found."""
+    def take(self, path: str, entry: _Entry | OSError, tars: bool = True) -> None:
+        """Adds one thing that `_walk` has found; a tar counts as a folder of its images, if tars do."""
         suffix = posixpath.splitext(path)[1].lower()
         if isinstance(entry, OSError):
             self.unreadable.append(path)
@@ -166,11 +153,8 @@ def _walk(
                 yield path, error
 
 
-def scan(root: Path, *, tars: bool = True) -> Tree:
-    """All images of a folder or a tar.
-
-    Args:
-        tars: whether a tar within the folder counts as a folder of its images.
+def scan(root: Path) -> Tree:
+    """All images of a folder or a tar, a tar within it counting as a folder.
 
     Raises:
         CfvitError: neither a folder nor a tar that can be read.
@@ -179,7 +163,8 @@ def scan(root: Path, *, tars: bool = True) -> Tree:
         status = root.stat()
         return _scan_known_tar(str(root), status.st_mtime_ns, status.st_size)
     tree = Tree()
-    tree.add("", _open_root(root), tars, _around(root))
+    for path, entry in _walk("", _open_root(root), _around(root)):
+        tree.take(path, entry)
     return tree
 
 
@@ -287,7 +272,8 @@ def _scan_tar(tar: StoredImage) -> Tree:
     try:
         with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
             members = _Members(tar, file)
-        tree.add("", members.list_folder(""), tars=True, parents=frozenset([""]))
+        for path, entry in _walk("", members.list_folder(""), frozenset([""])):
+            tree.take(path, entry)
     except (tarfile.TarError, OSError, UnicodeError, ValueError) as error:
         if isinstance(error, CfvitError):
             raise
