@@ -29,13 +29,13 @@ from torch.utils.data import DataLoader
 from torchvision.ops import roi_align
 
 import cfvit
-from cfvit.data import TrainImages, next_batch, open_data
+from cfvit.data import DataSource, StoredImages, TrainImages, next_batch, open_data
+from cfvit.data.trees import StoredImage
 from cfvit.errors import CfvitError
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.tokens.label_maps import (
     LabelledImages,
     LabelledTransform,
-    label_path,
     label_path_of,
     pool_labels,
     read_label_map,
@@ -128,14 +128,19 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path, fails: Fails, capsys: pyt
     assert capsys.readouterr().out == ""
 
 
+def _source_of(name: str) -> DataSource:
+    return DataSource(StoredImages([name], [StoredImage("a.png")], [0]), ["a", "b"])
+
+
 def test_paths_of_maps(fails: Fails) -> None:
-    assert label_path(Path("labels"), "n01440764", "n01440764_10026.JPEG") == Path(
-        "labels/n01440764/n01440764_10026.pt"
-    )
-    assert label_path(Path("labels"), "red", "red/sunset.v2.png") == Path("labels/red/sunset.v2.pt")
-    for name in ("", "..", "a/b"):
-        with fails("names no folder"):
-            label_path(Path("labels"), name, "a.png")
+    for name, expected in (
+        ("n01440764/n01440764_10026.JPEG", "labels/n01440764/n01440764_10026.pt"),
+        ("red/sunset.v2.png", "labels/red/sunset.v2.pt"),
+    ):
+        assert label_path_of(Path("labels"), _source_of(name), 0) == Path(expected)
+    for name in ("a.png", "../a.png"):
+        with fails("has no class folder"):
+            label_path_of(Path("labels"), _source_of(name), 0)
 
 
 def _tar(file: Path, folder: Path) -> Path:
@@ -792,7 +797,7 @@ def test_maps_of_another_origin_are_not_mixed(
 
     assert make(teacher=dataclasses.replace(colours_teacher, name="moved")) == 3  # the weights are what counts
     (folder / "red").rename(folder / "rosy")
-    with fails("maps have class 'red' where the data has 'rosy': give another --out, or remove the folder"):
+    with fails("maps are of other classes .class 2 is 'rosy' here, 'red' there.: give another --out, or remove the"):
         make(open_data(str(folder)))
     colours_teacher.model.scale.data.fill_(9)
     with fails("maps are by teacher tiny, with other weights: give another --out, or remove the folder"):
@@ -800,7 +805,7 @@ def test_maps_of_another_origin_are_not_mixed(
     with fails("maps are by teacher tiny, not other: give another --out, or remove the folder"):
         make(teacher=dataclasses.replace(colours_teacher, name="other"))
     (out / "labels.json").write_text('{"teacher": "tiny"}')
-    with fails(r"labels.json is damaged \(no weights_sha256\): remove .*maps and make the maps again"):
+    with fails(r"labels.json is damaged \(.*weights_sha256 is missing\): remove .*maps and make the maps again"):
         make()
     (out / "labels.json").unlink()
     with fails("maps holds label maps of unknown origin, without labels.json: give another --out"):
@@ -992,10 +997,12 @@ def test_maps_of_other_classes_are_refused(labelled_colours: Callable[..., tuple
     folder, maps = labelled_colours()
     for parent in (folder, maps):
         (parent / "red").rename(parent / "rosy")
-    with fails("the label maps in .*maps have class 'red' where the data has 'rosy': make maps of this data"):
+    with fails(
+        "label maps in .*maps are of other classes .class 2 is 'rosy' here, 'red' there.: make maps of this data"
+    ):
         _labelled(folder, maps)
     shutil.copytree(folder / "rosy", folder / "yellow")
-    with fails("the label maps in .*maps have 3 classes, the data 4: make maps of this data"):
+    with fails("label maps in .*maps are of other classes .4 classes here, 3 there.: make maps of this data"):
         _labelled(folder, maps)
     shutil.rmtree(folder / "yellow")
     (maps / "labels.json").write_text("{")

@@ -21,6 +21,13 @@ from cfvit.files import atomic_write
 LOG_FILE = "log.jsonl"
 
 
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut short
+
+
 class Reporter:
     """Writes ``log.jsonl`` and tensorboard's files, and shows progress on standard error.
 
@@ -45,7 +52,10 @@ class Reporter:
             disable=not active or not self.console.is_terminal,
         )
         if active:
-            self._forget_later_lines(out / LOG_FILE, step)
+            if (out / LOG_FILE).exists():
+                lines = [line for line in (out / LOG_FILE).read_text().splitlines() if _step_of(line) <= step]
+                with atomic_write(out / LOG_FILE) as file:
+                    file.write_text("".join(line + "\n" for line in lines))
             try:
                 self.log = (out / LOG_FILE).open("a")
             except OSError as error:
@@ -98,31 +108,16 @@ class Reporter:
             behind = f"{task.description}: {self.unit} {task.completed:.0f} of {task.total:.0f}"
             self.say(", ".join(filter(None, (behind, text))))
 
-    def log_step(self, **values: float) -> None:
-        """A line of the log on a training step."""
-        self._write("train", values)
-
     def log_evaluation(self, **values: float) -> None:
         """A line of the log, and one on the screen, on an evaluation."""
-        self._write("eval", values)
+        self.log_event("eval", **values)
         if len(values) > 2:
             shown = ("top1", "agreement", "threshold")
             scores = "  ".join(f"{name} {value:.2f}" for name, value in values.items() if name.endswith(shown))
             self.say(f"epoch {int(values['epoch']) + 1}: {scores}")
 
-    def _forget_later_lines(self, path: Path, step: int) -> None:
-        def step_of(line: str) -> float:
-            try:
-                return json.loads(line)["step"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                return math.inf  # a line that a kill cut short
-
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if step_of(line) <= step]
-            with atomic_write(path) as file:
-                file.write_text("".join(line + "\n" for line in lines))
-
-    def _write(self, event: str, values: dict[str, float]) -> None:
+    def log_event(self, event: str, **values: float) -> None:
+        """A line of the log; among the values are the epoch and the step."""
         if self.log is None:
             return
         try:

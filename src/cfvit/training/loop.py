@@ -8,10 +8,10 @@ and step to continue as if nothing had happened.
 from __future__ import annotations
 
 import json
-import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,7 @@ def train(
         CfvitError: bad data or recipe, a folder that cannot be written or holds another run, a fork that cannot be.
     """
     with join_processes() as process:
-        checkpoint = _open_run(recipe, out, resume, process)
-        if checkpoint is None and fork is not None:
-            checkpoint = _open_fork(recipe, fork, process)
+        checkpoint = _where_to_begin(recipe, out, resume, fork, process)
         images, model = prepare(recipe, process)
         _require_same_classes(model.class_names, checkpoint, out, process)
         trained = assemble(recipe, model, len(images.train), process)
@@ -102,7 +100,7 @@ def train(
             ):
                 reporter.say("this processor emulates bfloat16, which takes many times as long as --precision float32")
             with _stop_signal(process, stop, reporter) as stopping:
-                return _run(recipe, out, images, trained, process, reporter, stopping)
+                return _Run(recipe, out, images, trained, process, reporter).train(stopping)
 
 
 def _require_same_classes(
@@ -125,8 +123,10 @@ def _require_same_classes(
                 )
 
 
-def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict[str, Any] | None:
-    """Finds out whether a new run can be written, or reads the checkpoint of one to resume."""
+def _where_to_begin(
+    recipe: Recipe, out: Path, resume: bool, fork: Path | None, process: Process
+) -> dict[str, Any] | None:
+    """The checkpoint of the run to resume or to fork; None for a run from the start. A new run can be written."""
     path = out / CHECKPOINT_FILE
     if resume and not path.exists():
         raise CfvitError(f"{out} holds no run to resume: leave out --resume to start one")
@@ -134,39 +134,30 @@ def _open_run(recipe: Recipe, out: Path, resume: bool, process: Process) -> dict
         raise CfvitError(f"{out} already holds a model: choose another --out")
     if path.exists() and not resume:
         raise CfvitError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
+    free, mend = FREE_TO_CHANGE, "resume with the same recipe, or choose another --out"
     if not path.exists():
         require_writable(out / RECIPE_FILE)
-        return None
-    again = "resume with the same recipe, or choose another --out"
-    return _read_checkpoint(path, recipe, process, FREE_TO_CHANGE, again)
-
-
-def _open_fork(recipe: Recipe, fork: Path, process: Process) -> dict[str, Any]:
-    """Reads the checkpoint of a run to fork."""
-    path = fork / ALL_CELLS_FILE
-    if not path.exists():
-        raise CfvitError(
-            f"{fork} holds no {ALL_CELLS_FILE}: fork a run that is through the epochs that split all cells"
-        )
-    allowed = f"give that; a fork may change {', '.join(sorted(FREE_TO_FORK - FREE_TO_CHANGE))}"
-    return _read_checkpoint(path, recipe, process, FREE_TO_FORK, allowed)
-
-
-def _read_checkpoint(path: Path, recipe: Recipe, process: Process, free: frozenset[str], mend: str) -> dict[str, Any]:
-    """A run's checkpoint, if its recipe differs from ``recipe`` in ``free`` fields alone; ``mend`` says what to do."""
-    out = path.parent
+        if fork is None:
+            return None
+        path, free = fork / ALL_CELLS_FILE, FREE_TO_FORK
+        mend = f"give that; a fork may change {', '.join(sorted(FREE_TO_FORK - FREE_TO_CHANGE))}"
+        if not path.exists():
+            raise CfvitError(
+                f"{fork} holds no {ALL_CELLS_FILE}: fork a run that is through the epochs that split all cells"
+            )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         was = checkpoint["recipe"]
     except Exception as error:
         raise CfvitError(f"{path} is damaged ({first_line(error)}): choose another folder") from error
+    run = f"the run in {path.parent}"
     if checkpoint.get("world", process.world) != process.world:
-        raise CfvitError(f"the run in {out} has {checkpoint['world']} processes, not {process.world}: start as many")
+        raise CfvitError(f"{run} has {checkpoint['world']} processes, not {process.world}: start as many")
     now = recipe.to_dict()
     changed = [name for name, value in was.items() if value != now.get(name) and name not in free]
     if changed:
         name = changed[0]
-        raise CfvitError(f"the run in {out} has {name} {was[name]!r}, not {now.get(name)!r}: {mend}")
+        raise CfvitError(f"{run} has {name} {was[name]!r}, not {now.get(name)!r}: {mend}")
     return checkpoint
 
 
@@ -204,146 +195,131 @@ def _stop_signal(process: Process, stop: Callable[[], bool], reporter: Reporter)
             signal.signal(number, handler)
 
 
-def _run(
-    recipe: Recipe,
-    out: Path,
-    images: Data,
-    trained: Trained,
-    process: Process,
-    reporter: Reporter,
-    stopping: Callable[[], bool],
-) -> dict[str, float]:
-    steps = steps_per_epoch(recipe, len(images.train), process.world)
-    sampler = TrainSampler(images.train, recipe.repeated_augmentation, recipe.seed, process.rank, process.world)
-    loader = _loader(recipe, images, sampler, process)
-    pace = Pace(recipe, trained, process)
-    figures: dict[str, float] = {}
-    all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
-    while trained.step < recipe.epochs * steps:
-        epoch, done = divmod(trained.step, steps)
-        sampler.set_position(epoch, done * recipe.accumulate * recipe.batch_size)
-        batches = iter(loader)
-        ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
-        place = f"epoch {epoch + 1}/{recipe.epochs}"
-        reporter.start(place, "step", steps, done)
-        pace.start(ratio)
-        for _ in range(done, steps):
-            loss = take_step(recipe, trained, batches, ratio, process)
-            pace.advance()
-            ends = trained.step % steps == 0  # then the checkpoint waits for the evaluation
-            saves = trained.step % recipe.checkpoint_interval == 0 and not ends
-            if saves or ends or trained.step % 10 == 0:  # a GPU is not waited for at each step
-                _require_finite(loss, trained.step, out)
-            if trained.step % recipe.log_interval == 0:
-                lr = trained.optimizer.param_groups[0]["lr"]
-                mean_loss = reduce_tensor(loss, process.world).item() if process.world > 1 else loss.item()
-                reporter.log_step(epoch=epoch, step=trained.step, loss=mean_loss, lr=lr, **pace.figures())
-            reporter.advance(loss=loss)
-            stops = not ends and stopping()
-            if saves or stops:
-                _require_finite(loss, trained.step, out)
-                _save_checkpoint(recipe, out / CHECKPOINT_FILE, trained, process)
-            if stops:
-                raise _stopped(trained)
-        if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
-            figures = _evaluate_and_save(recipe, out, images, trained, process, reporter, place)
-            reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
-        if epoch + 1 == all_cells_epochs:
-            _save_checkpoint(recipe, out / ALL_CELLS_FILE, trained, process)
-        _save_checkpoint(recipe, out / CHECKPOINT_FILE, trained, process)
-        if epoch + 1 < recipe.epochs and stopping():
-            raise _stopped(trained)
-    return figures or _evaluate_and_save(recipe, out, images, trained, process, reporter, "the end")
+@dataclass
+class _Run:
+    """A run under way."""
 
+    recipe: Recipe
+    out: Path
+    images: Data
+    trained: Trained
+    process: Process
+    reporter: Reporter
 
-def _loader(recipe: Recipe, images: Data, sampler: TrainSampler, process: Process) -> DataLoader[Any]:
-    """Batches to train on, of whole images only, in the sampler's order."""
-    return DataLoader(
-        images.train,
-        recipe.batch_size,
-        sampler=sampler,
-        num_workers=recipe.workers,
-        pin_memory=process.device.type == "cuda",
-        drop_last=True,
-        persistent_workers=recipe.workers > 0,
-        worker_init_fn=leave_signals_to_the_run,
-    )
+    def train(self, stopping: Callable[[], bool]) -> dict[str, float]:
+        """All steps that are left, evaluations and checkpoints in between; returns the last evaluation's figures."""
+        recipe, trained, process, reporter = self.recipe, self.trained, self.process, self.reporter
+        images, repeats = self.images.train, recipe.repeated_augmentation
+        steps = steps_per_epoch(recipe, len(images), process.world)
+        sampler = TrainSampler(images, repeats, recipe.seed, process.rank, process.world)
+        loader = DataLoader(
+            images,
+            recipe.batch_size,
+            sampler=sampler,
+            num_workers=recipe.workers,
+            pin_memory=process.device.type == "cuda",
+            drop_last=True,
+            persistent_workers=recipe.workers > 0,
+            worker_init_fn=leave_signals_to_the_run,
+        )
+        pace = Pace(recipe, trained, process)
+        figures: dict[str, float] = {}
+        all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
+        while trained.step < recipe.epochs * steps:
+            epoch, done = divmod(trained.step, steps)
+            sampler.set_position(epoch, done * recipe.accumulate * recipe.batch_size)
+            batches = iter(loader)
+            ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
+            place = f"epoch {epoch + 1}/{recipe.epochs}"
+            reporter.start(place, "step", steps, done)
+            pace.start(ratio)
+            for _ in range(done, steps):
+                loss = take_step(recipe, trained, batches, ratio, process)
+                pace.advance()
+                ends = trained.step % steps == 0  # then the checkpoint waits for the evaluation
+                saves = trained.step % recipe.checkpoint_interval == 0 and not ends
+                stops = not ends and stopping()
+                if saves or stops or ends or trained.step % 10 == 0:  # a GPU is not waited for at each step
+                    self._require_finite("the loss", loss)
+                if trained.step % recipe.log_interval == 0:
+                    lr = trained.optimizer.param_groups[0]["lr"]
+                    mean_loss = reduce_tensor(loss, process.world).item() if process.world > 1 else loss.item()
+                    reporter.log_event("train", epoch=epoch, step=trained.step, loss=mean_loss, lr=lr, **pace.figures())
+                reporter.advance(loss=loss)
+                if saves or stops:
+                    self._save_checkpoint(CHECKPOINT_FILE)
+                if stops:
+                    raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
+            if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
+                figures = self._evaluate_and_save(place)
+                reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
+            if epoch + 1 == all_cells_epochs:
+                self._save_checkpoint(ALL_CELLS_FILE)
+            self._save_checkpoint(CHECKPOINT_FILE)
+            if epoch + 1 < recipe.epochs and stopping():
+                raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
+        return figures or self._evaluate_and_save("the end")
 
+    def _require_finite(self, name: str, values: Tensor) -> None:
+        if not values.isfinite().all():
+            path = self.out / CHECKPOINT_FILE
+            kept = f"{self.out} keeps the last checkpoint" if path.exists() else "there is no checkpoint yet"
+            what = f"{name} is {values.item()} at" if values.ndim == 0 else f"{name} is not finite after"
+            raise CfvitError(f"{what} step {self.trained.step}: lower --lr-base; {kept}")
 
-def _stopped(trained: Trained) -> Stopped:
-    return Stopped(f"stopped at step {trained.step}: add --resume to continue")
+    def _require_finite_weights(self) -> None:
+        """The loss of a step is of the weights before it, so these are looked at too before anything is written."""
+        for name, tensor in self.trained.model.state_dict().items():
+            if tensor.is_floating_point():
+                self._require_finite(name, tensor)
 
+    def _save_checkpoint(self, name: str) -> None:
+        self._require_finite_weights()
+        if self.process.leads:
+            with atomic_write(self.out / name) as file:
+                state = {"recipe": self.recipe.to_dict(), "world": self.process.world, **self.trained.state_dict()}
+                torch.save(state, file)
 
-def _kept(out: Path) -> str:
-    return f"{out} keeps the last checkpoint" if (out / CHECKPOINT_FILE).exists() else "there is no checkpoint yet"
+    def _evaluate_and_save(self, place: str) -> dict[str, float]:
+        """Scores the best weights, chooses eta on the hold-out, and writes the model.
 
+        With a teacher the share of images that it answers alike is a score too, and without labels the one by which
+        eta is chosen.
+        """
+        recipe, trained, process, reporter = self.recipe, self.trained, self.process, self.reporter
+        self._require_finite_weights()
+        reporter.say_without_bar(f"{place}: evaluating")
+        method, model, teacher = trained.method, trained.best_weights().eval(), trained.teacher
+        if process.world > 1:
+            distribute_bn(model, process.world, reduce=True)
 
-def _require_finite(loss: Tensor, step: int, out: Path) -> None:
-    if not math.isfinite(loss.item()):
-        raise CfvitError(f"the loss is {loss.item()} at step {step}: lower --lr-base; {_kept(out)}")
+        def forward(batch: Tensor) -> dict[str, Tensor]:
+            taught = {TEACHER: teacher.answer(batch)} if teacher and recipe.uses_teacher else {}
+            return {**method.answers(model, batch), **taught}
 
-
-def _require_finite_weights(trained: Trained, out: Path) -> None:
-    """The loss of a step is of the weights before it, so these are looked at too before anything is written."""
-    for name, tensor in trained.model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CfvitError(f"{name} is not finite after step {trained.step}: lower --lr-base; {_kept(out)}")
-
-
-def _save_checkpoint(recipe: Recipe, path: Path, trained: Trained, process: Process) -> None:
-    _require_finite_weights(trained, path.parent)
-    if process.leads:
-        with atomic_write(path) as file:
-            torch.save({"recipe": recipe.to_dict(), "world": process.world, **trained.state_dict()}, file)
-
-
-def _evaluate_and_save(
-    recipe: Recipe,
-    out: Path,
-    images: Data,
-    trained: Trained,
-    process: Process,
-    reporter: Reporter,
-    place: str,
-) -> dict[str, float]:
-    """Scores the best weights, chooses eta on the hold-out, and writes the model.
-
-    With a teacher the share of images that it answers alike is a score too, and without labels the one by which eta
-    is chosen.
-    """
-    _require_finite_weights(trained, out)
-    reporter.say_without_bar(f"{place}: evaluating")
-    method, model, teacher = trained.method, trained.best_weights().eval(), trained.teacher
-    if process.world > 1:
-        distribute_bn(model, process.world, reduce=True)
-
-    def forward(batch: Tensor) -> dict[str, Tensor]:
-        taught = {TEACHER: teacher.answer(batch)} if teacher and recipe.uses_teacher else {}
-        return {**method.answers(model, batch), **taught}
-
-    figures: dict[str, float] = {}
-    for split, dataset, labelled in (
-        ("holdout", images.holdout, recipe.uses_labels),
-        ("validation", images.validation, True),
-    ):
-        if dataset is None:
-            continue
-        loader = eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
-        reporter.start(f"{place}, evaluating", "image", len(dataset))
-        with autocast(recipe, process.device):
-            collected = collect(forward, loader, process.device, reporter.advance)
-        scored = dict(collected.logits)
-        taught = scored.pop(TEACHER).argmax(dim=-1) if recipe.uses_teacher else None
-        for point, logits in scored.items():
-            if labelled:
-                for k in (1, 5):
-                    figures[f"{split}_{point}_top{k}"] = round(top_k_accuracy(logits, collected.labels, k), 3)
-            if taught is not None:
-                figures[f"{split}_{point}_agreement"] = round(top_k_accuracy(logits, taught, 1), 3)
-        labels = collected.labels if labelled else taught
-        if split == "holdout" and labels is not None:
-            figures |= method.choose_exit(model, scored, labels, recipe.threshold_max_drop)
-    if process.leads:
-        model.data_config, model.class_names = trained.model.data_config, trained.model.class_names
-        method.save(model, out)
-    return figures
+        figures: dict[str, float] = {}
+        for split, dataset, labelled in (
+            ("holdout", self.images.holdout, recipe.uses_labels),
+            ("validation", self.images.validation, True),
+        ):
+            if dataset is None:
+                continue
+            loader = eval_loader(dataset, recipe.eval_batch_size, recipe.workers, process.device)
+            reporter.start(f"{place}, evaluating", "image", len(dataset))
+            with autocast(recipe, process.device):
+                collected = collect(forward, loader, process.device, reporter.advance)
+            scored = dict(collected.logits)
+            taught = scored.pop(TEACHER).argmax(dim=-1) if recipe.uses_teacher else None
+            for point, logits in scored.items():
+                if labelled:
+                    for k in (1, 5):
+                        figures[f"{split}_{point}_top{k}"] = round(top_k_accuracy(logits, collected.labels, k), 3)
+                if taught is not None:
+                    figures[f"{split}_{point}_agreement"] = round(top_k_accuracy(logits, taught, 1), 3)
+            labels = collected.labels if labelled else taught
+            if split == "holdout" and labels is not None:
+                figures |= method.choose_exit(model, scored, labels, recipe.threshold_max_drop)
+        if process.leads:
+            model.data_config, model.class_names = trained.model.data_config, trained.model.class_names
+            method.save(model, self.out)
+        return figures

@@ -163,15 +163,13 @@ class Recipe(ModelConfig, Objective):
             raise UsageError("teacher_weights are given without a teacher: add --teacher NAME")
         if self.uses_labels and len(self.data) > 1:
             raise UsageError(f"data has {len(self.data)} sources: labelled data is one, only photos may be more")
-        if self.learns_from_tokens:
-            self._check_token_labels()
-        elif self.mix_token:
-            raise UsageError(
-                "mix_token is on without token labels: add --token-labels FOLDER or --teacher NAME, "
-                "or give --no-mix-token"
-            )
-
-    def _check_token_labels(self) -> None:
+        if not self.learns_from_tokens:
+            if self.mix_token:
+                raise UsageError(
+                    "mix_token is on without token labels: add --token-labels FOLDER or --teacher NAME, "
+                    "or give --no-mix-token"
+                )
+            return
         if self.token_labels and self.teacher:
             raise UsageError("token_labels and teacher are both given: labels come from one of them")
         if self.mixup or self.cutmix:
@@ -246,7 +244,17 @@ Command: ``cfvit train --recipe finetune --data DATA --out RUN --backbone deit_s
 (``--initial-weights FILE`` for weights at hand). Reproduced: no score on ImageNet yet.
 """
 
+_LIGHTLY_AUGMENTED: dict[str, Any] = {
+    "auto_augment": "none",
+    "random_erasing": 0.0,
+    "repeated_augmentation": 1,
+    "train_interpolation": "bilinear",
+    "drop_path_rate": 0.0,
+}
+"""For short runs: nothing but crops, flips and mixing."""
+
 ADAPT = Recipe(
+    **_LIGHTLY_AUGMENTED,
     backbone="deit_tiny_patch16_224",
     label_weight=0.0,
     coarse_fine_weight=0.0,
@@ -261,18 +269,11 @@ ADAPT = Recipe(
     min_lr=1e-6,
     warmup_epochs=0.2,
     weight_decay=0.0,
-    drop_path_rate=0.0,
     ema_decay=0.999,
     initial_share=0.3,
     crop_scale_min=0.35,
-    auto_augment="none",
     color_jitter=0.0,
-    train_interpolation="bilinear",
-    random_erasing=0.0,
-    mixup=0.8,
-    cutmix=1.0,
     mix_probability=0.7,
-    repeated_augmentation=1,
 )
 """A trained ViT made coarse-to-fine on photos without labels: both stages learn its answers.
 
@@ -298,6 +299,7 @@ Command: ``torchrun --nproc-per-node 8 -m cfvit train --data IMAGENET --out RUN 
 """
 
 IMAGENETTE = Recipe(
+    **_LIGHTLY_AUGMENTED,
     backbone="deit_tiny_patch16_224",
     coarse_grid=4,
     epochs=24,
@@ -308,13 +310,8 @@ IMAGENETTE = Recipe(
     lr_base_size=64,
     warmup_epochs=1.0,
     clip_grad=1.0,
-    drop_path_rate=0.0,
     ema_decay=0.999,
     crop_scale_min=0.3,
-    auto_augment="none",
-    train_interpolation="bilinear",
-    random_erasing=0.0,
-    repeated_augmentation=1,
     mixup=0.2,
     cutmix=0.5,
 )
@@ -328,6 +325,7 @@ table, and the command for a GPU, which was not run. Reproduced: yes on ten clas
 """
 
 DIGITS = Recipe(
+    **_LIGHTLY_AUGMENTED,
     backbone="test_vit",
     timm_kwargs={"patch_size": 8},
     coarse_grid=3,
@@ -338,15 +336,10 @@ DIGITS = Recipe(
     lr_base=4e-3,
     lr_base_size=32,
     warmup_epochs=1.0,
-    drop_path_rate=0.0,
     ema_decay=0.99,
     crop_scale_min=0.7,
     hflip=0.0,
     crop_pct=1.0,
-    auto_augment="none",
-    train_interpolation="bilinear",
-    random_erasing=0.0,
-    repeated_augmentation=1,
     mixup=0.0,
     cutmix=0.0,
     label_smoothing=0.05,

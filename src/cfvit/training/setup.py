@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm.optim.muon
 import torch
 from timm.data import ImageNetInfo, create_transform
+from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +29,6 @@ from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.inference.engines.packing import accelerate, accelerate_training
 from cfvit.methods.base import Method, create_method
 from cfvit.processes import Process
-from cfvit.training.optimizers import create_optimizer, resume_optimizer
 from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.teacher import Teacher, load_teacher
 from cfvit.training.tokens.label_maps import LabelledImages, LabelledTransform
@@ -261,6 +263,36 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
     return Trained(method, model, network, *trained_by)
 
 
+def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Timm's optimiser; of a hybrid one such as Muon, AdamW takes the embeddings and the head.
+
+    Raises:
+        CfvitError: timm has none of that name.
+    """
+    one_pass: dict[str, Any] = {"fused": True} if recipe.optimizer == "adamw" else {}
+    try:
+        return create_optimizer_v2(
+            trainable,
+            opt=recipe.optimizer,
+            lr=lr,
+            weight_decay=recipe.weight_decay,
+            fallback_no_weight_decay=True,
+            fallback_list=("*head.weight", "*patch_embed.*"),
+            **one_pass,
+        )
+    except ValueError as error:
+        raise CfvitError(
+            f"optimizer {recipe.optimizer!r}: {first_line(error)}; give one of timm's, such as adamw"
+        ) from error
+
+
+def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Takes over the state of a run's optimiser; whether it updates in one pass is no part of that."""
+    one_pass = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}
+    groups = [{**group, **one_pass} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
 def _teacher(recipe: Recipe, model: Any, device: torch.device) -> Teacher | None:
     """The teacher that is named or, to learn whole answers from, the plain ViT that the run starts from."""
     if recipe.teacher is not None:
@@ -333,3 +365,22 @@ def attention_for_gradients(recipe: Recipe, device: torch.device) -> Any:
     """
     halved = device.type == "cpu" and dtype_of(recipe, device) is not torch.float32
     return sdpa_kernel(SDPBackend.MATH) if halved else nullcontext()
+
+
+@contextmanager
+def orthogonalising_in(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Within it, Muon's matrix products on a CPU that trains in float32 are computed in that.
+
+    timm computes them in bfloat16, as suits a GPU, and has no option for it. A CPU without instructions for
+    that takes several times as long for Muon as for all the rest of a step. Not for threads that train side by
+    side: timm's function is exchanged for all of them.
+    """
+    if device.type != "cpu" or dtype is not torch.float32:
+        yield
+        return
+    usual = timm.optim.muon.zeropower_via_newtonschulz
+    timm.optim.muon.zeropower_via_newtonschulz = partial(usual, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        timm.optim.muon.zeropower_via_newtonschulz = usual

@@ -1,4 +1,4 @@
-"""One optimiser step: batches, what they are scored on, gradients."""
+"""One optimiser step: batches, images mixed with one another (mixup, cutmix, MixToken), gradients."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import torch
+from timm.data import Mixup
+from timm.data.mixup import cutmix_bbox_and_lam, mixup_target
 from torch import Tensor, nn
 
 from cfvit.data import FAILURES_IN_A_ROW, UNREADABLE, combine_seeds, next_batch
 from cfvit.errors import CfvitError
 from cfvit.methods.base import Batch, TokenLabels
+from cfvit.modeling.tokens import cells_in_box
 from cfvit.processes import Process
-from cfvit.training.optimizers import orthogonalising_in
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import Trained, attention_for_gradients, autocast, dtype_of
+from cfvit.training.setup import Trained, attention_for_gradients, autocast, dtype_of, orthogonalising_in
 from cfvit.training.tokens.label_maps import pool_labels, pool_scores
-from cfvit.training.tokens.mixing import class_target, draw_mixed_cells, mix_images
 
 
 def take_step(
@@ -78,3 +80,39 @@ def make_batch(recipe: Recipe, trained: Trained, loaded: Sequence[Tensor], seed:
         return Batch(images, class_target(targets, mixed, recipe.label_smoothing, classes), token_labels=labels)
     images, target = mix_images(recipe, images, targets if recipe.uses_labels else None, seed, classes)
     return Batch(images, target, None if trained.teacher is None else trained.teacher.answer(images))
+
+
+def mix_images(
+    recipe: Recipe, images: Tensor, targets: Tensor | None, seed: int, classes: int
+) -> tuple[Tensor, Tensor | None]:
+    """Mixup or cutmix by timm, its choices fixed by the seed; all as it is where both are off.
+
+    Args:
+        targets: class indices ``[B]``; None for images without labels, which get none.
+    """
+    if recipe.mixup == 0 and recipe.cutmix == 0:
+        return images, targets
+    np.random.seed(seed)
+    mix = Mixup(
+        recipe.mixup,
+        recipe.cutmix,
+        prob=recipe.mix_probability,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )
+    if targets is None:
+        return mix(images, torch.zeros(len(images), dtype=torch.long, device=images.device))[0], None
+    return mix(images, targets)
+
+
+def draw_mixed_cells(grid: tuple[int, int], seed: int, device: torch.device) -> Tensor:
+    """MixToken's cells: a box of uniformly drawn area and place, ``[N]`` with True inside."""
+    np.random.seed(seed)
+    (top, bottom, left, right), _ = cutmix_bbox_and_lam((*grid,), float(np.random.beta(1.0, 1.0)))
+    return cells_in_box((top, left, bottom, right), grid, device)
+
+
+def class_target(targets: Tensor, mixed: Tensor | None, smoothing: float, classes: int) -> Tensor:
+    """Class probabilities ``[B, classes]``: image ``b`` and its mirror image by the share of mixed cells."""
+    share = 0.0 if mixed is None else float(mixed.float().mean())
+    return mixup_target(targets, classes, 1.0 - share, smoothing)

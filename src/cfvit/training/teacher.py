@@ -98,16 +98,9 @@ class Teacher:
 
     @torch.no_grad()
     def dense(self, images: Tensor) -> Tensor:
-        """Logits at each place of images that went through the teacher's own preprocessing.
+        """Logits at each place of images in the teacher's own preprocessing: ``[B, 3, H, W] -> [B, C, h, w]``.
 
-        Args:
-            images: ``[B, 3, H, W]``.
-
-        Returns:
-            ``[B, C, h, w]``; h and w are the teacher's own.
-
-        Raises:
-            CfvitError: a model that gives neither a map nor tokens.
+        Raises `CfvitError` of a model that gives neither a map nor tokens; h and w are the teacher's own.
         """
         features = self.model.forward_features(images)
         dims = features.ndim if isinstance(features, Tensor) else 0

@@ -6,11 +6,10 @@ own. The label maps on disk are in the format of that paper's project, whose fil
 
 from __future__ import annotations
 
-import json
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,9 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
+from cfvit.calibration.records import parse_record
 from cfvit.data import DataSource, ImageError, TrainImages
+from cfvit.data.labels import difference_of_classes
 from cfvit.errors import CfvitError, first_line
 
 MAX_CLASSES = 2049
@@ -52,52 +53,23 @@ def read_origin(root: Path) -> MapsOrigin | None:
     """
     path = root / ORIGIN_FILE
     try:
-        content = json.loads(path.read_text())
-        origin = MapsOrigin(**{field.name: content[field.name] for field in fields(MapsOrigin)})
-        if not isinstance(origin.class_names, list):
-            raise ValueError("class_names is no list")
+        return parse_record(MapsOrigin, path.read_text(), ORIGIN_FILE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except KeyError as error:
-        raise CfvitError(f"{path} is damaged (no {error.args[0]}): remove {root} and make the maps again") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise CfvitError(f"{path} is damaged ({first_line(error)}): remove {root} and make the maps again") from error
-    return origin
-
-
-def difference_of_classes(theirs: Sequence[str], ours: Sequence[str]) -> str | None:
-    """How the classes of label maps differ from those of the data, or None."""
-    if len(theirs) != len(ours):
-        return f"{len(theirs)} classes, the data {len(ours)}"
-    return next((f"class {a!r} where the data has {b!r}" for a, b in zip(theirs, ours, strict=True) if a != b), None)
-
-
-def label_path(root: Path, class_name: str, image_name: str) -> Path:
-    """Where the label map of an image is stored: ``root/class_name/STEM.pt``.
-
-    Args:
-        class_name: as the data spells it; ImageNet's identifiers stay.
-        image_name: the image's file name, with or without its folders.
-
-    Raises:
-        CfvitError: a class name that is no name of a folder.
-    """
-    if class_name in ("", ".", "..") or "/" in class_name:
-        raise CfvitError(f"class {class_name!r} names no folder for label maps: rename the class's folder in the data")
-    return root / class_name / f"{Path(image_name).stem}.pt"
 
 
 def label_path_of(root: Path, source: DataSource, index: int) -> Path:
-    """Where the label map of the data set's image ``index`` is stored.
+    """Where the label map of the data set's image ``index`` is stored: ``root/CLASS_FOLDER/STEM.pt``.
 
     Raises:
-        CfvitError: data whose images have no names.
+        CfvitError: data whose images have no names, or lie in no class folder.
     """
-    name = source.name(index)
-    folder = Path(name).parent.name
-    if not folder:
+    name = Path(source.name(index))
+    if name.parent.name in ("", ".."):
         raise CfvitError(f"{name} has no class folder, by which label maps are kept: give an image folder or a tar")
-    return label_path(root, folder, name)
+    return root / name.parent.name / f"{name.stem}.pt"
 
 
 def require_own_maps(source: DataSource) -> None:
@@ -116,11 +88,9 @@ def require_own_maps(source: DataSource) -> None:
 
 
 def read_label_map(path: Path, num_classes: int) -> Tensor:
-    """Reads the label map of one image; nothing in the file is executed.
+    """Reads the label map of one image, ``[2, k, h, w]`` in half precision; nothing in the file is executed.
 
-    Returns:
-        ``[2, k, h, w]`` in half precision: at each place the k highest scores (logits) of a
-        teacher, and the classes that they belong to.
+    It has, at each place, the k highest scores (logits) of a teacher, and the classes that they belong to.
 
     Raises:
         CfvitError: no such file, damaged, of another shape, or scores and classes that cannot be.
@@ -214,10 +184,9 @@ class LabelledImages(TrainImages):
     def __init__(self, source: DataSource, indices: Sequence[int], transform: LabelledTransform, root: Path) -> None:
         require_own_maps(source)
         origin = read_origin(root)
-        differs = origin and difference_of_classes(origin.class_names, source.class_names)
-        if differs:
+        if origin and (differs := difference_of_classes(source.class_names, origin.class_names)):
             raise CfvitError(
-                f"the label maps in {root} have {differs}: "
+                f"the label maps in {root} are of other classes ({differs}): "
                 "make maps of this data with cfvit token-labels and another --out"
             )
         super().__init__(source, _with_maps(source, indices, root), transform)
@@ -260,7 +229,7 @@ def _with_maps(source: DataSource, indices: Sequence[int], root: Path) -> list[i
 
 
 def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
-    """Soft labels of the cells of a grid over each crop, from stored label maps.
+    """As `pool_scores`, from stored label maps.
 
     A class that is not among the k has score 0, as in LV-ViT's training; `to_label_maps` of
     `cfvit.training.tokens.labelling` shifts the stored scores so that this is right on the whole.
@@ -269,9 +238,6 @@ def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classe
         maps: ``[B, 2, k, h, w]``, see `read_label_map`.
         windows: ``[B, 5]``, see `LabelledTransform`.
         grid: rows and columns; ``(1, 1)`` gives the label of the whole crop.
-
-    Returns:
-        As `pool_scores`.
     """
     batch, _, _, height, width = maps.shape
     scores = torch.zeros(batch, num_classes, height, width, device=maps.device)

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
-from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader
+from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader, progress_bar
+from cfvit.data.labels import difference_of_classes
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.training.teacher import Teacher
@@ -23,7 +22,6 @@ from cfvit.training.tokens.label_maps import (
     MAX_CLASSES,
     ORIGIN_FILE,
     MapsOrigin,
-    difference_of_classes,
     label_path_of,
     read_label_map,
     read_origin,
@@ -53,16 +51,14 @@ def make_token_labels(
 
     The teacher sees the whole image, squashed to its input size, so that shares of the map are
     shares of the image. A map is ``[2, 5, size, size]`` in half precision, fewer than 5 where there
-    are fewer classes; see `to_label_maps`. What the maps are made of is written into ``out`` first.
+    are fewer classes; see `to_label_maps`.
 
     Args:
-        source: the training images.
-        out: gets a folder per class and ``labels.json``, a `cfvit.training.tokens.label_maps.MapsOrigin`.
+        out: gets ``labels.json``, a `cfvit.training.tokens.label_maps.MapsOrigin`, and a folder per class.
 
     Raises:
-        CfvitError: other classes than the teacher's, two images with one place for their maps, maps of
-            another or unknown origin in ``out``, a full disk. What has been written is kept and used by
-            another call.
+        CfvitError: other classes than the teacher's, two images with one place for their maps, maps of another or
+            unknown origin in ``out``, a full disk. What has been written is kept and used by another call.
     """
     teacher.require_classes(source.class_names)
     if len(source.class_names) > MAX_CLASSES:
@@ -85,13 +81,14 @@ def make_token_labels(
         except CfvitError:
             return False
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        indices = progress.track(range(len(source)), description="finding label maps")
-        missing = [index for index in indices if not is_there(index)]
-        images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
-        loader = eval_loader(images, batch_size, workers, teacher.device)
-        for pixels, targets, places in progress.track(loader, description="making label maps"):
+    missing: list[int] = []
+    with progress_bar(len(source)) as advance:
+        for index in range(len(source)):
+            missing += [] if is_there(index) else [index]
+            advance(1)
+    images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
+    with progress_bar(len(missing)) as advance:
+        for pixels, targets, places in eval_loader(images, batch_size, workers, teacher.device):
             readable = targets != UNREADABLE
             if readable.any():
                 maps = to_label_maps(teacher.dense(pixels[readable].to(teacher.device)), size).cpu()
@@ -104,6 +101,7 @@ def make_token_labels(
                 except ImageError as error:
                     reason = str(error)
                 unreadable.append((source.name(index), reason))
+            advance(len(places))
     return LabelCounts(len(missing) - len(unreadable), len(source) - len(missing), unreadable)
 
 
@@ -114,18 +112,14 @@ def to_label_maps(logits: Tensor, size: int) -> Tensor:
     the classes that are not stored to have score 0. So the scores are shifted until the softmax with
     that 0 gives these classes together what the teacher gives them: by the log of the mean of their
     exponentials. Where every class is stored, the highest is shifted to 0, near which half precision
-    is finest.
+    is finest. Scores that are not finite raise `CfvitError`.
 
     Args:
-        logits: ``[B, C, h, w]``; interpolated to the size of the maps.
-        size: places on a side.
+        logits: ``[B, C, h, w]``; interpolated to ``size`` places on a side.
 
     Returns:
         ``[B, 2, k, size, size]`` in half precision, k at most 5. Where that does not reach to the mean
         of the classes that are not stored, the scores keep their distance from the highest.
-
-    Raises:
-        CfvitError: scores that are not finite.
     """
     logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
     logits = logits - logits.amax(dim=1, keepdim=True)
@@ -144,20 +138,19 @@ def to_label_maps(logits: Tensor, size: int) -> Tensor:
 def _claim(out: Path, origin: MapsOrigin) -> None:
     """Writes down what the maps in a folder will be made of, or compares it with what is written there."""
     was = read_origin(out)
+    differs = None
     if was is None:
         if any(out.glob("*/*.pt")):
             raise CfvitError(f"{out} holds label maps of unknown origin, without {ORIGIN_FILE}: give another --out")
         with atomic_write(out / ORIGIN_FILE) as file:
             file.write_text(json.dumps(asdict(origin), indent=2) + "\n")
-        return
-    differs = None
-    if was.weights_sha256 != origin.weights_sha256:
+    elif was.weights_sha256 != origin.weights_sha256:
         which = f"not {origin.teacher}" if was.teacher != origin.teacher else "with other weights"
         differs = f"are by teacher {was.teacher}, {which}"
     elif was.size != origin.size:
         differs = f"are of {was.size} x {was.size} places, not {origin.size}"
-    elif classes := difference_of_classes(was.class_names, origin.class_names):
-        differs = f"have {classes}"
+    elif classes := difference_of_classes(origin.class_names, was.class_names):
+        differs = f"are of other classes ({classes})"
     if differs:
         raise CfvitError(f"the label maps in {out} {differs}: give another --out, or remove the folder")
 

@@ -8,7 +8,7 @@ import torch
 from cfvit.modeling.losses import distillation_loss, token_label_loss, token_target
 from cfvit.modeling.model import TokenOutput
 from cfvit.modeling.tokens import cells_in_box, child_positions, rank_cells
-from cfvit.training.tokens.mixing import class_target, draw_mixed_cells
+from cfvit.training.step import class_target, draw_mixed_cells
 
 CPU = torch.device("cpu")
 CLASSES = 5

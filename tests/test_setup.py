@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from cfvit.errors import CfvitError
-from cfvit.training.optimizers import create_optimizer, orthogonalising_in, resume_optimizer
 from cfvit.training.recipe import Recipe
+from cfvit.training.setup import create_optimizer, orthogonalising_in, resume_optimizer
 
 
 def layer_with_gradient():
