@@ -602,7 +602,7 @@ def test_cells_of_a_row() -> None:
 def _bench(rows: Sequence[Row], **changes: Any) -> Bench:
     conditions = Conditions("cfvit bench", "a machine", "float32", "versions", "abc", "today")
     batch = Batch(4, list(rows), 100.0, 1.0)
-    given = {"backbone": "deit_small_patch16_224", "grid": (7, 7), "plan": Plan(("torch",), (0.24,), 1, 1)}
+    given = {"backbone": "deit_small_patch16_224", "coarse_grid": (7, 7), "plan": Plan(("torch",), (0.24,), 1, 1)}
     return Bench(conditions, "model", random_weights=True, notes=("a note",), batches=(batch,), **(given | changes))
 
 
@@ -620,7 +620,7 @@ def test_beside_the_papers_table() -> None:
         ["0.75", "51%", "3701", "1.42", "-", "-"],
         ["1.0", "100%", "2760", "1.06", "25", "1.25 (1.20 to 1.30)"],
     ]
-    assert papers_comparison(_bench(rows, grid=(9, 9))) == []
+    assert papers_comparison(_bench(rows, coarse_grid=(9, 9))) == []
     assert "Beside the paper" in to_markdown(_bench(rows))
     assert "Beside the paper" not in to_markdown(_bench(rows, backbone="vit_small_patch16_224"))
 

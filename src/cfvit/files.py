@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and finding out beforehand whether it can be written."""
+"""Writing a file whole or not at all, and finding out beforehand whether it can be written; texts by templates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -61,3 +62,25 @@ def require_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def fill_template(name: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """A text by a Jinja template of this package, named by its path. What goes into HTML is escaped.
+
+    Args:
+        filters: functions that the template calls, besides Jinja's own.
+        values: what it shows; all that it names must be there.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+    folder, _, file = name.rpartition("/")
+    environment = Environment(
+        loader=PackageLoader("cfvit", folder),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters or {}
+    return environment.get_template(file).render(**values)

@@ -19,23 +19,14 @@ REPORTED_PACKAGES = ("torch", "torchvision", "timm", "numpy")
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a reader needs in order to judge or repeat a figure.
+    """What a reader needs in order to judge or repeat a figure."""
 
-    Attributes:
-        command: as it was given.
-        hardware: the GPU, or the processor and the number of threads.
-        dtype: precision of matrix products.
-        versions: of Python, cfvit and the packages that compute.
-        commit: of the source, with ``+changes`` where it was edited since; ``unknown`` outside a repository.
-        date: UTC.
-    """
-
-    command: str
-    hardware: str
-    dtype: str
-    versions: str
-    commit: str
-    date: str
+    command: str  # as it was given
+    hardware: str  # the GPU, or the processor and the number of threads
+    dtype: str  # precision of matrix products
+    versions: str  # of Python, cfvit and the packages that compute
+    commit: str  # of the source, with ``+changes`` where it was edited since; ``unknown`` outside a repository
+    date: str  # UTC
 
 
 def conditions_of(dtype: torch.dtype, command: str) -> Conditions:

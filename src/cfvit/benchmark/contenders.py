@@ -41,22 +41,15 @@ There is one number, but for a stream: that answers the images as often as there
 
 @dataclass(frozen=True)
 class Contender:
-    """A way of answering images.
+    """A way of answering images."""
 
-    Attributes:
-        name: for tables.
-        macs: cost of an image; of one that exits, where some do.
-        fine_macs: what an image costs on top if it goes on; None where all images are treated alike.
-        build: prepares it for an engine.
-        engines: the only ones that it can be timed in, of which the first is used if none is asked for; None for all.
-        share_out: from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``.
-    """
-
-    name: str
-    macs: int
-    fine_macs: int | None
-    build: Callable[[EngineName], Runner]
+    name: str  # for tables
+    macs: int  # cost of an image; of one that exits, where some do
+    fine_macs: int | None  # what an image costs on top if it goes on; None where all images are treated alike
+    build: Callable[[EngineName], Runner]  # prepares it for an engine
+    # the only ones that it can be timed in, of which the first is used if none is asked for; None for all
     engines: tuple[EngineName, ...] | None = None
+    # from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``
     share_out: Callable[[int, float], dict[tuple[int, ...], float]] = lambda count, share: whole_images(count, share)
 
 
@@ -130,13 +123,9 @@ def runs(network: Callable[[Tensor], Any]) -> Runner:
 
 
 class ForcedExits:
-    """An engine whose confidences are moved, so that the chosen images of a batch go on at a threshold of 0.5.
+    """An engine whose confidences are moved, so that the chosen images of a batch go on at a threshold of 0.5."""
 
-    Attributes:
-        going: which images of the next batch go on, ``[B]`` of bool.
-    """
-
-    going: Tensor
+    going: Tensor  # which images of the next batch go on, ``[B]`` of bool
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.model, self.weight, self.fine = engine, engine.model, engine.weight, engine.fine
@@ -154,29 +143,26 @@ def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
 
 
 def predicts(engine: Engine) -> Runner:
+    """Calls of a predictor."""
+    return _with_exits(engine, lambda predictor, batches, size: predictor(next(batches)))
+
+
+def streams(engine: Engine) -> Runner:
+    """Calls of a predictor's stream."""
+
+    def answer(predictor: Predictor, batches: Iterator[Tensor], size: int) -> list[Any]:
+        return list(predictor.stream(batches, fine_batch=fine_batch_of(engine.weight, size)))
+
+    return _with_exits(engine, answer)
+
+
+def _with_exits(engine: Engine, answer: Callable[[Predictor, Iterator[Tensor], int], object]) -> Runner:
     """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew."""
     forced = ForcedExits(engine)
     predictor = Predictor(forced, 0.5)
 
     def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
-        (count,) = counts
-        going = spread_evenly(len(images), count, images.device)
-
-        def call() -> object:
-            forced.going = going
-            return predictor(images)
-
-        return call
-
-    return prepare_call
-
-
-def streams(engine: Engine) -> Runner:
-    """Calls of a predictor's stream, which sets the exits of each batch anew."""
-    forced = ForcedExits(engine)
-    predictor = Predictor(forced, 0.5)
-
-    def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
+        """The images again for each of the counts, so many of them going on."""
         going = [spread_evenly(len(images), count, images.device) for count in counts]
 
         def batches() -> Iterator[Tensor]:
@@ -184,7 +170,7 @@ def streams(engine: Engine) -> Runner:
                 forced.going = now
                 yield images
 
-        return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(engine.weight, len(images))))
+        return lambda: answer(predictor, batches(), len(images))
 
     return prepare_call
 

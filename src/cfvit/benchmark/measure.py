@@ -42,46 +42,28 @@ AHEAD, BEHIND, CANNOT_BE_TOLD = "ahead", "behind", "cannot be told"
 
 @dataclass(frozen=True)
 class Plan:
-    """How to measure.
+    """How to measure."""
 
-    Attributes:
-        engines: for which contenders are prepared; the plain backbone is always timed in timm's eager model as well.
-        shares: of images that go on, for contenders that have an exit.
-        rounds: the most rounds.
-        seconds: for each batch size; at least `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds are made.
-    """
-
+    # for which contenders are prepared; the plain backbone is always timed in timm's eager model as well
     engines: tuple[EngineName, ...]
-    shares: tuple[float, ...]
-    rounds: int
-    seconds: float
+    shares: tuple[float, ...]  # of images that go on, for contenders that have an exit
+    rounds: int  # the most rounds
+    seconds: float  # for each batch size; at least `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds are made
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What is timed as one row.
+    """What is timed as one row."""
 
-    Attributes:
-        name: of the contender.
-        engine: for which it was prepared.
-        images: `RANDOM` or `REAL`.
-        scope: what was timed, `COMPUTING` or more.
-        reference: the scope of the backbone and the predictor that it is compared with.
-        fine_share: share of images that went on; None where all are treated alike.
-        macs: mean cost of an image in multiply-accumulates.
-        images_per_round: images that a round answered.
-        parts: the timed calls (`Batch.seconds`) of a round, and the weight of each; weights sum to 1.
-    """
-
-    name: str
-    engine: EngineName
-    images: str
-    scope: str
-    reference: str
-    fine_share: float | None
-    macs: float
-    images_per_round: int
-    parts: Mapping[str, float]
+    name: str  # of the contender
+    engine: EngineName  # for which it was prepared
+    images: str  # `RANDOM` or `REAL`
+    scope: str  # what was timed, `COMPUTING` or more
+    reference: str  # the scope of the backbone and the predictor that it is compared with
+    fine_share: float | None  # share of images that went on; None where all are treated alike
+    macs: float  # mean cost of an image in multiply-accumulates
+    images_per_round: int  # images that a round answered
+    parts: Mapping[str, float]  # the timed calls (`Batch.seconds`) of a round, and the weight of each; weights sum to 1
 
     def per_image(self, timings: Mapping[str, Timing]) -> Timing:
         """Seconds of an image in each round, by the timings of its calls."""
@@ -91,44 +73,34 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Entry):
-    """A contender at a batch size.
+    """A contender at a batch size."""
 
-    Attributes:
-        batch_size: images of a call.
-        gmacs: mean cost of an image in 1e9 multiply-accumulates.
-        rounds: number of rounds that were counted.
-        images_per_second: by the median round.
-        mean_ms: mean milliseconds of a call; of a stream, of a batch.
-        p50_ms, p95_ms, p99_ms: milliseconds of a call; None with too few calls, and for a stream, where hard images
-            wait for those of later batches.
-        spread: interquartile range of the rounds over their median.
-        ratio: how many times faster than the backbone in the same engine, from the same rounds.
-        eager_ratio: how many times faster than timm's model as it is.
-        predictor_ratio: how many times faster than this contender the predictor is, from the same rounds: the one at
-            the first share in the same engine, or in its first one if it was not timed in this. None without one.
-        macs_ratio: the backbone's MACs over these.
-        matrix_share: share of the machine's own matrix rate that was reached.
-        peak_megabytes: memory of tensors that a call adds at most, see `peak_bytes`; on a CPU None for exported engines
-            and for calls in which other threads prepare images.
-        steady: whether the reference was as fast in the first half of the rounds as in the second.
-    """
-
-    batch_size: int
-    gmacs: float
-    rounds: int
-    images_per_second: float
-    mean_ms: float
+    batch_size: int  # images of a call
+    gmacs: float  # mean cost of an image in 1e9 multiply-accumulates
+    rounds: int  # number of rounds that were counted
+    images_per_second: float  # by the median round
+    mean_ms: float  # mean milliseconds of a call; of a stream, of a batch
+    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
+    # batches
     p50_ms: float | None
+    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
+    # batches
     p95_ms: float | None
+    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
+    # batches
     p99_ms: float | None
-    spread: float
-    ratio: Estimate
-    eager_ratio: Estimate
+    spread: float  # interquartile range of the rounds over their median
+    ratio: Estimate  # how many times faster than the backbone in the same engine, from the same rounds
+    eager_ratio: Estimate  # how many times faster than timm's model as it is
+    # how many times faster than this contender the predictor is, from the same rounds: the one at the first share in
+    # the same engine, or in its first one if it was not timed in this. None without one.
     predictor_ratio: Estimate | None
-    macs_ratio: float
-    matrix_share: float
+    macs_ratio: float  # the backbone's MACs over these
+    matrix_share: float  # share of the machine's own matrix rate that was reached
+    # memory of tensors that a call adds at most, see `peak_bytes`; on a CPU None for exported engines and for calls in
+    # which other threads prepare images
     peak_megabytes: float | None
-    steady: bool
+    steady: bool  # whether the reference was as fast in the first half of the rounds as in the second
 
     @property
     def telling(self) -> bool:
@@ -168,20 +140,13 @@ class Row(Entry):
 
 @dataclass(frozen=True)
 class Batch:
-    """All contenders at a batch size.
+    """All contenders at a batch size."""
 
-    Attributes:
-        batch_size: images of a call.
-        rows: in the order of the contenders.
-        matrix_gmacs_per_second: the machine's own rate, of a large matrix product in the same precision and rounds.
-        drift: how many times slower the slower half of the reference's rounds was.
-        seconds: by the name of a timed call, for each round the seconds of each of its calls.
-    """
-
-    batch_size: int
-    rows: list[Row]
-    matrix_gmacs_per_second: float
-    drift: float
+    batch_size: int  # images of a call
+    rows: list[Row]  # in the order of the contenders
+    matrix_gmacs_per_second: float  # the machine's own rate, of a large matrix product in the same precision and rounds
+    drift: float  # how many times slower the slower half of the reference's rounds was
+    # by the name of a timed call, for each round the seconds of each of its calls
     seconds: Mapping[str, tuple[tuple[float, ...], ...]] = field(default_factory=dict)
 
     @property

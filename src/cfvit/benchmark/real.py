@@ -44,19 +44,12 @@ Inputs = Sequence[Callable[[], Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class RealImages:
-    """Images in batches of one size, in the form in which each scope begins.
+    """Images in batches of one size, in the form in which each scope begins."""
 
-    Attributes:
-        files: encoded, as stored.
-        decoded: at their own sizes.
-        pixels: normalised, in host memory, ``[B, 3, S, S]`` each.
-        resident: the same on the device and in the model's precision.
-    """
-
-    files: list[list[bytes]]
-    decoded: list[list[Image.Image]]
-    pixels: list[Tensor]
-    resident: list[Tensor]
+    files: list[list[bytes]]  # encoded, as stored
+    decoded: list[list[Image.Image]]  # at their own sizes
+    pixels: list[Tensor]  # normalised, in host memory, ``[B, 3, S, S]`` each
+    resident: list[Tensor]  # the same on the device and in the model's precision
 
     @property
     def count(self) -> int:
@@ -110,10 +103,8 @@ def read_images(source: DataSource, model: CoarseToFineViT, batch_size: int) -> 
 def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Plan) -> Batch:
     """Times backbone, predictor and stream on real images in all `SCOPES`, and the stream from files as well.
 
-    A round answers all images, in calls of one batch or by one stream.
-
-    Raises:
-        CfvitError: a model without a calibrated threshold, images that cannot be read.
+    A round answers all images, in calls of one batch or by one stream. Images that cannot be read and a model without
+    a calibrated threshold raise `CfvitError`.
     """
     model, macs, weight = engines.model, count_macs(engines.model), next(engines.model.parameters())
     images = read_images(source, model, batch_size)
@@ -121,6 +112,7 @@ def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Pl
     entries: list[Entry] = []
 
     def add(name: str, engine: EngineName, scope: str, call: Call | Sequence[Call], share: float | None) -> None:
+        """A row, timed by a call or by several that make up a round."""
         key = f"{name}, {engine}, {scope}"
         calls[key] = call
         entry = Entry(

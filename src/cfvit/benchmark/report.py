@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,22 @@ PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s"
 
 @dataclass(frozen=True)
 class Bench:
-    """A whole run.
+    """A whole run."""
 
-    Attributes:
-        conditions: under which it was made.
-        model: its name, as it was given.
-        backbone, grid: the model's backbone and coarse grid.
-        random_weights: whether the model was made for the run.
-        plan: how it was measured.
-        notes: what a reader has to know besides.
-        batches: on random images, by batch size.
-        real: on real images, by batch size; none without data.
-    """
+    conditions: Conditions  # under which it was made
+    model: str  # its name, as it was given
+    backbone: str  # of the model
+    coarse_grid: tuple[int, int]
+    random_weights: bool  # whether the model was made for the run
+    plan: Plan  # how it was measured
+    notes: tuple[str, ...]  # what a reader has to know besides
+    batches: tuple[Batch, ...]  # on random images, by batch size
+    real: tuple[Batch, ...] = ()  # on real images, by batch size; none without data
 
-    conditions: Conditions
-    model: str
-    backbone: str
-    grid: tuple[int, int]
-    random_weights: bool
-    plan: Plan
-    notes: tuple[str, ...]
-    batches: tuple[Batch, ...]
-    real: tuple[Batch, ...] = ()
+    @property
+    def largest(self) -> Batch:
+        """The random images of the largest batch size."""
+        return max(self.batches, key=lambda batch: batch.batch_size)
 
     @property
     def sentences(self) -> list[str]:
@@ -69,10 +63,8 @@ def doubts_of(batch: Batch) -> list[str]:
         slower = f"timm's backbone was {batch.drift - 1:.0%} slower in one half of the rounds than in the other"
         return [f"{at}: the machine was too noisy to tell any ratio: {slower} (allowed: {STEADY - 1:.0%})"]
     wide = sum(not row.telling for row in batch.rows)
-    if not wide:
-        return []
-    which = f"{wide} of {len(batch.rows)} ratios"
-    return [f"{at}: the machine was too noisy to tell {which}, marked ?: their ends differ by over {SHARP - 1:.0%}"]
+    which = f"{wide} of {len(batch.rows)} ratios, marked ?: their ends differ by over {SHARP - 1:.0%}"
+    return [f"{at}: the machine was too noisy to tell {which}"] if wide else []
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
@@ -155,9 +147,9 @@ def papers_comparison(bench: Bench) -> list[list[str]]:
     Returns:
         Rows under `PAPERS_COLUMNS`; none for another network.
     """
-    if (bench.backbone, bench.grid) != (PAPERS_BACKBONE, PAPERS_GRID) or not bench.batches:
+    if (bench.backbone, bench.coarse_grid) != (PAPERS_BACKBONE, PAPERS_GRID) or not bench.batches:
         return []
-    batch = _largest(bench)
+    batch = bench.largest
     predictors = [row for row in batch.rows if row.name == PREDICTOR]
     fastest = max(predictors, key=lambda row: row.images_per_second, default=batch.rows[-1])
     table = []
@@ -174,45 +166,31 @@ def papers_comparison(bench: Bench) -> list[list[str]]:
     return table
 
 
-def _largest(bench: Bench) -> Batch:
-    return max(bench.batches, key=lambda batch: batch.batch_size)
-
-
 def summary(bench: Bench) -> dict[str, Any]:
     """What a reader of rows has to know of the run and of each batch size, without the rows."""
-    return {
-        "conditions": asdict(bench.conditions),
-        "model": bench.model,
-        "backbone": bench.backbone,
-        "coarse_grid": bench.grid,
-        "random_weights": bench.random_weights,
-        "plan": asdict(bench.plan),
-        "notes": bench.sentences,
-        "measured": [
-            {
-                "images": batch.rows[0].images,
-                "batch_size": batch.batch_size,
-                "matrix_gmacs_per_second": batch.matrix_gmacs_per_second,
-                "drift": batch.drift,
-                "steady": batch.steady,
-            }
-            for batch in (*bench.batches, *bench.real)
-        ],
-    }
+    run = asdict(replace(bench, batches=(), real=()))
+    told = ("batch_size", "matrix_gmacs_per_second", "drift", "steady")
+    measured = [
+        {"images": batch.rows[0].images, **{name: getattr(batch, name) for name in told}}
+        for batch in (*bench.batches, *bench.real)
+    ]
+    run = {name: value for name, value in run.items() if name not in ("batches", "real")}
+    return {**run, "notes": bench.sentences, "measured": measured}
 
 
 def to_json(bench: Bench) -> dict[str, Any]:
     """All that was found, for a file: the seconds of all calls as well, so that others can redo the statistics."""
 
     def batch_to_json(batch: Batch) -> dict[str, Any]:
-        seconds = {
-            key: [[round(call, 7) for call in calls] for calls in rounds] for key, rounds in batch.seconds.items()
-        }
+        seconds = {key: [[round(each, 7) for each in calls] for calls in all] for key, all in batch.seconds.items()}
         rows = [row.to_dict() for row in batch.rows]
         return {**asdict(batch), "steady": batch.steady, "rows": rows, "seconds": seconds}
 
-    kinds = {"batches": bench.batches, "real": bench.real}
-    return {**summary(bench), **{kind: [batch_to_json(batch) for batch in found] for kind, found in kinds.items()}}
+    return {
+        **summary(bench),
+        "batches": [batch_to_json(batch) for batch in bench.batches],
+        "real": [batch_to_json(batch) for batch in bench.real],
+    }
 
 
 def to_markdown(bench: Bench) -> str:
@@ -227,7 +205,7 @@ def to_markdown(bench: Bench) -> str:
         if beside := peers_comparison(batch):
             lines += ["", f"### {PEERS_TITLE}", "", *_markdown_table(PEERS_COLUMNS, beside)]
     if paper := papers_comparison(bench):
-        lines += ["", f"## Beside the paper's A100, batch size {_largest(bench).batch_size} here", ""]
+        lines += ["", f"## Beside the paper's A100, batch size {bench.largest.batch_size} here", ""]
         lines += _markdown_table(PAPERS_COLUMNS, paper)
     return "\n".join(lines) + "\n"
 

@@ -39,7 +39,6 @@ def run_bench(
     Args:
         model: on its device and in its precision.
         name, command: of the run, for the report.
-        random_weights: whether the model was made for the run.
         peers: time those as well, if the backbone is one that they are written for.
         source: real images, answered at the model's own eta; int8 is quantised by them.
         watch: called with what was found at each batch size, and with all that was found so far.
@@ -63,7 +62,7 @@ def run_bench(
         conditions=conditions_of(weight.dtype, command),
         model=name,
         backbone=model.config.backbone,
-        grid=model.grid,
+        coarse_grid=model.grid,
         random_weights=random_weights,
         plan=plan,
         notes=(*notes, *(f"without {title}: {refusal}" for title, refusal in refusals.items())),

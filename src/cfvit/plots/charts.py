@@ -1,4 +1,7 @@
-"""Charts of a report, as SVG to stand inside a page, which gives them its colours. Needs matplotlib."""
+"""Charts of a report, as SVG to stand inside a page, which gives them its colours.
+
+``name`` is unique on the page; names of the drawing's parts begin with it. Without matplotlib each raises `CfvitError`.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +35,7 @@ _WIDTH = 7.0
 
 
 def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: str) -> str:
-    """Accuracy against mean cost over eta, with its interval, both ends, the plain backbone's cost and the eta in use.
-
-    Args:
-        name: unique on the page, as in the other charts; names of the drawing's parts begin with it.
-
-    Raises:
-        CfvitError: matplotlib is not installed.
-    """
+    """Accuracy against mean cost over eta, with its interval, both ends, the plain backbone and the eta in use."""
     with new_figure(_WIDTH, 3.9, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         curve, band = spread(trade, _CURVE_POINTS), spread(trade, _BAND_POINTS)
@@ -65,11 +61,7 @@ def _gmacs(trade: TradeOff, macs: StageMacs, go_on: np.ndarray) -> np.ndarray:
 
 
 def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
-    """For the coarse and the fine stage: accuracy by probability, above a histogram of the probability.
-
-    Raises:
-        CfvitError: matplotlib is not installed.
-    """
+    """For the coarse and the fine stage: accuracy by probability, above a histogram of the probability."""
     with new_figure(_WIDTH, 4.6, _PAGE_SETTINGS) as figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1.2))
         for column, (stage, reliability, colour) in enumerate(
@@ -98,14 +90,7 @@ def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
 
 
 def draw_exit_shares(shares: list[float], name: str) -> str:
-    """How many classes have which exit share.
-
-    Args:
-        shares: of each class, in [0, 1].
-
-    Raises:
-        CfvitError: matplotlib is not installed.
-    """
+    """How many classes have which exit share; ``shares`` are of each class, in [0, 1]."""
     with new_figure(_WIDTH, 2.4, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         axis.hist([100 * share for share in shares], bins=20, range=(0, 100), color=COARSE, rwidth=0.92)
@@ -119,7 +104,8 @@ def draw_exit_shares(shares: list[float], name: str) -> str:
 def _svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an SVG element without size, addresses or colours of its own, and with its own names."""
     written = io.StringIO()
-    figure.savefig(written, format="svg", transparent=True, metadata=dict.fromkeys(_METADATA))
+    unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(written, format="svg", transparent=True, metadata=unsaid)
     drawing = written.getvalue()
     view = re.search(r'viewBox="[^"]*"', drawing)
     assert view is not None
@@ -130,6 +116,3 @@ def _svg(figure: Figure, name: str, description: str) -> str:
     for colour, variable in _VARIABLES.items():
         inside = inside.replace(colour, f"var(--{variable})")
     return f'<svg role="img" aria-label="{html.escape(description)}" {view[0]}>{inside}</svg>'
-
-
-_METADATA = ("Creator", "Date", "Format", "Type")

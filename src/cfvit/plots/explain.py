@@ -1,11 +1,14 @@
-"""Pictures of what the model did with an image, as in the paper's figure 9. Needs matplotlib."""
+"""Pictures of what the model did with an image, as in the paper's figure 9.
+
+Drawing raises `CfvitError` if matplotlib is not installed, or a file cannot be written.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,21 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """What both stages make of one image; the fine stage is run even where it was not needed.
+    """What both stages make of one image; the fine stage is run even where it was not needed."""
 
-    Attributes:
-        image: ``[S, S, 3]`` in [0, 1], as the model saw it, without the normalisation.
-        attention: ``[rows, columns]``, global class attention.
-        split: ``[rows, columns]``, which cells the fine stage splits.
-        answers: label and confidence (by the model's `Exit`) of the coarse and of the fine stage.
-        stage: the stage whose answer counts, 0 or 1.
-    """
-
-    image: np.ndarray
-    attention: np.ndarray
-    split: np.ndarray
+    image: np.ndarray  # ``[S, S, 3]`` in [0, 1], as the model saw it, without the normalisation
+    attention: np.ndarray  # ``[rows, columns]``, global class attention
+    split: np.ndarray  # ``[rows, columns]``, which cells the fine stage splits
+    # label and confidence (by the model's `Exit`) of the coarse and of the fine stage
     answers: tuple[tuple[str, float], tuple[str, float]]
-    stage: int
+    stage: int  # the stage whose answer counts, 0 or 1
 
 
 @torch.inference_mode()
@@ -59,28 +55,24 @@ def explain(model: CoarseToFineViT | Engine, images: Tensor, threshold: float) -
     split = torch.zeros_like(state.class_attention, dtype=torch.bool).scatter(1, chosen, True)
     mean, std = (torch.tensor(about.data_config[key]).view(3, 1, 1) for key in ("mean", "std"))
     pixels = (images.float().cpu() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+    def answer(logits: Tensor, confidence: Tensor) -> tuple[str, float]:
+        return about.label_of(int(logits.argmax())), float(confidence)
+
     return [
         Explanation(
             image=pixels[i],
             attention=state.class_attention[i].reshape(rows, columns).cpu().numpy(),
             split=split[i].reshape(rows, columns).cpu().numpy(),
-            answers=(_answer(about, state.logits[i], sure[i]), _answer(about, fine[i], fine_sure[i])),
+            answers=(answer(state.logits[i], sure[i]), answer(fine[i], fine_sure[i])),
             stage=int(goes_on(sure[i], threshold)),
         )
         for i in range(len(images))
     ]
 
 
-def _answer(model: Any, logits: Tensor, confidence: Tensor) -> tuple[str, float]:
-    return model.label_of(int(logits.argmax())), float(confidence)
-
-
 class PictureFolder:
-    """Writes explanations of files into a folder, as ``<stem>.png``; equal stems get a number.
-
-    Raises:
-        CfvitError: matplotlib is not installed, or the folder cannot be written.
-    """
+    """Writes explanations of files into a folder, as ``<stem>.png``; equal stems get a number."""
 
     def __init__(self, folder: Path, model: CoarseToFineViT | Engine, threshold: float) -> None:
         require_matplotlib()
@@ -100,11 +92,7 @@ class PictureFolder:
 
 
 def draw_explanation(explanation: Explanation, path: Path) -> None:
-    """Writes a PNG of three panels: coarse view and answer, class attention, split cells and fine answer.
-
-    Raises:
-        CfvitError: matplotlib is not installed, or the file cannot be written.
-    """
+    """Writes a PNG of three panels: coarse view and answer, class attention, split cells and fine answer."""
     image, split = explanation.image, explanation.split
     (height, width), (rows, columns) = image.shape[:2], split.shape
     tall, wide = height / rows, width / columns

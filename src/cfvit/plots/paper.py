@@ -89,12 +89,9 @@ def _sheet(path: Path, width: float, height: float, title: str, caption: str) ->
 
 
 def draw_table(path: Path, caption: str, *, title: str, columns: Mapping[str, Sequence[Bar]]) -> None:
-    """For each column of a table two panels of dots with their values, the paper's and ours.
+    """For each column of a table, by what it measures, two panels of dots with their values: the paper's and ours.
 
     Each panel has its own scale: what is compared is the order of the rows, and their distances.
-
-    Args:
-        columns: rows by what is measured; those of one name share a line.
     """
     names = list(dict.fromkeys(bar.name for bars in columns.values() for bar in bars))
     labels = [_lines(name, 2.5, 9, 3) for name in names]
@@ -202,13 +199,7 @@ def draw_highest_lowest(
     kept: int,
     patches: int,
 ) -> None:
-    """Accuracy on the patches of highest and of lowest class attention in each block, from block 1 (Fig. 1a).
-
-    Args:
-        highest, lowest: top-1 in percent, by block.
-        whole: top-1 in percent on all patches.
-        kept: how many of the ``patches`` were left.
-    """
+    """Top-1 on the ``kept`` patches of highest and lowest class attention in each block, and on all, in percent."""
     blocks = range(1, len(highest) + 1)
     with _sheet(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
         axis = figure.subplots()

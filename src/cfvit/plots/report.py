@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageOps
 
@@ -30,7 +29,7 @@ from cfvit.evaluation.breakdown import (
     surest,
 )
 from cfvit.evaluation.metrics import Collected
-from cfvit.files import atomic_write, require_writable
+from cfvit.files import atomic_write, fill_template, require_writable
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.plots.charts import draw_exit_shares, draw_reliability, draw_trade_off
@@ -48,11 +47,7 @@ _NAMED_FILES = 5
 
 
 def require_report(path: Path) -> None:
-    """Finds out before the model is run, which may take long, whether `write_report` can do its work.
-
-    Raises:
-        CfvitError: matplotlib is not installed, or a file cannot be written there.
-    """
+    """Finds out before the model is run, which may take long, whether `write_report` can do its work, or raises."""
     require_matplotlib()
     require_writable(path)
 
@@ -75,12 +70,8 @@ def write_report(
     The same arguments give the same page. The model is run on the example images alone.
 
     Args:
-        path: of the HTML file.
-        collected: logits of both stages, as `cfvit.evaluation.metrics.collect` gives them.
-        source: where ``collected`` comes from, to read the example images again.
-        macs: cost of each stage.
+        collected: logits of both stages, as `cfvit.evaluation.metrics.collect` gives them of ``source``.
         threshold: eta in [0, 1], for which exits, costs and classes are shown.
-        model_name, data_name: as the user knows them.
         calibration: the record of how ``threshold`` was chosen, if there is one.
         day: the date on the page, today's by default.
 
@@ -94,7 +85,9 @@ def write_report(
     scores = class_scores(answers, model.config.num_classes)
     chosen, gone_on = trade.operate(threshold, macs, LEVEL), int(answers.gone_on.sum())
     reliability = (reliability_of(answers.coarse), reliability_of(answers.fine))
-    page = _template().render(
+    page = fill_template(
+        "plots/report.html",
+        {"signed": signed, "counted": _counted},
         model=model,
         model_name=model_name,
         data_name=data_name,
@@ -123,19 +116,6 @@ def write_report(
     )
     with atomic_write(path) as file:
         file.write_text(page, encoding="utf-8")
-
-
-def _template() -> Template:
-    environment = Environment(
-        loader=PackageLoader("cfvit", "plots"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"signed": signed, "counted": _counted}
-    return environment.get_template("report.html")
 
 
 def _classes(scores: list[ClassScore]) -> dict[str, Any]:

@@ -29,11 +29,7 @@ class Bar:
 
 
 def draw_speed(panels: Mapping[str, Sequence[Bar]], title: str, path: Path) -> None:
-    """A PNG with a panel of bars for each batch size.
-
-    Raises:
-        CfvitError: matplotlib is not installed, or the file cannot be written.
-    """
+    """A PNG with a panel of bars for each batch size. Raises `CfvitError` if it cannot be drawn or written."""
     abreast = min(len(panels), 3)
     down = math.ceil(len(panels) / abreast)
     size = (4.6 * abreast + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * down + 0.7)

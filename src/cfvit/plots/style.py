@@ -35,11 +35,7 @@ STYLE: dict[Any, Any] = {  # matplotlib's names for its settings are a type of t
 
 
 def require_matplotlib() -> type[Figure]:
-    """Matplotlib's figure, which draws without a display.
-
-    Raises:
-        CfvitError: matplotlib is not installed.
-    """
+    """Matplotlib's figure, which draws without a display. Raises `CfvitError` if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -49,14 +45,10 @@ def require_matplotlib() -> type[Figure]:
 
 @contextmanager
 def new_figure(width: float, height: float, settings: Mapping[Any, Any] | None = None) -> Iterator[Figure]:
-    """A figure in the common style, to be drawn and written inside the ``with``.
+    """A figure in the common style, to be drawn and written inside the ``with``; sides in inches.
 
     Args:
-        width, height: in inches.
         settings: of matplotlib, besides `STYLE`.
-
-    Raises:
-        CfvitError: matplotlib is not installed.
     """
     make = require_matplotlib()
     from matplotlib import style
@@ -69,11 +61,7 @@ def new_figure(width: float, height: float, settings: Mapping[Any, Any] | None =
 def png(
     path: Path, width: float, height: float, dpi: int = 120, settings: Mapping[Any, Any] | None = None
 ) -> Iterator[Figure]:
-    """A figure as `new_figure` makes it, which is written to a PNG file at the end of the ``with``.
-
-    Raises:
-        CfvitError: matplotlib is not installed, or the file cannot be written; it is then as it was.
-    """
+    """A figure as `new_figure` makes it, written to a PNG file at the end, or not at all: then `CfvitError`."""
     with new_figure(width, height, settings) as figure:
         yield figure
         with atomic_write(path) as file:
