@@ -173,10 +173,8 @@ def load(path_or_name: str | Path) -> CoarseToFineViT:
 
 def bundled_models() -> list[str]:
     """Names of the models that come with the package."""
-    folder = _bundled_folder()
-    if not folder.is_dir():
-        return []
-    return sorted(p.name for p in folder.iterdir() if (p / CONFIG_FILE).is_file() and (p / WEIGHTS_FILE).is_file())
+    folders = {path.parent for path in _bundled_folder().glob(f"*/{CONFIG_FILE}")}
+    return sorted(folder.name for folder in folders if (folder / WEIGHTS_FILE).is_file())
 
 
 def _bundled_folder() -> Path:
@@ -220,21 +218,17 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
     _check_attributes(model, folder / CONFIG_FILE)
     record = folder / CALIBRATION_FILE
     if record.exists():
-        _warn_if_stale(model, read_calibration(record), record)
+        calibration = read_calibration(record)
+        if calibration.exit == model.exit:
+            warn_of_other_weights(model, calibration, record)
+        else:
+            recorded, used = (", ".join(map(str, astuple(exit))) for exit in (calibration.exit, model.exit))
+            warnings.warn(
+                f"{record} is stale and not used: its measure, temperatures and eta are {recorded}, those in "
+                f"{CONFIG_FILE} {used}: calibrate again, or use it with --calibration",
+                stacklevel=2,
+            )
     return model.eval()
-
-
-def _warn_if_stale(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:
-    """A warning if the record in a model's folder is not of the model's exit, or was made with other weights."""
-    if calibration.exit == model.exit:
-        warn_of_other_weights(model, calibration, source)
-        return
-    recorded, used = (", ".join(str(value) for value in astuple(exit)) for exit in (calibration.exit, model.exit))
-    warnings.warn(
-        f"{source} is stale and not used: its measure, temperatures and eta are {recorded}, those in {CONFIG_FILE} "
-        f"{used}: calibrate again, or use it with --calibration",
-        stacklevel=2,
-    )
 
 
 def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
@@ -260,14 +254,7 @@ def load_strictly(
     source: str,
     spelled: Callable[[str], str] = str,
 ) -> None:
-    """Copies weights into a model, every one of them.
-
-    Args:
-        spelled: our name of a weight to the one that the source uses, for the message.
-
-    Raises:
-        CfvitError: names the first missing, unknown or misshapen weights.
-    """
+    """Copies weights into a model, every one of them; see `cfvit.modeling.backbones.require_fit`."""
     own = model.state_dict()
     backbones.require_fit(own, weights, f"{source} does not fit the model", spelled)
     model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
@@ -329,12 +316,7 @@ def is_coarse_to_fine(source: str) -> bool:
 def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
     """The class names of trained weights, None where they have none, and how many classes there are.
 
-    Args:
-        source: as of `initialise`.
-        backbone: timm's name of the architecture.
-
-    Raises:
-        CfvitError: nothing there, or weights without a head.
+    ``source`` is as of `initialise`, ``backbone`` timm's name of the architecture. Weights without a head are refused.
     """
     if source == "timm":
         with torch.device("meta"):

@@ -13,17 +13,11 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class Process:
-    """This process among those of a run.
+    """This process among those of a run."""
 
-    Attributes:
-        rank: its number over all machines; 0 writes files and speaks.
-        world: how many there are.
-        device: where it computes.
-    """
-
-    rank: int
-    world: int
-    device: torch.device
+    rank: int  # its number over all machines; 0 writes files and speaks
+    world: int  # how many there are
+    device: torch.device  # where it computes
 
     @property
     def leads(self) -> bool:

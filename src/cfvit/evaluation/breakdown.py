@@ -46,21 +46,21 @@ class Answers:
 def judge(collected: Collected, exit: Exit, threshold: float) -> Answers:
     """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
     coarse, fine = collected.logits["coarse"], collected.logits["fine"]
+
+    def answers(logits: Tensor, temperature: float) -> StageAnswers:
+        answer = answers_of(logits)
+        return StageAnswers(
+            answer=answer.numpy(),
+            right=(answer == collected.labels).numpy(),
+            confidence=confidence_of(logits, exit.measure, temperature).numpy(),
+            probability=confidence_of(logits, temperature=temperature).clamp(min=0).numpy(),
+        )
+
     return Answers(
         labels=collected.labels.numpy(),
-        coarse=_stage_answers(coarse, collected.labels, exit.measure, exit.coarse_temperature),
-        fine=_stage_answers(fine, collected.labels, exit.measure, exit.fine_temperature),
+        coarse=answers(coarse, exit.coarse_temperature),
+        fine=answers(fine, exit.fine_temperature),
         gone_on=goes_on(exit.coarse(coarse), threshold).numpy(),
-    )
-
-
-def _stage_answers(logits: Tensor, labels: Tensor, measure: Measure, temperature: float) -> StageAnswers:
-    answer = answers_of(logits)
-    return StageAnswers(
-        answer=answer.numpy(),
-        right=(answer == labels).numpy(),
-        confidence=confidence_of(logits, measure, temperature).numpy(),
-        probability=confidence_of(logits, temperature=temperature).clamp(min=0).numpy(),
     )
 
 
@@ -77,26 +77,21 @@ def spread(trade: TradeOff, most: int) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Reliability:
-    """Whether answers are right as often as their probability says, by bins of equal width.
+    """Whether answers are right as often as their probability says, by bins of equal width."""
 
-    Attributes:
-        counts: images in each bin, ``[bins]``.
-        hits: of them, the right answers.
-        error: expected calibration error in percentage points, the mean distance between accuracy
-            and mean probability of a bin, weighted by images (Naeini et al., AAAI 2015).
-    """
-
-    counts: np.ndarray
-    hits: np.ndarray
+    counts: np.ndarray  # images in each bin, ``[bins]``
+    hits: np.ndarray  # of them, the right answers
+    # expected calibration error in percentage points, the mean distance between accuracy and mean probability of a bin,
+    # weighted by images (Naeini et al., AAAI 2015)
     error: float
 
 
-def reliability_of(stage: StageAnswers, bins: int = RELIABILITY_BINS) -> Reliability:
+def reliability_of(stage: StageAnswers) -> Reliability:
     """Counts right answers by bins of the highest softmax probability."""
-    places = np.minimum((stage.probability * bins).astype(int), bins - 1)
-    counts = np.bincount(places, minlength=bins)
-    hits = np.bincount(places, weights=stage.right, minlength=bins)
-    sums = np.bincount(places, weights=stage.probability.astype(np.float64), minlength=bins)
+    places = np.minimum((stage.probability * RELIABILITY_BINS).astype(int), RELIABILITY_BINS - 1)
+    counts = np.bincount(places, minlength=RELIABILITY_BINS)
+    hits = np.bincount(places, weights=stage.right, minlength=RELIABILITY_BINS)
+    sums = np.bincount(places, weights=stage.probability.astype(np.float64), minlength=RELIABILITY_BINS)
     return Reliability(counts, hits.astype(int), float(100 * np.abs(hits - sums).sum() / len(places)))
 
 

@@ -59,15 +59,13 @@ def calibrate_model(
     Args:
         source: images with the model's class indices.
         data: where they are, to be opened again and for `Origin`.
-        target: what eta is chosen for.
         measure: of the confidence; None for the maximum probability, and with ``best`` for what serves the target best.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
             run, and choose eta on the other half. A class that only one half has is a warning.
         best: fit the temperatures and how both stages' answers are mixed, and choose the measure. Where the target is a
             promise, which allows no image to serve both, on such a half; else on the same images as eta.
         allow_missing_classes: go on with a warning if some class has no image.
-        training: what the model was trained on, and which of it; None if that is not known, which
-            becomes a warning of the calibration.
+        training: what the model was trained on, and which of it; None, which becomes a warning, if that is not known.
 
     Returns:
         The calibration, and the names of images that could not be read and do not count.

@@ -17,7 +17,7 @@ from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_
 from cfvit.data.labels import have_one_order
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.exported import ExportedEngine
-from cfvit.inference.engines.packing import accelerate
+from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.inference.stream import placed
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit
@@ -46,14 +46,11 @@ def collect(
     device: torch.device,
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> Collected:
-    """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share.
+    """Runs a model over a loader of `cfvit.data.EvalImages`, on every rank its own share; all get all answers.
 
     Args:
         forward: images ``[B, 3, S, S]`` to logits ``[B, classes]`` by stage or operating point.
         on_batch: called with the number of images done, for a progress bar.
-
-    Returns:
-        On every rank, all ranks' images, each once.
     """
     batches: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     for images, labels, indices in loader:
@@ -107,13 +104,9 @@ def collect_with_progress(
     workers: int,
     process: Process,
 ) -> tuple[Collected, list[str]]:
-    """`collect` over all of a source and all processes, with progress told by the leading one.
+    """`collect` over all of a source and all processes, with progress; and the names of images that could not be read.
 
-    Returns:
-        The logits, and the names of images that could not be read.
-
-    Raises:
-        CfvitError: not one image could be read.
+    Raises `CfvitError` if there is no other.
     """
     images = EvalImages(source, data_config, rank=process.rank, world=process.world)
     loader = eval_loader(images, batch_size, workers, process.device)
@@ -153,14 +146,7 @@ def sweep(
     thresholds: Sequence[float],
     exit: Exit = PAPERS_EXIT,
 ) -> list[SweepPoint]:
-    """Accuracy and expected cost at each threshold, without running the model again.
-
-    Args:
-        coarse, fine: logits ``[n, classes]``.
-        labels: class indices ``[n]``.
-        thresholds: values of eta in [0, 1]; 1 sends every image on, 0 none.
-        exit: how confidence is measured.
-    """
+    """Accuracy and expected cost at each eta, from both stages' logits ``[n, classes]``; no model is run."""
     trade = rank_images(coarse, fine, labels, exit.measure, exit.coarse_temperature)
     points = []
     for eta in thresholds:
@@ -189,10 +175,8 @@ def score_points(
     """Scores each operating point of a method, by its name.
 
     Args:
-        logits: ``[n, classes]`` of each point.
-        labels: class indices ``[n]``.
-        macs: cost of an image at each point.
-        plain: the plain ViT's logits ``[n, classes]``.
+        logits, macs: of each point, ``[n, classes]`` and the cost of an image.
+        plain: the plain ViT's logits ``[n, classes]``, which each is compared with.
     """
     return [
         StageScore(
@@ -252,17 +236,15 @@ def evaluate_model(
         CfvitError: not one image could be read.
     """
     if isinstance(model, ExportedEngine):
-        engine, about, macs = model, model.model, model.model.macs
-
-        def answers(images: Tensor) -> dict[str, Tensor]:
-            images = placed(images, engine.weight)
-            state, _ = engine.coarse(images)
-            return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
+        engine, macs = model, model.model.macs
     else:
-        about, macs, fast = model, count_macs(model), accelerate(model.eval().to(process.device))
+        engine, macs = TorchEngine(model.eval().to(process.device)), count_macs(model)
+    about: Any = engine.model
 
-        def answers(images: Tensor) -> dict[str, Tensor]:
-            return fast(images)._asdict()
+    def answers(images: Tensor) -> dict[str, Tensor]:
+        images = placed(images, engine.weight)
+        state, _ = engine.coarse(images)
+        return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
 
     forward = beside_plain(answers, plain)
     collected, unreadable = collect_with_progress(forward, about.data_config, source, batch_size, workers, process)

@@ -82,12 +82,15 @@ def time_in_turn(
         seconds: no round begins later than this after the first one, except the first `FEWEST_ROUNDS`.
     """
 
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     def duration(call: Call) -> float:
-        _synchronise(device)
-        start = time.perf_counter()
+        start = now()
         call()
-        _synchronise(device)
-        return time.perf_counter() - start
+        return now() - start
 
     series = {name: [given] if callable(given) else list(given) for name, given in calls.items()}
     measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in series}
@@ -106,17 +109,10 @@ def time_in_turn(
     return {name: Timing(tuple(durations)) for name, durations in measured.items()}
 
 
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def percentile(seconds: Sequence[float], share: float, weights: Sequence[float] | None = None) -> float | None:
-    """The time that this share of calls does not exceed; None if there are too few calls for it.
+    """The time that this share of calls does not exceed; None if it is above 0.5 and no call is expected beyond it.
 
     Args:
-        seconds: of each call, at least one.
-        share: 0.5 for the median; above it, at least one call has to be expected beyond.
         weights: how much each call counts; by default all alike.
     """
     if share > 0.5 and len(seconds) * (1 - share) < 1 - 1e-9:
@@ -126,13 +122,10 @@ def percentile(seconds: Sequence[float], share: float, weights: Sequence[float] 
 
 
 def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Estimate:
-    """How many times faster than the reference: the median over rounds, with its 95% interval.
+    """How many times faster than the reference, by seconds of the same rounds: the median, with its 95% interval.
 
     The interval is the sign test's, which assumes nothing about the distribution. With fewer than
     `FEWEST_ROUNDS` rounds it is from 0 to infinity.
-
-    Args:
-        reference, seconds: of the same rounds, in order.
     """
     ratios = np.divide(reference, seconds)
     interval = stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)

@@ -115,9 +115,7 @@ def in_timms_keys(model: nn.Module, weights: Weights) -> dict[str, Tensor]:
     """Weights as published, under the keys and in the shapes of timm's ViT; those of other models as they are.
 
     Position embeddings are resampled to the model's grid. See `_resampled_positions` for which grid they are of.
-
-    Raises:
-        CfvitError: weights of another kind, or a grid that is not known.
+    Weights of another kind raise `CfvitError`.
     """
     if not isinstance(model, VisionTransformer | Eva):
         return weights.tensors
@@ -223,11 +221,10 @@ def require_fit(
     """Compares names, shapes and kinds of weights with those that a module has.
 
     Args:
-        complaint: how the message begins.
         spelled: our name of a weight to the one to show.
 
     Raises:
-        CfvitError: names the first missing, unknown or misshapen weights.
+        CfvitError: begins with the complaint, and names the first missing, unknown or misshapen weights.
     """
     problems = [f"missing {spelled(name)}" for name in own if name not in weights]
     problems += [f"unknown {spelled(name)}" for name in weights if name not in own]
@@ -249,7 +246,11 @@ def require_fit(
 def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
     """The model without memory for its weights, once it is known to be suitable."""
     if not timm.is_model(name):
-        raise CfvitError(f"timm has no model {name!r}: {_suggestion(name)}")
+        near = difflib.get_close_matches(name, timm.list_models(["*deit*", "*vit*", "eva*"]), n=3)
+        mend = f"did you mean {', '.join(near)}?" if near else WHAT_WOULD_DO
+        if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+            mend = "give timm's own name, and such weights as pretrained_backbone or --initial-weights"
+        raise CfvitError(f"timm has no model {name!r}: {mend}")
     model = _on_meta(name, _Arguments(timm_kwargs))
     reason = _refusal(model)
     if reason is None:
@@ -257,13 +258,6 @@ def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
     if timm_kwargs and _refusal(_on_meta(name, _Arguments())) is None:
         raise CfvitError(f"{name} with {_spelled(timm_kwargs)} {reason}: leave out or change these arguments")
     raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}")
-
-
-def _suggestion(name: str) -> str:
-    if name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return "give timm's own name, and such weights as pretrained_backbone or --initial-weights"
-    near = difflib.get_close_matches(name, timm.list_models(["*deit*", "*vit*", "eva*"]), n=3)
-    return f"did you mean {', '.join(near)}?" if near else WHAT_WOULD_DO
 
 
 class _Arguments(dict[str, Any]):
@@ -311,8 +305,11 @@ _OTHER_ATTENTION = {
 def _foreign(model: nn.Module) -> str | None:
     """Why a model is none of timm's plain ViTs, or None if it is one."""
     kind = type(model).__name__
-    if isinstance(model, VisionTransformer | Eva) and _computes_plainly(model):
-        return None
+    if isinstance(model, VisionTransformer | Eva):  # a subclass may change parts that are read: stem, blocks, head
+        its, base = type(model), cast(Any, Eva if isinstance(model, Eva) else VisionTransformer)
+        embeds = its._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
+        if embeds and its.forward_features is base.forward_features and its.forward is base.forward:
+            return None
     if kind in _OTHER_ATTENTION:
         return _OTHER_ATTENTION[kind]
     if kind in _WINDOWED:
@@ -321,14 +318,6 @@ def _foreign(model: nn.Module) -> str | None:
     if len(reductions) > 1:
         return "is a hierarchy of convolutions or poolings, without one sequence of patches"
     return f"is a {kind}, not one of timm's plain vision transformers"
-
-
-def _computes_plainly(model: nn.Module) -> bool:
-    """Whether a subclass changes nothing but parts that are read from it: stem, blocks, head."""
-    kind: Any = type(model)
-    base: Any = Eva if isinstance(model, Eva) else VisionTransformer
-    embeds = kind._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
-    return embeds and kind.forward_features is base.forward_features and kind.forward is base.forward
 
 
 def _unsuitable(model: Backbone) -> str | None:
@@ -340,7 +329,9 @@ def _unsuitable(model: Backbone) -> str | None:
     if not model.global_pool:
         return "has its pooling switched off, so that there is no one answer for an image"
     unknown = {type(block).__name__ for block in model.blocks if type(block) not in BLOCKS}
-    unknown |= {type(a).__name__ for a in _attentions(model) if type(a) not in ATTENTIONS}
+    branches = [branch for block in model.blocks for branch in cast(Any, getattr(block, "attns", [block]))]
+    kinds = {type(branch.attn) for branch in branches if hasattr(branch, "attn")}
+    unknown |= {kind.__name__ for kind in kinds if kind not in ATTENTIONS}
     if unknown:
         return f"is built of {', '.join(sorted(unknown))}, whose class attention is not read here"
     embed: Any = model.patch_embed
@@ -350,12 +341,3 @@ def _unsuitable(model: Backbone) -> str | None:
     if getattr(model, "patch_drop", None) is not None and not isinstance(model.patch_drop, nn.Identity):
         return "drops patches at random in training, which the choice of informative cells cannot"
     return None
-
-
-def _attentions(model: Backbone) -> list[nn.Module]:
-    """The attention modules of all blocks; a `ParallelScalingBlock` has none of its own."""
-    found: list[Any] = []
-    for block in model.blocks:
-        branches: Any = getattr(block, "attns", [block])
-        found += [branch.attn for branch in branches if hasattr(branch, "attn")]
-    return found

@@ -69,16 +69,8 @@ def _usage_error(error: ValidationError, names: list[str]) -> CfvitError:
     name = str(first["loc"][0]) if first["loc"] else "a value"
     if first["type"] == "unexpected_keyword_argument":
         near = difflib.get_close_matches(name, names, n=1)
-        return UsageError(
-            f"there is no field {name!r}: "
-            + (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"choose among {', '.join(names)}"
-                if names
-                else "leave it out"
-            )
-        )
+        hint = f"choose among {', '.join(names)}" if names else "leave it out"
+        return UsageError(f"there is no field {name!r}: {f'did you mean {near[0]!r}?' if near else hint}")
     if first["type"] == "missing_argument":
         return UsageError(f"{name} is missing: give it")
     context = {key: str(value).replace("'", "").replace(" or ", ", ") for key, value in context.items()}

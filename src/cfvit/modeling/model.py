@@ -79,21 +79,13 @@ class CoarseToFineOutput(NamedTuple):
 
 
 class TokenOutput(NamedTuple):
-    """What training with token labels needs of a batch: answers of the class token and of each patch token.
+    """What training with token labels needs of a batch: answers of the class token and of each patch token."""
 
-    Attributes:
-        coarse: the coarse class token's logits, ``[B, classes]``.
-        fine: the fine class token's logits, ``[B, classes]``.
-        tokens: the auxiliary head's logits for the fine sequence, ``[B, 4k + N - k, classes]``.
-        informative: the cells of the first ``4k`` tokens, ``[B, k]``.
-        others: the cells of the rest, ``[B, N - k]``.
-    """
-
-    coarse: Tensor
-    fine: Tensor
-    tokens: Tensor
-    informative: Tensor
-    others: Tensor
+    coarse: Tensor  # the coarse class token's logits, ``[B, classes]``
+    fine: Tensor  # the fine class token's logits, ``[B, classes]``
+    tokens: Tensor  # the auxiliary head's logits for the fine sequence, ``[B, 4k + N - k, classes]``
+    informative: Tensor  # the cells of the first ``4k`` tokens, ``[B, k]``
+    others: Tensor  # the cells of the rest, ``[B, N - k]``
 
 
 class FeatureReuse(nn.Module):
@@ -171,7 +163,9 @@ class CoarseToFineViT(nn.Module):
             hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
             eps = getattr(self.backbone.norm, "eps", 1e-6)
             self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
-        fixed = (None, None) if anatomy.learns_rotations(self.backbone) else self._make_rotations()
+        rope: Any = getattr(self.backbone, "rope", None)
+        learnt = rope is not None and any(True for _ in rope.parameters())
+        fixed = (None, None) if learnt else self._make_rotations()
         for name, rotation in zip(("fine_rotation", "cell_rotation"), fixed, strict=True):
             self.register_buffer(name, rotation, persistent=False)
 
@@ -209,12 +203,9 @@ class CoarseToFineViT(nn.Module):
         Raises:
             CfvitError: images of another shape.
         """
-        return self._coarse_state(images, self._coarse_logits)
-
-    def _coarse_logits(self, tokens: Tensor) -> Tensor:
-        logits = self.backbone.forward_head(tokens)
-        divisor = getattr(self.backbone, "coarse_logit_divisor", None)
-        return logits if divisor is None else logits / divisor
+        backbone, divisor = self.backbone, getattr(self.backbone, "coarse_logit_divisor", None)
+        head = backbone.forward_head if divisor is None else lambda tokens: backbone.forward_head(tokens) / divisor
+        return self._coarse_state(images, head)
 
     def _coarse_state(
         self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
@@ -283,8 +274,14 @@ class CoarseToFineViT(nn.Module):
         if positions is not None:
             children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
         prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
-        parts = self._reuse(state, prefix, children, gather_tokens(state.embedding, others), informative, others)
-        tokens = torch.cat(parts, dim=1)
+        rest = gather_tokens(state.embedding, others)
+        if (reuse := self.feature_reuse) is not None:  # Eq. 12, and two variants of Table 5
+            children = children + repeat_for_children(reuse(gather_tokens(state.tokens, informative)))
+            if self.config.feature_reuse == "uninformative":
+                rest = rest + reuse(gather_tokens(state.tokens, others))
+            if self.config.feature_reuse == "class_token":
+                prefix = torch.cat([prefix[:, :1] + reuse(state.class_token[:, None]), prefix[:, 1:]], dim=1)
+        tokens = torch.cat([prefix, children, rest], dim=1)
 
         fine, cells = self._rotations()
         rotation = anatomy.join_rotations(anatomy.gather_rotation(fine, places), anatomy.gather_rotation(cells, others))
@@ -299,26 +296,6 @@ class CoarseToFineViT(nn.Module):
         if self.config.fine_merged:
             return anatomy.run_merging(self.backbone, tokens, self.config.fine_merged)
         return anatomy.run_blocks(self.backbone, tokens, rotation)
-
-    def _reuse(
-        self,
-        state: CoarseState,
-        prefix: Tensor,
-        children: Tensor,
-        rest: Tensor,
-        informative: Tensor,
-        others: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The three parts of the fine sequence, with the coarse features that they take over (Eq. 12, Table 5)."""
-        reuse = self.feature_reuse
-        if reuse is None:
-            return prefix, children, rest
-        children = children + repeat_for_children(reuse(gather_tokens(state.tokens, informative)))
-        if self.config.feature_reuse == "uninformative":
-            rest = rest + reuse(gather_tokens(state.tokens, others))
-        if self.config.feature_reuse == "class_token":
-            prefix = torch.cat([prefix[:, :1] + reuse(state.class_token[:, None]), prefix[:, 1:]], dim=1)
-        return prefix, children, rest
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Rotations of all fine patches and of all cells: kept, or from what the backbone has learned. None without."""

@@ -129,12 +129,6 @@ def enter(backbone: Backbone, tokens: Tensor) -> Tensor:
 # Rotary positions: sines and cosines of angles that are linear in a patch's coordinates
 
 
-def learns_rotations(backbone: Backbone) -> bool:
-    """Whether rotations change in training."""
-    rope: Any = getattr(backbone, "rope", None)
-    return rope is not None and next(rope.parameters(), None) is not None
-
-
 def fine_rotation(backbone: Backbone) -> Tensor | None:
     """Rotations of all fine patches ``[..., 4N, R]``, for every block and head alike or not; None without."""
     rope: Any = getattr(backbone, "rope", None)
@@ -162,28 +156,22 @@ def cell_rotation(backbone: Backbone, fine: Tensor | None, children: Tensor, gri
     rope: Any = backbone.rope  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(rope, RotaryEmbeddingDinoV3):
         return rope.get_embed(shape=list(grid)).to(fine)
-    if isinstance(rope, RotaryEmbeddingCat):
-        return _centre_rotation(rope, grid, fine.device).to(fine)
-    corners = fine[..., children[0], :].float().unflatten(-2, (-1, CHILDREN)).mean(dim=-2)
-    sine, cosine = corners.chunk(2, dim=-1)
-    return (corners / (sine.square() + cosine.square()).sqrt().tile(2)).to(fine)  # ONNX has no hypot
-
-
-def _centre_rotation(rope: Any, grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Cell ``r`` has its centre at fine patch ``2r + 1/2``: the coarse grid, shifted, and doubled unless scaled."""
-    return torch.cat(
-        build_rotary_pos_embed(
+    if isinstance(rope, RotaryEmbeddingCat):  # cell r has its centre at fine patch 2r + 1/2
+        bands: Any = rope.bands  # in units of patches, unless scaled to a grid of reference
+        centres = build_rotary_pos_embed(
             list(grid),
-            bands=2 * rope.bands if rope.ref_feat_shape is None else rope.bands,
+            bands=2 * bands if rope.ref_feat_shape is None else bands,
             in_pixels=False,
             ref_feat_shape=rope.ref_feat_shape,
             grid_offset=(rope.grid_offset + 0.5) / 2,
             grid_indexing=rope.grid_indexing,
             rotate_half=rope.rotate_half,
-            device=device,
-        ),
-        dim=-1,
-    )
+            device=fine.device,
+        )
+        return torch.cat(centres, dim=-1).to(fine)
+    corners = fine[..., children[0], :].float().unflatten(-2, (-1, CHILDREN)).mean(dim=-2)
+    sine, cosine = corners.chunk(2, dim=-1)
+    return (corners / (sine.square() + cosine.square()).sqrt().tile(2)).to(fine)  # ONNX has no hypot
 
 
 def gather_rotation(rotation: Tensor | None, positions: Tensor) -> Tensor | None:
@@ -240,14 +228,9 @@ def _checkpointed(backbone: Backbone, run: Callable[..., Any]) -> Callable[..., 
 def block_with_class_attention(
     backbone: Backbone, index: int, tokens: Tensor, rotation: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Timm's block ``index``, and the class token's attention row from the same projection.
+    """Timm's block ``index``, ``[B, T, D] -> [B, T, D]``, and the class token's attention row from the same projection.
 
-    Args:
-        tokens: ``[B, T, D]``.
-        rotation: of all patches in ``tokens``, where positions are rotary.
-
-    Returns:
-        The block's output ``[B, T, D]`` and the row ``[B, N]`` over the patches in float32.
+    The row ``[B, N]`` is over the patches, in float32. ``rotation`` is of all patches, where positions are rotary.
     """
     block = backbone.blocks[index]
     rope = None if rotation is None else _rotation_of_block(backbone, rotation, index)

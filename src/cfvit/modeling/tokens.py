@@ -71,26 +71,18 @@ def num_informative(ratio: float, num_cells: int) -> int:
 
 
 def rank_cells(class_attention: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The ``k`` cells with the highest global class attention, and the others.
+    """The ``k`` cells with the highest global class attention, and the others: ``[B, N] -> [B, k], [B, N - k]``.
 
-    Args:
-        class_attention: ``[B, N]``.
-
-    Returns:
-        Cell numbers ``[B, k]`` and ``[B, N - k]``; among equals the lower number goes first.
+    Among equals the lower number goes first.
     """
     order = class_attention.argsort(dim=1, descending=True, stable=True)
     return order[:, :k], order[:, k:]
 
 
 def child_positions(cells: Tensor, columns: int) -> Tensor:
-    """Where the children of cells lie on the fine grid of twice as many rows and columns.
+    """Where the children of cells lie on the fine grid of twice as many rows and columns: ``[B, k] -> [B, 4k]``.
 
-    Args:
-        cells: cell numbers ``[B, k]`` on a coarse grid with ``columns`` columns.
-
-    Returns:
-        Fine patch numbers ``[B, 4k]``, the four children of a cell side by side.
+    The four children of a cell stand side by side. ``columns`` is the number of the coarse grid's.
     """
     row, column = cells // columns, cells % columns
     top_left = 4 * columns * row + 2 * column
@@ -134,15 +126,7 @@ def cells_in_box(box: tuple[int, int, int, int], grid: tuple[int, int], device: 
 
 
 def mirrored_sources(mixed: Tensor, batch: int) -> Tensor:
-    """Which image each cell shows once MixToken has put image ``B - 1 - b`` into the mixed cells of image ``b``.
-
-    Args:
-        mixed: ``[N]``, True for mixed cells.
-        batch: ``B``.
-
-    Returns:
-        Image numbers ``[B, N]``.
-    """
+    """Which image each cell shows if MixToken puts image ``B - 1 - b`` into mixed cells of ``b``: ``[N] -> [B, N]``."""
     own = torch.arange(batch, device=mixed.device)[:, None]
     return torch.where(mixed, batch - 1 - own, own)
 

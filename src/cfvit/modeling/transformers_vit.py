@@ -71,13 +71,10 @@ _INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 
 
 def timm_arguments(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of `transformers_vit` by a ``config.json`` of transformers.
+    """Arguments of `transformers_vit` by a ``config.json`` of transformers; another kind of model raises `CfvitError`.
 
     Args:
         weights: under timm's names; they tell whether a DeiT has two heads.
-
-    Raises:
-        CfvitError: another kind of model.
     """
     kind, activation = config.get("model_type"), config.get("hidden_act", "gelu")
     if kind not in _KINDS:

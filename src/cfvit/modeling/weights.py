@@ -50,23 +50,14 @@ AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "average")
 
 @dataclass(frozen=True, eq=False)
 class Weights:
-    """Named tensors, and what is known of the network that they are of.
+    """Named tensors, and what is known of the network that they are of."""
 
-    Attributes:
-        source: where they come from, for messages.
-        tensors: under timm's names as far as `read_weights` knows the spelling.
-        grid: rows and columns of its patches.
-        class_names: a name for each class.
-        activation: of its MLPs, as transformers calls it.
-        besides: what else the checkpoint holds.
-    """
-
-    source: str
-    tensors: dict[str, Tensor]
-    grid: tuple[int, int] | None = None
-    class_names: list[str] | None = None
-    activation: str | None = None
-    besides: Mapping[str, Any] = field(default_factory=dict)
+    source: str  # where they come from, for messages
+    tensors: dict[str, Tensor]  # under timm's names as far as `read_weights` knows the spelling
+    grid: tuple[int, int] | None = None  # rows and columns of its patches
+    class_names: list[str] | None = None  # a name for each class
+    activation: str | None = None  # of its MLPs, as transformers calls it
+    besides: Mapping[str, Any] = field(default_factory=dict)  # what else the checkpoint holds
 
 
 def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weights:
@@ -85,7 +76,14 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
         CfvitError: nothing there, no named tensors in it, values that are not finite, something that would have to be
             executed, or a network of another kind.
     """
-    place, choice, grid = _parsed(str(source))
+    place, _, options = str(source).partition("#")
+    place, options = (str(source), "") if Path(source).exists() else (place, options)
+    choice, grid = None, None
+    for option in filter(None, options.split(",")):
+        if sides := re.fullmatch(r"(\d+)x(\d+)", option):
+            grid = int(sides[1]), int(sides[2])
+        else:
+            choice = option
     path = from_hub(place) if place.startswith(HUB) else Path(place.removeprefix("local-dir:"))
     if path.is_file() and path.name in (CONFIG_FILE, *FILES_OF_FOLDERS) and (path.parent / CONFIG_FILE).is_file():
         path = path.parent
@@ -119,19 +117,6 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
                 f"{source} cannot be used: {name} holds values that are not finite, as after a training that diverged: "
                 "give an earlier checkpoint"
             )
-
-
-def _parsed(source: str) -> tuple[str, str | None, tuple[int, int] | None]:
-    place, _, options = source.partition("#")
-    if not options or Path(source).exists():
-        return source, None, None
-    choice, grid = None, None
-    for option in options.split(","):
-        if sides := re.fullmatch(r"(\d+)x(\d+)", option):
-            grid = int(sides[1]), int(sides[2])
-        else:
-            choice = option
-    return place, choice, grid
 
 
 HUB = ("hf-hub:", "hf_hub:")
