@@ -20,11 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cfvit import CfvitError, CoarseToFineViT, StageMacs, create_model, save
+from cfvit import CfvitError, CoarseToFineViT, Prediction, StageMacs, create_model, save
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
 from cfvit.inference.engines import packing
 from cfvit.modeling import cost
+from cfvit.training.recipe import Recipe
 
 pytest_plugins = ("calibrations",)  # fixtures of the tests of calibration
 
@@ -121,6 +122,18 @@ def make_images() -> Callable[..., Tensor]:
     return make
 
 
+def highest_probability(logits: Tensor) -> Tensor:
+    """The paper's confidence, ``[B, classes] -> [B]``."""
+    return logits.float().softmax(dim=-1).amax(dim=-1)
+
+
+def check_prediction(prediction: Prediction, logits: Tensor, stage: Tensor) -> None:
+    """Compares a prediction with the logits and stages that it should have."""
+    torch.testing.assert_close(prediction.logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prediction.confidence, highest_probability(logits), atol=1e-5, rtol=1e-5)
+    assert torch.equal(prediction.stage, stage)
+
+
 COLOURS = {"blue": (60, 60, 170), "green": (60, 170, 60), "red": (170, 60, 60)}
 
 
@@ -151,6 +164,21 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_colours(folder / "train", 30, seed=0)
     _write_colours(folder / "val", 11, seed=1)
     return folder
+
+
+@pytest.fixture
+def tiny_recipe(colours: Path) -> Recipe:
+    """An epoch of a network of 16 x 16 pixels on `colours`."""
+    return Recipe(
+        data=(str(colours),),
+        holdout=0.2,
+        backbone="test_vit",
+        timm_kwargs={"patch_size": 4},
+        coarse_grid=2,
+        epochs=1,
+        batch_size=16,
+        workers=0,
+    )
 
 
 @pytest.fixture

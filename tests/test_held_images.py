@@ -131,17 +131,8 @@ def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
         hold(open_data(str(mixed)), 0)
 
 
-def test_a_run_with_held_images_is_the_run_without(colours: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        data=(str(colours),),
-        holdout=0.2,
-        backbone="test_vit",
-        timm_kwargs={"patch_size": 4},
-        coarse_grid=2,
-        epochs=1,
-        batch_size=16,
-        workers=1,
-    )
+def test_a_run_with_held_images_is_the_run_without(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    recipe = tiny_recipe.replace({"workers": 1})
     figures = [train(recipe.replace({"hold_decoded": held}), tmp_path / str(held)) for held in (False, True)]
     assert figures[0] == figures[1]
     ours, theirs = (load_file(tmp_path / str(held) / "model.safetensors") for held in (True, False))

@@ -88,19 +88,8 @@ def test_the_matrix_rate_is_measured_without_touching_the_random_state() -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_log_tells_both(colours: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        data=(str(colours),),
-        holdout=0.2,
-        backbone="test_vit",
-        timm_kwargs={"patch_size": 4},
-        coarse_grid=2,
-        epochs=1,
-        batch_size=16,
-        workers=0,
-        log_interval=1,
-    )
-    train(recipe, tmp_path / "run")
+def test_the_log_tells_both(tiny_recipe: Recipe, tmp_path: Path) -> None:
+    train(tiny_recipe.replace({"log_interval": 1}), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["event"] == "train"]
     assert steps

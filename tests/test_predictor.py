@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import check_prediction, highest_probability
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -42,20 +43,10 @@ def both(model: CoarseToFineViT, images: Tensor) -> CoarseToFineOutput:
 @pytest.fixture
 def between(both: CoarseToFineOutput) -> float:
     """A threshold with half of the images on either side, and none close to it."""
-    ordered = _confidence(both.coarse).sort().values
+    ordered = highest_probability(both.coarse).sort().values
     middle = COUNT // 2
     assert ordered[middle] - ordered[middle - 1] > 1e-3
     return float(ordered[middle - 1 : middle + 1].mean())
-
-
-def _confidence(logits: Tensor) -> Tensor:
-    return logits.float().softmax(dim=-1).amax(dim=-1)
-
-
-def _check(prediction: Prediction, logits: Tensor, stage: Tensor) -> None:
-    torch.testing.assert_close(prediction.logits, logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prediction.confidence, _confidence(logits), atol=1e-5, rtol=1e-5)
-    assert torch.equal(prediction.stage, stage)
 
 
 def _record_fine(model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -75,12 +66,12 @@ def test_threshold_0_gives_the_coarse_answers(
     model: CoarseToFineViT, images: Tensor, both: CoarseToFineOutput, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = _record_fine(model, monkeypatch)
-    _check(Predictor(model, 0)(images), both.coarse, torch.full((COUNT,), COARSE))
+    check_prediction(Predictor(model, 0)(images), both.coarse, torch.full((COUNT,), COARSE))
     assert calls == []
 
 
 def test_threshold_1_gives_the_fine_answers(model: CoarseToFineViT, images: Tensor, both: CoarseToFineOutput) -> None:
-    _check(Predictor(model, 1)(images), both.fine, torch.full((COUNT,), FINE))
+    check_prediction(Predictor(model, 1)(images), both.fine, torch.full((COUNT,), FINE))
 
 
 def test_threshold_1_sends_on_even_what_rounds_to_1(model: CoarseToFineViT, images: Tensor) -> None:
@@ -94,9 +85,9 @@ def test_threshold_1_sends_on_even_what_rounds_to_1(model: CoarseToFineViT, imag
 def test_each_image_gets_the_answer_of_its_stage(
     model: CoarseToFineViT, images: Tensor, both: CoarseToFineOutput, between: float
 ) -> None:
-    hard = _confidence(both.coarse) < between
+    hard = highest_probability(both.coarse) < between
     expected = torch.where(hard[:, None], both.fine, both.coarse)
-    _check(Predictor(model, between)(images), expected, hard.long())
+    check_prediction(Predictor(model, between)(images), expected, hard.long())
 
 
 def test_a_batch_is_answered_like_its_images_alone(model: CoarseToFineViT, images: Tensor, between: float) -> None:
@@ -104,14 +95,14 @@ def test_a_batch_is_answered_like_its_images_alone(model: CoarseToFineViT, image
     alone = [predictor(image[None]) for image in images]
     stage = torch.cat([prediction.stage for prediction in alone])
     assert stage.sum() == COUNT // 2
-    _check(predictor(images), torch.cat([prediction.logits for prediction in alone]), stage)
+    check_prediction(predictor(images), torch.cat([prediction.logits for prediction in alone]), stage)
 
 
 def test_answers_keep_the_order_of_the_images(model: CoarseToFineViT, images: Tensor, between: float) -> None:
     predictor = Predictor(model, between)
     straight = predictor(images)
     order = torch.tensor([4, 2, 0, 5, 1, 3])
-    _check(predictor(images[order]), straight.logits[order], straight.stage[order])
+    check_prediction(predictor(images[order]), straight.logits[order], straight.stage[order])
 
 
 def test_the_fine_stage_runs_once_on_exactly_the_hard_images(
@@ -120,11 +111,11 @@ def test_the_fine_stage_runs_once_on_exactly_the_hard_images(
     calls = _record_fine(model, monkeypatch)
     Predictor(model, between)(images)
     assert len(calls) == 1
-    assert torch.equal(calls[0], images[_confidence(both.coarse) < between])
+    assert torch.equal(calls[0], images[highest_probability(both.coarse) < between])
 
 
 def test_an_image_at_the_threshold_exits(model: CoarseToFineViT, images: Tensor, both: CoarseToFineOutput) -> None:
-    confidence = _confidence(both.coarse)
+    confidence = highest_probability(both.coarse)
     stage = Predictor(model, float(confidence[0]))(images).stage
     assert torch.equal(stage, (confidence < confidence[0]).long())
 
@@ -139,7 +130,7 @@ def test_an_empty_batch_has_an_empty_answer(model: CoarseToFineViT, threshold: f
 def test_an_image_that_is_not_a_number_goes_on_and_spoils_no_other(
     model: CoarseToFineViT, images: Tensor, both: CoarseToFineOutput, between: float
 ) -> None:
-    spoilt = int(_confidence(both.coarse).argmax())
+    spoilt = int(highest_probability(both.coarse).argmax())
     straight = Predictor(model, between)(images)
     images[spoilt] = torch.nan
     prediction = Predictor(model, between)(images)
@@ -147,7 +138,7 @@ def test_an_image_that_is_not_a_number_goes_on_and_spoils_no_other(
     assert prediction.stage[spoilt] == FINE
     assert prediction.confidence[spoilt] == -1
     others = torch.arange(COUNT) != spoilt
-    _check(
+    check_prediction(
         Prediction(prediction.logits[others], prediction.confidence[others], prediction.stage[others]),
         straight.logits[others],
         straight.stage[others],

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import check_prediction, highest_probability
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,16 +25,6 @@ from cfvit import CfvitError, CoarseState, CoarseToFineViT, Prediction, Predicto
 from cfvit.inference.predictor import FINE_BATCH
 from cfvit.inference.stream import COARSE, FAILED, FINE, HardImages, HardQueue, StreamedPrediction, copied_ahead
 from cfvit.modeling.tokens import coarse_image
-
-
-def _confidence(logits: Tensor) -> Tensor:
-    return logits.float().softmax(dim=-1).amax(dim=-1)
-
-
-def _check(prediction: Prediction, logits: Tensor, stage: Tensor) -> None:
-    torch.testing.assert_close(prediction.logits, logits, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(prediction.confidence, _confidence(logits), atol=1e-5, rtol=1e-5)
-    assert torch.equal(prediction.stage, stage)
 
 
 class _Counted:
@@ -73,7 +64,7 @@ def _assert_streamed(answers: Iterable[StreamedPrediction], expected: Prediction
     """Every image's answer once, and the one that the predictor gives of all at once."""
     joined = _joined(answers)
     assert joined.index.tolist() == list(range(len(expected.stage)))
-    _check(joined, expected.logits, expected.stage)
+    check_prediction(joined, expected.logits, expected.stage)
 
 
 MANY = 24
@@ -93,7 +84,7 @@ def many(steady: CoarseToFineViT) -> Tensor:
 def middle(steady: CoarseToFineViT, many: Tensor) -> float:
     """A threshold that a part of the images reaches, and none comes close to."""
     with torch.no_grad():
-        ordered = _confidence(steady.coarse(many).logits).sort().values
+        ordered = highest_probability(steady.coarse(many).logits).sort().values
     widest = MANY // 3 + int(ordered[MANY // 3 : -MANY // 3].diff().argmax())
     assert ordered[widest + 1] - ordered[widest] > 1e-4
     return float(ordered[widest : widest + 2].mean())
@@ -348,7 +339,7 @@ def test_where_errors_are_reported_all_other_batches_are_answered(
     assert sorted(errors) == sorted(place for part in in_batches if {*part} & {*lost} for place in part)
     assert joined.logits[failed].isnan().all()
     assert (joined.confidence[failed] == -1).all()
-    _check(joined[~failed], expected.logits[~failed], expected.stage[~failed])
+    check_prediction(joined[~failed], expected.logits[~failed], expected.stage[~failed])
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -365,7 +356,7 @@ def test_where_errors_are_reported_a_batch_of_another_shape_is_one(
     assert (joined.stage == FAILED).nonzero().flatten().tolist() == [4, 5, 6]
     assert errors == [([4, 5, 6], "images of shape [3, 3, 8, 8]: give normalised [B, 3, 32, 32]")]
     answered, expected = joined[joined.stage != FAILED], predictor(many)
-    _check(answered, expected.logits, expected.stage)
+    check_prediction(answered, expected.logits, expected.stage)
 
 
 def test_where_errors_are_reported_what_the_source_raises_is_raised(steady: CoarseToFineViT, many: Tensor) -> None:
@@ -490,7 +481,7 @@ def test_a_compiled_stream_takes_any_number_of_images(
         threshold = float(model.coarse(many).confidence.sort().values[MANY // 2 - 1 : MANY // 2 + 1].mean())
     compiled, plain = Predictor(model, threshold, compile=True), Predictor(model, threshold, compile=False)
     expected = plain(many)
-    _check(compiled(many), expected.logits, expected.stage)
+    check_prediction(compiled(many), expected.logits, expected.stage)
     _assert_streamed(compiled.stream(many.split(7), fine_batch=4), expected)
     ready = graphs.frame_count
     assert ready >= 2

@@ -15,12 +15,11 @@ from rich.table import Table
 
 from cfvit.benchmark.measure import Row, compare_with_backbone
 from cfvit.checkpoints import load
-from cfvit.data import DataSource, EvalImages, find_images, open_data
+from cfvit.data import EvalImages, find_images, open_data
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import Evaluation, evaluate_model
 from cfvit.inference.files import FileAnswer, classify_files
 from cfvit.inference.predictor import Predictor
-from cfvit.modeling.model import CoarseToFineViT
 from cfvit.plots.explain import PictureFolder
 from cfvit.plots.style import png, require_matplotlib
 from cfvit.processes import Process
@@ -34,32 +33,20 @@ PHOTO_MODEL, PHOTO_BATCH = "deit_tiny_imagenet", 8
 
 @dataclass(frozen=True)
 class Comparison:
-    """The coarse-to-fine model at its calibrated eta beside the plain ViT trained alike, on the same test images.
+    """The coarse-to-fine model at its calibrated eta beside the plain ViT trained alike, on the same test images."""
 
-    Attributes:
-        accuracy, plain_accuracy: top-1 in percent.
-        exit_share: share of test images answered at the coarse stage.
-        gmacs, plain_gmacs: cost of an image.
-        speed: images per second and speed-up of the predictor at that exit share, and of the backbone.
-    """
-
-    accuracy: float
-    plain_accuracy: float
-    exit_share: float
-    gmacs: float
-    plain_gmacs: float
-    speed: list[Row]
+    accuracy: float  # top-1 in percent
+    plain_accuracy: float  # top-1 in percent
+    exit_share: float  # share of test images answered at the coarse stage
+    gmacs: float  # cost of an image
+    plain_gmacs: float  # cost of an image
+    speed: list[Row]  # images per second and speed-up of the predictor at that exit share, and of the backbone
 
 
 def run_demo(out: Path, epochs: int | None = None) -> None:
     """Trains both models on the digits, prints and draws how they compare, classifies sample photos.
 
-    Args:
-        out: receives ``trade_off.png``, ``explained/`` and ``photos/``.
-        epochs: instead of the recipe's.
-
-    Raises:
-        CfvitError: scikit-learn or matplotlib is not installed, or ``out`` cannot be written.
+    Pictures go to ``out``. Raises `CfvitError` if they cannot be written, or if scikit-learn or matplotlib is missing.
     """
     console = Console(highlight=False, markup=False)
     require_matplotlib()
@@ -91,7 +78,13 @@ def run_demo(out: Path, epochs: int | None = None) -> None:
         console.print(_table(comparison))
         console.print(verdict(comparison))
         draw_trade_off(evaluation, comparison, out / "trade_off.png")
-        _explain_digits(model, source, out / "explained")
+        images = EvalImages(source, model.data_config)
+        batch = torch.stack([images[i][0] for i in range(len(images))])
+        with torch.inference_mode():
+            confidence = model.coarse(batch).confidence
+        chosen = [int(confidence.argmax()), int(confidence.argmin())]  # the surest digit and the least sure one
+        write = PictureFolder(out / "explained", model, Predictor(model).threshold)
+        write([Path("easy"), Path("hard")], batch[chosen])
     console.print(
         f"\nThe trade-off curve is {out / 'trade_off.png'}, what the model looked at is in {out / 'explained'}."
     )
@@ -164,17 +157,6 @@ def draw_trade_off(evaluation: Evaluation, comparison: Comparison, path: Path) -
         axis.set_xlim(left=0)
         axis.grid(alpha=0.3)
         axis.legend(loc="lower right")
-
-
-def _explain_digits(model: CoarseToFineViT, source: DataSource, folder: Path) -> None:
-    """Pictures of the test digit that the coarse stage is surest of, and of the one it is least sure of."""
-    images = EvalImages(source, model.data_config)
-    batch = torch.stack([images[i][0] for i in range(len(images))])
-    with torch.inference_mode():
-        confidence = model.coarse(batch).confidence
-    chosen = [int(confidence.argmax()), int(confidence.argmin())]
-    write = PictureFolder(folder, model, Predictor(model).threshold)
-    write([Path("easy"), Path("hard")], batch[chosen])
 
 
 def _classify_photos(folder: Path, console: Console) -> None:
