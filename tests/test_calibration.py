@@ -36,7 +36,6 @@ from cfvit.calibration import (
     rank_images,
 )
 from cfvit.calibration.binomial import images_needed, paired_difference, share_estimate
-from cfvit.calibration.calibrated import best_measure
 from cfvit.calibration.choice import TESTED, choose_eta, require_reachable
 from cfvit.calibration.records import parse_record
 from cfvit.calibration.temperature import fit_mixture, fit_temperature
@@ -557,17 +556,6 @@ def test_a_mixture_is_calibrated_as_the_fine_stage() -> None:
     expected = _calibrate((coarse, mixed, labels), Saving(50))
     assert chosen == replace(expected, coarse_weight=0.3)
     assert chosen.exit == Exit(eta=expected.threshold, coarse_weight=0.3)
-
-
-@pytest.mark.parametrize("target", [Saving(55), Accuracy(66), Drop(1), SelectiveRisk(0.2)])
-def test_the_best_measure_is_none_worse_than_any(target: Target) -> None:
-    images = _simulate(800, 5, classes=8)
-    best = best_measure(*images, MACS, target, Exit())
-    chosen = {measure: _calibrate(images, target, measure=measure) for measure in MEASURES}
-    if isinstance(target, Saving):
-        assert chosen[best].accuracy.value == max(each.accuracy.value for each in chosen.values())
-    else:
-        assert chosen[best].gmacs.value == min(each.gmacs.value for each in chosen.values())
 
 
 # files -----------------------------------------------------------------------------------------

@@ -87,13 +87,16 @@ def _for_timm(model: CoarseToFineViT) -> dict[str, Any]:
     }
 
 
-def save_exit(exit: Exit, folder: Path) -> None:
-    """Changes what a saved model knows of its exit, and nothing else in its folder.
+def save_exit(exit: Exit, folder: Path, model: ModelConfig | None = None) -> None:
+    """Changes what a saved model knows of its exit, and of its fine stage if one is given; nothing else in its folder.
 
     Raises:
         CfvitError: the folder cannot be written; it is then as it was.
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
+    if model is not None:
+        fine = {"informative_ratio": model.informative_ratio, "fine_merged": model.fine_merged}
+        config["model"] = {**config["model"], **fine}
     _write_config(folder, {**config, "exit": asdict(exit)})
 
 

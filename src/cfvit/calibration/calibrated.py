@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, get_args
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -14,7 +14,6 @@ from torch import Tensor
 from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
 from cfvit.calibration.choice import STARTS, choose_eta
 from cfvit.calibration.targets import (
-    Accuracy,
     Drop,
     Promise,
     SelectiveRisk,
@@ -227,40 +226,6 @@ def calibrate(
         wrong_exits=share_estimate(wrong, exits, level) if exits else None,
         **vars(operation),
     )
-
-
-def best_measure(
-    coarse: Tensor,
-    fine: Tensor,
-    labels: Tensor,
-    macs: StageMacs,
-    target: Target,
-    rule: Exit,
-    latency: StageLatency | None = None,
-) -> Measure:
-    """The measure with which a target is met best: most accurately if it is a budget, else at the lowest cost.
-
-    Args:
-        coarse, fine, labels, macs, target, latency: as of `calibrate`.
-        rule: its temperatures and its weight are taken as they are.
-
-    Raises:
-        CfvitError: out of reach with every measure.
-    """
-    outcomes: dict[Measure, float] = {}
-    failure = None
-    for measure in get_args(Measure):
-        trade = rank_images(coarse, rule.answer(coarse, fine), labels, measure, rule.coarse_temperature)
-        try:
-            go_on = trade.gone_on(choose_eta(target, trade, macs, latency))
-        except CfvitError as error:
-            failure = failure or error
-            continue
-        by_cost = isinstance(target, Accuracy | Drop | Promise)
-        outcomes[measure] = -go_on if by_cost else float(trade.right[go_on])
-    if failure is not None and not outcomes:
-        raise failure
-    return max(outcomes, key=lambda measure: outcomes[measure])
 
 
 def check_logits(logits: Tensor, stage: str) -> None:

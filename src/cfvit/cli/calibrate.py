@@ -115,7 +115,11 @@ def calibrate(
     ] = None,
     best: Annotated[
         bool,
-        Parameter(negative="", help="also fit temperatures and a mixture of both stages' answers, choose the measure"),
+        Parameter(
+            negative="",
+            help="the best that the model can: fit temperatures and a mixture of both stages' answers, choose the "
+            "measure and, in a model's folder, perhaps a cheaper fine stage",
+        ),
     ] = False,
     temperature_scaling: Annotated[
         bool, Parameter(negative="", help="fit temperatures on a random half, choose eta on the other")
@@ -141,7 +145,7 @@ def calibrate(
     path = _calibration_path(model, out)
     from cfvit.calibration.records import write_calibration
     from cfvit.checkpoints import save_exit
-    from cfvit.evaluation.calibrate import calibrate_model
+    from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
@@ -152,7 +156,7 @@ def calibrate(
     require_writable(path)
     network = load_model(model, None)
     source = labelled_images(network, data)
-    calibration, unreadable = calibrate_model(
+    calibration, config, unreadable = calibrate_model(
         network,
         source,
         data,
@@ -163,16 +167,19 @@ def calibrate(
         measure=checked,
         scale_temperatures=temperature_scaling,
         best=best,
+        fine_stages=fine_stages_of(network) if best and out is None else (),
         allow_missing_classes=allow_missing_classes,
         training=_training_images(model, train_data),
     )
     try:
         write_calibration(calibration, path)
         if out is None:
-            save_exit(calibration.exit, path.parent)
+            save_exit(calibration.exit, path.parent, config)
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     report_unreadable(unreadable)
+    if config != network.config:
+        say(f"fine stage: informative_ratio {config.informative_ratio:g}, fine_merged {config.fine_merged}")
     say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
     return int(bool(unreadable))
 

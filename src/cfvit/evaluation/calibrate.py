@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
-from cfvit.calibration.calibrated import ADD_CLASSES, best_measure, check_images, missing_classes
-from cfvit.calibration.choice import require_reachable
+from cfvit.calibration.calibrated import ADD_CLASSES, check_images, missing_classes
+from cfvit.calibration.choice import Budget, require_reachable
 from cfvit.calibration.overlap import refuse_training_images
 from cfvit.calibration.targets import Promise
 from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_mixture, fit_temperature
@@ -23,18 +24,45 @@ from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress
 from cfvit.evaluation.timing import lacks_memory, time_stages
 from cfvit.inference.engines.packing import accelerate, frozen
-from cfvit.modeling.cost import count_macs
+from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit, Measure
 from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.tokens import num_informative
 from cfvit.processes import Process
 
 Images = tuple[Tensor, Tensor, Tensor]
+Choice = TypeVar("Choice")
+MERGED_SHARE = 0.08
+"""Of the fine sequence's patches, how many `fine_stages_of` merges before a block: 10 of 124 at alpha 0.5."""
 _SEED = 0
 FEW_IMAGES = 100
 """Below so many there is a warning that a fitted temperature may be chance."""
 
 NOT_COMPARED = "the training images are not known and were not compared with these: name them with --train-data"
 """The warning where images on which the model was trained could not be looked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Way:
+    """One way to use a model, of which the one that serves a target best is chosen: a fine stage and an exit rule.
+
+    Attributes:
+        config: of the fine stage.
+        macs, latency: what it costs.
+        images: logits of both stages, and labels.
+    """
+
+    config: ModelConfig
+    macs: StageMacs
+    latency: StageLatency | None
+    images: Images
+
+    def rows(self, kept: Tensor) -> Images:
+        """Some of the images."""
+        coarse, fine, labels = self.images
+        return coarse[kept], fine[kept], labels[kept]
 
 
 def calibrate_model(
@@ -49,9 +77,10 @@ def calibrate_model(
     measure: Measure | None = None,
     scale_temperatures: bool = False,
     best: bool = False,
+    fine_stages: Sequence[ModelConfig] = (),
     allow_missing_classes: bool = False,
     training: tuple[DataSource, Sequence[int]] | None = None,
-) -> tuple[Calibration, list[str]]:
+) -> tuple[Calibration, ModelConfig, list[str]]:
     """Runs both stages on every image and chooses eta, with a progress bar. The model is left as it is.
 
     What can be refused without the images' logits is refused before the pass over them.
@@ -64,11 +93,13 @@ def calibrate_model(
             run, and choose eta on the other half. A class that only one half has is a warning.
         best: fit the temperatures and how both stages' answers are mixed, and choose the measure. Where the target is a
             promise, which allows no image to serve both, on such a half; else on the same images as eta.
+        fine_stages: with ``best``, the model's configuration with other fine stages, to choose among as well.
         allow_missing_classes: go on with a warning if some class has no image.
         training: what the model was trained on, and which of it; None, which becomes a warning, if that is not known.
 
     Returns:
-        The calibration, and the names of images that could not be read and do not count.
+        The calibration, the configuration that it is of, and the names of images that could not be read and do not
+        count.
 
     Raises:
         CfvitError: a class without images, images of the training, logits that are not finite, a target out of reach.
@@ -81,59 +112,103 @@ def calibrate_model(
             raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
     require_classes(range(len(names)) if source.targets is None else source.targets, len(source))
-    macs = count_macs(model)
-    model = model.eval().to(process.device)
-    latency = measure_latency(model, batch_size) if isinstance(target, LatencyBudget) else None
-    require_reachable(target, macs, latency)
+    network = frozen(model.eval().to(process.device))
+    network.exit = Exit()  # the stages' own answers
+    costs: list[tuple[ModelConfig, StageMacs, StageLatency | None]] = []
+    for config in (model.config, *fine_stages):
+        network.config = config
+        macs, timed = count_macs(network), isinstance(target, LatencyBudget)
+        costs.append((config, macs, measure_latency(network, batch_size) if timed else None))
+        require_reachable(target, *costs[-1][1:])
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    network = accelerate(frozen(model))
-    network.exit = Exit()  # the stages' own answers
-    collected, unreadable = collect_with_progress(
-        lambda images: network(images)._asdict(), model.data_config, source, batch_size, workers, process
-    )
-    images = (collected.logits["coarse"], collected.logits["fine"], collected.labels)
-    check_images(*images)
-    require_classes(collected.labels.tolist(), len(collected.labels))
-    rule, fitted, doubts = Exit(measure or "max_probability"), images, list[str]()
+    fast = accelerate(network)
+
+    def answers(images: Tensor) -> dict[str, Tensor]:
+        state = fast.coarse(images)
+        found = {"coarse": state.logits}
+        for place, (config, *_) in enumerate(costs):
+            fast.config = config
+            found[f"fine {place}"] = fast.fine(images, state)
+        return found
+
+    collected, unreadable = collect_with_progress(answers, model.data_config, source, batch_size, workers, process)
+    logits, labels = collected.logits, collected.labels
+    ways = [Way(*cost, (logits["coarse"], logits[f"fine {place}"], labels)) for place, cost in enumerate(costs)]
+    for way in ways:
+        check_images(*way.images)
+    require_classes(labels.tolist(), len(labels))
+    fitted = kept = torch.arange(len(labels))
+    doubts: list[str] = []
     if scale_temperatures or (best and isinstance(target, Promise)):
-        fitted, images, doubts = _halved(images, names)
-    if scale_temperatures or best:
-        coarse, fine, labels = fitted
-        rule = replace(
-            rule, coarse_temperature=fit_temperature(coarse, labels), fine_temperature=fit_temperature(fine, labels)
-        )
-        if any(
-            not 1.01 * LOWEST_TEMPERATURE < t < 0.99 * HIGHEST_TEMPERATURE
-            for t in (rule.coarse_temperature, rule.fine_temperature)
-        ):
-            doubts.append("a temperature is at the bound of its range: do not rely on it")
-    if best:
-        weight, temperature = fit_mixture(*fitted)
-        rule = replace(rule, coarse_weight=weight, fine_temperature=temperature)
-        rule = replace(rule, measure=measure or best_measure(*fitted, macs, target, rule, latency))
+        fitted, kept, doubts = _halved(labels, names)
+
+    def calibrated(way: Way, rows: Tensor, options: dict[str, Any]) -> Calibration:
+        more = {"latency": way.latency, "class_names": model.class_names, **options}
+        # the classes of all images were checked above
+        return calibrate(*way.rows(rows), way.macs, target, allow_missing_classes=True, **more)
+
+    choices: list[tuple[Way, dict[str, Any]]] = []
+    for way in ways:
+        coarse, fine, truth = way.rows(fitted)
+        options: dict[str, Any] = {}
+        if scale_temperatures or best:
+            options["coarse_temperature"] = fit_temperature(coarse, truth)
+            options["fine_temperature"] = fit_temperature(fine, truth)
+        if best:
+            options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, truth)
+        for each in get_args(Measure) if best and measure is None else (measure or "max_probability",):
+            choices.append((way, {"measure": each, **options}))
+    way, options = (
+        choices[0] if len(choices) == 1 else best_choice(choices, lambda each: calibrated(each[0], fitted, each[1]))
+    )
+    temperatures = [value for name, value in options.items() if name.endswith("temperature")]
+    if any(not 1.01 * LOWEST_TEMPERATURE < value < 0.99 * HIGHEST_TEMPERATURE for value in temperatures):
+        doubts.append("a temperature is at the bound of its range: do not rely on it")
     if training is None:
         doubts.append(NOT_COMPARED)
-    calibration = calibrate(
-        *images,
-        macs,
-        target,
-        measure=rule.measure,
-        coarse_temperature=rule.coarse_temperature,
-        fine_temperature=rule.fine_temperature,
-        coarse_weight=rule.coarse_weight,
-        latency=latency,
-        allow_missing_classes=True,  # the classes of all images were checked above
-        class_names=model.class_names,
-    )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    fitted_on = len(collected.labels) - len(images[-1])
+    calibration = calibrated(way, kept, options)
+    now, fitted_on = datetime.now(UTC).isoformat(timespec="seconds"), len(labels) - len(kept)
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
-    return replace(calibration, origin=origin, warnings=(*calibration.warnings, *doubts)), unreadable
+    warnings = (*calibration.warnings, *doubts)
+    return replace(calibration, origin=origin, warnings=warnings), way.config, unreadable
 
 
-def _halved(images: Images, names: Sequence[object]) -> tuple[Images, Images, list[str]]:
-    """A random half of the images to fit temperatures on, the other half, and what speaks against the former.
+def best_choice(choices: Sequence[Choice], calibrated: Callable[[Choice], Calibration]) -> Choice:
+    """The choice by which a target is met best: a budget most accurately, another target at the lowest cost.
+
+    Raises:
+        CfvitError: the target is out of reach with every one.
+    """
+    found, failure = [], None
+    for choice in choices:
+        try:
+            outcome = calibrated(choice)
+        except CfvitError as error:
+            failure = failure or error
+            continue
+        accuracy, cost = outcome.accuracy.value, outcome.gmacs.value
+        found.append(((accuracy, -cost) if isinstance(outcome.target, Budget) else (-cost, accuracy), choice))
+    if not found:
+        raise failure or CfvitError("nothing is given to choose among: give at least one")
+    return max(found, key=lambda each: each[0])[1]
+
+
+def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
+    """The model's configuration with cheaper fine stages, without training: fewer cells split, more tokens merged."""
+    config, cells = model.config, model.grid[0] * model.grid[1]
+    found = []
+    for ratio in (1.0, 0.8, 0.6):
+        split = num_informative(ratio * config.informative_ratio, cells)
+        merging = 0 if anatomy.refuses_merging(model.backbone) else round(MERGED_SHARE * (cells + 3 * split))
+        for more in sorted({0, merging}):
+            share, merged = round(ratio * config.informative_ratio, 3), config.fine_merged + more
+            found.append(replace(config, informative_ratio=share, fine_merged=merged))
+    return found[1:]
+
+
+def _halved(labels: Tensor, names: Sequence[object]) -> tuple[Tensor, Tensor, list[str]]:
+    """Places of a random half of the images to fit temperatures on, of the other half, and doubts about the former.
 
     The half is not taken within each class, though a rare class may then miss in it, which is a warning. The promise
     of `Risk` counts worse answers as a binomial number, which they are in a random half of images drawn
@@ -141,19 +216,17 @@ def _halved(images: Images, names: Sequence[object]) -> tuple[Images, Images, li
     draw: with one class that is always worse and one that never is, a promise at a low confidence
     would break more often than it may. Odd classes would also weigh more in one half.
     """
-    total = len(images[-1])
+    total = len(labels)
     if total < 2:
         raise CfvitError("1 image cannot be halved to fit temperatures on: give at least 2")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(_SEED))
     count = total // 2
-    coarse, fine, labels = (column[order] for column in images)
-    fitted, kept = ((coarse[part], fine[part], labels[part]) for part in (slice(count), slice(count, None)))
     doubts = []
     if count < FEW_IMAGES:
         doubts.append(f"{count} images are few to fit a temperature on: use more")
-    if missing := missing_classes(fitted[-1].tolist(), names, count):
+    if missing := missing_classes(labels[order[:count]].tolist(), names, count):
         doubts.append(f"{missing} that temperatures were fitted on: give more of them")
-    return fitted, kept, doubts
+    return order[:count], order[count:], doubts
 
 
 def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:

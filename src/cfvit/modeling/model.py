@@ -147,9 +147,7 @@ class CoarseToFineViT(nn.Module):
             pretrained=pretrained_backbone,
             **config.timm_kwargs,
         )
-        if config.fine_merged and (
-            getattr(self.backbone, "rope", None) is not None or self.backbone.num_prefix_tokens != 1
-        ):
+        if config.fine_merged and anatomy.refuses_merging(self.backbone):
             raise UsageError("fine_merged is not for rotary positions, nor for tokens beside class token and patches")
         self.coarse_pos_embed: nn.Parameter | None = None
         if self.backbone.pos_embed is not None:

@@ -199,6 +199,11 @@ def run_blocks(backbone: Backbone, tokens: Tensor, rotation: Tensor | None, stop
     return tokens
 
 
+def refuses_merging(backbone: Backbone) -> bool:
+    """Whether `run_merging` is not for it: merged tokens have no rotary position, and the first alone is kept apart."""
+    return getattr(backbone, "rope", None) is not None or backbone.num_prefix_tokens != 1
+
+
 def run_merging(backbone: Backbone, tokens: Tensor, merged: int) -> Tensor:
     """All of timm's blocks; after the first third of them, similar patches are merged before each (ToMe).
 
