@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, astuple
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -59,32 +59,26 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         raise CfvitError(f"weights cannot be stored as {dtype}: give torch.bfloat16, torch.float16 or torch.float32")
     folder = Path(folder)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    known = getattr(model.backbone, "pretrained_cfg", {})  # a class of one's own may have none
+    kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config
     config = {
         "model": {**asdict(model.config), "timm_kwargs": dict(model.config.timm_kwargs)},
         "data_config": model.data_config,
         "class_names": model.class_names,
         "exit": asdict(model.exit),
         **({} if model.class_order is None else {"class_order": model.class_order}),
-        **_for_timm(model),
+        # what timm has to find here to make the plain ViT of the model, by `backbones.cfvit_backbone`
+        "model_type": MODEL_TYPE,
+        "architecture": backbones.cfvit_backbone.__name__,
+        "num_classes": model.config.num_classes,
+        "model_args": {"backbone": model.config.backbone, "img_size": model.image_size, **kwargs},
+        "pretrained_cfg": {k: known.get(k) for k in ("first_conv", "classifier", "fixed_input_size")}
+        | model.data_config,
     }
     with atomic_write(folder / WEIGHTS_FILE) as file:
         save_file(weights, file, metadata={"format": "pt"})
     _write_config(folder, config)
     (folder / CALIBRATION_FILE).unlink(missing_ok=True)
-
-
-def _for_timm(model: CoarseToFineViT) -> dict[str, Any]:
-    """What timm has to find in a saved folder to make the plain ViT of it, by `backbones.cfvit_backbone`."""
-    defaults = cast(dict[str, Any], model.backbone.pretrained_cfg)
-    kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config
-    return {
-        "model_type": MODEL_TYPE,
-        "architecture": backbones.cfvit_backbone.__name__,
-        "num_classes": model.config.num_classes,
-        "model_args": {"backbone": model.config.backbone, "img_size": model.image_size, **kwargs},
-        "pretrained_cfg": {k: defaults.get(k) for k in ("first_conv", "classifier", "fixed_input_size")}
-        | model.data_config,
-    }
 
 
 def save_exit(exit: Exit, folder: Path, model: ModelConfig | None = None) -> None:
