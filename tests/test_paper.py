@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from cfvit import CoarseToFineViT, load
 from cfvit.benchmark.conditions import conditions_of
-from cfvit.data import EvalImages
+from cfvit.data import EvalImages, open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model, labelled_images
+from cfvit.methods.base import create_method
 from cfvit.paper import rows
 from cfvit.paper import runs as running
 from cfvit.paper.runs import Budget, Missing, Run, Runs, logged_pace, read_record
@@ -32,6 +33,7 @@ from cfvit.paper.write import Request, reproduce
 from cfvit.processes import Process
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe
+from cfvit.training.setup import open_run
 
 MEASURED = "Images per second are of the first seed"
 CPU = Process(0, 1, torch.device("cpu"))
@@ -596,13 +598,87 @@ def test_a_comparison_that_would_mislead_is_refused(
         ({"--plain": colour_model}, 0, ""),
         ({"--part": tmp_path / "greys.txt"}, 2, "greys.txt names 'grey', which is no class of the data"),
         ({"--calibration-data": None}, 2, "--plain and --calibration-data go together"),
-        ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides the images of table2"),
+        ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides images that --plain and"),
+        ({"--runs": held}, 2, "--runs needs --plain and --calibration-data, no --model, and is for table3, fig5, all"),
     ):
         words = [word for pair in {**given, **changes}.items() if pair[1] is not None for word in pair]
         options = ["--no-speed", "--workers", "0", "--out", tmp_path / "out"]
         outcome = cfvit_main("reproduce", "table2", *words, *options)
         assert outcome.status == status, outcome.err
         assert status == 0 or message in outcome.err[-1]
+
+
+@pytest.fixture
+def rivals(colour_model: Path, tmp_path: Path) -> Path:
+    """Folders of runs of three methods as `cfvit train` leaves them, with the weights of the model of the colours."""
+    model = load(colour_model)
+    kwargs = {**model.config.timm_kwargs}
+    for name in ("cf_vit", "evit", "dvt"):
+        recipe = Recipe(backbone=model.config.backbone, timm_kwargs=kwargs, coarse_grid=4, method=name, crop_pct=1.0)
+        torch.manual_seed(0)
+        method, folder = create_method(name), tmp_path / "rivals" / name
+        network = method.build(recipe.model_config(3), None, model.class_names)
+        weights = model.state_dict() if name == "cf_vit" else model.backbone.state_dict()
+        for part in network.vits if name == "dvt" else [network]:
+            own = part.state_dict()
+            part.load_state_dict({**own, **{k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}})
+        network.data_config["crop_pct"] = 1.0
+        folder.mkdir(parents=True)
+        method.save(network, folder)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        (folder / "class_names.json").write_text(json.dumps(model.class_names))
+    return tmp_path / "rivals"
+
+
+@pytest.mark.usefixtures("no_training")
+def test_runs_of_any_methods_are_set_side_by_side(
+    rivals: Path,
+    colours: Path,
+    plain_weights: Path,
+    make_colours: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cfvit_main: Main,
+) -> None:
+    monkeypatch.setattr("cfvit.paper.rivals.MOST_ROUNDS", 1)
+    (tmp_path / "reds.txt").write_text("red\n")
+    held = make_colours("held", per_class=20, seed=7)
+    given = ["--runs", rivals, "--plain", plain_weights, "--calibration-data", held, "--data", colours]
+    options = ["--part", tmp_path / "reds.txt", "--workers", "0", "--out", tmp_path / "out"]
+    outcome = cfvit_main("reproduce", "all", *given, *options, "--json")
+    assert outcome.status == 0, outcome.err
+    rows = [row for row in map(json.loads, outcome.out) if row["study"] == "table3"]
+    table = {row["row"]: row["measures"] for row in rows}
+    assert len(table) == len(rows), "no name stands for two rows"
+    base = table["plain ViT"]
+    for name in ("CF-ViT, always fine", "DVT, always 4x4", "EViT, keep rate 0.7"):
+        assert {f"{name}{part}" for part in ("", ", reds", ", other classes")} <= set(table)
+        assert table[name]["saving"]["ours"] == pytest.approx(
+            100 * (1 - table[name]["gmacs"]["ours"] / base["gmacs"]["ours"])
+        )
+
+    images = EvalImages(open_data(str(colours), "validation"), load(rivals / "cf_vit").data_config)
+    batch, labels = torch.stack([images[i][0] for i in range(33)]), torch.tensor([images[i][1] for i in range(33)])
+    for name, title in (("cf_vit", "CF-ViT"), ("dvt", "DVT"), ("evit", "EViT, keep rate 0.7")):
+        _, method, network = open_run(rivals / name)
+        with torch.inference_mode():
+            answers = method.answers(network, batch)
+        for point, logits in answers.items():
+            row = table[title if len(answers) == 1 else f"{title}, always {point}"]
+            right = logits.argmax(-1) == labels
+            assert row["accuracy"]["ours"] == pytest.approx(100 * float(right.double().mean()))
+            assert row["difference"]["ours"] == pytest.approx(row["accuracy"]["ours"] - base["accuracy"]["ours"])
+            for size in (1, 8, 32):
+                assert row[f"images_per_second_{size}"]["ours"] > 0
+        exits = [row for row in table if row.startswith(f"{title}, for 2 points, eta ") and row.count(",") < 4]
+        assert bool(exits) == (len(answers) > 1)
+        for row in exits:
+            costs = list(method.macs(network).values())
+            assert costs[0] <= 1e9 * table[row]["gmacs"]["ours"] <= costs[-1] + 1e4
+            assert 0 <= table[row]["exit_share"]["ours"] <= 100
+    for name in ("table3", "fig5"):
+        _require_picture(tmp_path / "out" / f"{name}.png")
+        assert f"the runs in {rivals} as they were given" in (tmp_path / "out" / f"{name}.md").read_text()
 
 
 def test_figure_1a_of_a_plain_vit_of_timms(

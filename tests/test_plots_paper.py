@@ -142,6 +142,15 @@ def test_one_side_alone_is_one_panel(
     assert len(axis.lines) == len(ours or published)
 
 
+def test_curves_by_measured_time_have_panels_of_their_own(drawn: list[Figure], tmp_path: Path) -> None:
+    timed = {"ms, batches of 1": [Curve("plain", [9.0], [64.5], joined=False)], "ms, batches of 32": OURS[:1]}
+    draw_curves(tmp_path / "curves.png", "", title="Figure 5", ours=OURS, timed=timed)
+    by_macs, single, batched = drawn[0].axes
+    assert [axis.get_xlabel() for axis in (single, batched)] == list(timed)
+    assert _points(single, "plain") == [(9, 64.5)]
+    assert single.lines[0].get_color() == by_macs.lines[1].get_color(), "a method looks alike in all panels"
+
+
 def test_twelve_curves_look_different(drawn: list[Figure], tmp_path: Path) -> None:
     curves = [Curve(f"curve {i}", [i, i + 1.0], [i, 2.0 * i]) for i in range(12)]
     draw_curves(tmp_path / "curves.png", "", title="Figure 6", ours=curves, published=curves)

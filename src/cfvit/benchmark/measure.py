@@ -202,7 +202,7 @@ def measure(
     entries: Sequence[Entry],
     calls: Mapping[str, Call | Sequence[Call]],
     batch_size: int,
-    model: CoarseToFineViT,
+    model: nn.Module,
     plan: Plan,
 ) -> Batch:
     """Times calls in turn and makes rows of them, each compared with the backbone of the same scope.

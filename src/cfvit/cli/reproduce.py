@@ -31,16 +31,24 @@ def reproduce(
         str | None,
         Parameter(help="train nothing: a saved folder, .pth or bundled name; for fig1a and fig1b also a timm ViT"),
     ] = None,
+    runs: Annotated[
+        Path | None,
+        Parameter(
+            help="for table3, fig5 or all: train nothing, set the runs in this folder, of any methods, side by side"
+        ),
+    ] = None,
     plain: Annotated[
         str | None,
-        Parameter(help="for table2 of a model: the plain ViT to compare with, a file of weights or a timm ViT"),
+        Parameter(
+            help="for table2 of a model, or with --runs: the plain ViT to compare with, a file of weights or a timm ViT"
+        ),
     ] = None,
     calibration_data: Annotated[
-        str | None, Parameter(help="for table2 of a model: images that eta is chosen on; --data is only scored")
+        str | None, Parameter(help="with --plain: images that eta is chosen on; --data is only scored")
     ] = None,
     part: Annotated[
         tuple[Path, ...],
-        Parameter(help="for table2 of a model: file that names a class on each line, for rows of these classes alone"),
+        Parameter(help="with --plain: file that names a class on each line, for rows of these classes alone"),
     ] = (),
     out: Annotated[Path, Parameter(help="folder for tables, pictures and runs")] = Path("reproduction"),
     seeds: Annotated[
@@ -48,7 +56,7 @@ def reproduce(
         Parameter(help="repeat each run with these; by default the recipe's", consume_multiple=True, negative=""),
     ] = None,
     budget: Annotated[str | None, Parameter(help="time for training, such as 2h, 90m or 300s")] = None,
-    speed: Annotated[bool, Parameter(help="whether table2 measures images per second")] = True,
+    speed: Annotated[bool, Parameter(help="whether table2, or --runs, measures images per second")] = True,
     json: Json = False,
     overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
 ) -> None:
@@ -82,6 +90,7 @@ def reproduce(
         seeds=chosen,
         budget=None if budget is None else parse_budget(budget),
         model=model,
+        runs=runs,
         plain=plain,
         calibration_data=calibration_data,
         parts=part,

@@ -52,6 +52,8 @@ def build_model(
 class CfViT(Method):
     """Both stages are trained, scored and saved (Chen et al., AAAI 2023)."""
 
+    title = "CF-ViT"
+
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
     ) -> Any:

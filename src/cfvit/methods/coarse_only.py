@@ -34,6 +34,8 @@ class _CoarseStage(nn.Module):
 class CoarseOnly(Method):
     """The coarse stage is trained and scored; the saved model never goes on to the fine stage."""
 
+    title = "CF-ViT's coarse stage alone"
+
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
     ) -> CoarseToFineViT:

@@ -25,6 +25,8 @@ from cfvit.modeling.model import CoarseToFineViT
 class Plain(Method):
     """The backbone of the coarse-to-fine model, which starts from the same weights as that does."""
 
+    title = "plain ViT"
+
     def build(
         self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
     ) -> Any:

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 from timm.data.config import resolve_model_data_config
+from torch import Tensor
 
 from cfvit.calibration.overlap import shared_images
-from cfvit.checkpoints import CONFIG_FILE, initialise, load
+from cfvit.checkpoints import CONFIG_FILE, load
 from cfvit.data import EvalImages
 from cfvit.data.labels import readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
-from cfvit.methods.base import create_method
+from cfvit.methods.base import Method, create_method
 from cfvit.methods.plain import backbone_of
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, create_model
 from cfvit.modeling.weights import is_of_plain_network
 from cfvit.paper.runs import Result, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
+from cfvit.training.setup import CLASSES_FILE, open_run
 
 
 def is_plain_vit(name: str) -> bool:
@@ -55,12 +60,49 @@ def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
 
 
+@dataclass(frozen=True, eq=False)
+class Contestant:
+    """A trained network of some method, to be compared with a plain ViT."""
+
+    method: Method
+    network: Any
+    config: ModelConfig
+    untrained: bool = False  # whether its weights are those that its run started from
+
+
+def contestant_of(model: str) -> Contestant:
+    """A coarse-to-fine model that `cfvit.load` reads."""
+    network = load(model)
+    return Contestant(create_method("cf_vit"), network, network.config)
+
+
+def contestants_in(folder: Path) -> dict[str, Contestant]:
+    """The runs of `cfvit train` in the sub-folders of a folder, of any method, by ``run NAME`` of these.
+
+    Raises:
+        CfvitError: there is none, or one is damaged.
+    """
+    found = {}
+    for run in sorted(path.parent for path in folder.glob(f"*/{CLASSES_FILE}")):
+        recipe, method, network = open_run(run)
+        config = recipe.model_config(len(network.class_names))
+        found[f"run {run.name}"] = Contestant(method, network, config, recipe.initial_share == 1)
+    if not found:
+        raise CfvitError(f"{folder} has no folder of a run of cfvit train: give the folder that they are in")
+    return found
+
+
 def compared(
-    name: str, plain: str, calibration_data: str, recipe: Recipe, part_files: Sequence[Path]
+    contestants: Mapping[str, Contestant],
+    plain: str,
+    calibration_data: str,
+    recipe: Recipe,
+    part_files: Sequence[Path],
 ) -> tuple[dict[str, list[Result]], dict[str, frozenset[int]]]:
-    """A coarse-to-fine model and a plain ViT, scored on images to choose eta on and on the recipe's validation images.
+    """Networks and a plain ViT, scored on images to choose eta on and on the recipe's validation images.
 
     Args:
+        contestants: by the run whose place they take.
         plain: a file of backbone weights, a timm model, or ``local-dir:FOLDER``.
         part_files: see `read_part`.
 
@@ -70,21 +112,26 @@ def compared(
     Raises:
         CfvitError: models or data that do not go together, or images that are in both data sets.
     """
-    device = best_device()
-    model = load(name).eval().to(device)
-    if is_plain_vit(plain):
-        other = _plain_vit(plain)
-    else:
-        other = CoarseToFineViT(model.config)
-        initialise(other, plain)
-    sizes = [(each.config.num_classes, each.image_size) for each in (model, other)]
-    if sizes[0] != sizes[1]:
-        ours, theirs = (f"{classes} classes and images of {size[0]} x {size[1]}" for classes, size in sizes)
-        raise CfvitError(f"{name} has {ours}, {plain} has {theirs}: give the plain ViT that the model was made from")
-    network = backbone_of(other.eval().to(device))
-    fast, fast_plain = accelerate(model), accelerate(network)
+    device, first = best_device(), next(iter(contestants.values()))
+    as_timm_has_it = is_plain_vit(plain)
+    other = backbone_of(_plain_vit(plain)) if as_timm_has_it else create_method("plain").build(first.config, plain)
+    theirs = f"{other.num_classes} classes and images of {other.image_size[0]} x {other.image_size[1]}"
+    for name, each in contestants.items():
+        size = each.network.image_size
+        ours = f"{each.config.num_classes} classes and images of {size[0]} x {size[1]}"
+        if ours != theirs:
+            raise CfvitError(f"{name} has {ours}, {plain} has {theirs}: give the plain ViT that it was made from")
+        if (
+            each.network.data_config != first.network.data_config
+            or each.network.class_names != first.network.class_names
+        ):
+            raise CfvitError(
+                f"{name} has other classes or another preprocessing than {next(iter(contestants))}: leave it out"
+            )
+    all_of_them = {**contestants, PLAIN: Contestant(create_method("plain"), other, first.config)}
+    fast = {name: accelerate(each.network.eval().to(device)) for name, each in all_of_them.items()}
     data = recipe.val_data or recipe.data[0], calibration_data
-    sources = [labelled_images(model, each) for each in data]
+    sources = [labelled_images(first.network, each) for each in data]
     parts = {path.stem: read_part(path, sources[0].class_names) for path in part_files}
     if shared := shared_images(sources[0], sources[1], range(len(sources[1]))):
         raise CfvitError(
@@ -92,13 +139,21 @@ def compared(
             "first: give other --calibration-data"
         )
     # opened anew, since a tar that was read here is not fit for loading processes
-    images = [EvalImages(labelled_images(model, each), model.data_config) for each in data]
-    both = [score(lambda batch: {**fast(batch)._asdict(), "plain": fast_plain(batch)}, recipe, each) for each in images]
+    images = [EvalImages(labelled_images(first.network, each), first.network.data_config) for each in data]
+
+    def answers(batch: Tensor) -> dict[str, Tensor]:
+        answered = {name: each.method.answers(fast[name], batch) for name, each in all_of_them.items()}
+        return {f"{name}/{point}": logits for name, points in answered.items() for point, logits in points.items()}
+
+    both = [score(answers, recipe, each) for each in images]
     results = {}
-    for run, method, net in ((DEFAULT, create_method("cf_vit"), model), (PLAIN, create_method("plain"), network)):
-        macs, rule = method.macs(net), model.exit
-        own = [Collected({at: each.logits[at] for at in macs}, each.labels, each.indices, []) for each in both]
-        results[run] = [Result(macs, own[0], own[1], lambda net=net: (net, images[0]), rule=rule)]
+    for name, each in all_of_them.items():
+        macs, rule = each.method.macs(each.network), getattr(each.network, "exit", Exit())
+        own = [
+            Collected({at: scored.logits[f"{name}/{at}"] for at in macs}, scored.labels, scored.indices, [])
+            for scored in both
+        ]
+        results[name] = [Result(macs, own[0], own[1], lambda net=each.network: (net, images[0]), rule=rule)]
     return results, parts
 
 

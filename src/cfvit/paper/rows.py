@@ -39,6 +39,8 @@ CURVE_ETAS = tuple(i / 50 for i in range(51))
 COUNT_ETAS = tuple(i / 20 for i in range(21))
 """Etas of rows; those of two decimals are in the CSV file and in JSON alone."""
 PARITY, NEAR_PARITY = "parity", "near parity"
+BATCH_SIZES = (1, 8, 32)
+"""In which methods are timed side by side."""
 EXAMPLES = 6
 ATTENTION_PICTURES = 4
 FALLBACK_ETA = 0.5
@@ -53,6 +55,7 @@ class Cell:
     spread: float = 0.0
     paper: float | None = None
     interval: tuple[float, float] | None = None
+    sure: bool = True  # whether the machine was quiet enough, for a figure that was timed
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ HEADINGS: Mapping[str, tuple[str, int]] = {
     "gmacs_as_paper": ("GMACs as the paper counts", 4),
     "images_per_second": ("images/s", 1),
     "speedup": ("speed-up", 2),
+    **{f"images_per_second_{size}": (f"images/s, batch {size}", 1) for size in BATCH_SIZES},
+    **{f"speedup_{size}": (f"times the plain ViT's speed, batch {size}", 3) for size in BATCH_SIZES},
     "highest": ("highest, top-1 %", 2),
     "lowest": ("lowest, top-1 %", 2),
     "right_coarse": ("right at the coarse stage", 0),
@@ -155,14 +160,18 @@ class Made:
     speeds: Mapping[str, float] = field(default_factory=dict)  # images per second by run, of its first seed
 
 
-def make(study: Study, sources: Sources) -> Made:
-    """Rows and picture of a study from what is there."""
+def make(study: Study, sources: Sources, how: Callable[[Study, Sources], Made] | None = None) -> Made:
+    """Rows and picture of a study from what is there.
+
+    Args:
+        how: in place of the way that suits the study's kind.
+    """
     of_images = study.kind in ("patches", "attention", "counts", "examples")
     if of_images and not all(map(sources.of, study.runs)):  # then there is nothing to draw
         runs = [(variant, len(sources.of(variant.run))) for variant in study.variants]
         made = Made([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
     else:
-        made = _KINDS[study.kind](study, sources)
+        made = (how or _KINDS[study.kind])(study, sources)
     others = [family for family in FAMILIES if family != sources.family]
     notes = [note for note in study.notes if sources.family in note or not any(other in note for other in others)]
     notes += made.notes
@@ -347,54 +356,64 @@ def _comparison(study: Study, sources: Sources) -> Made:
     result, plain = sources.of(DEFAULT)[0], sources.of(PLAIN)[0]
     points = points_of(study, sources.family)
     labels = result.validation.labels
-    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
-    for name, classes in sources.parts.items():
-        parts[name] = torch.isin(labels, torch.tensor(sorted(classes)))
-    listed = torch.tensor(sorted(frozenset().union(*sources.parts.values())), dtype=torch.long)
-    if sources.parts:
-        parts["other classes"] = ~torch.isin(labels, listed)
+    parts, listed = parts_of(labels, sources.parts)
     rows = []
     for name, kept in parts.items():
-        if not kept.any():
-            continue
-        ours, base = _restricted(result, kept), _restricted(plain, kept)
+        ours, base = restricted(result, kept), restricted(plain, kept)
         for point, row in zip(points, made.rows, strict=False):
             shown = base if point.eta is None else ours
             if name:
                 row = replace(point, name=f"{point.name}, {name}", published=None).row([shown], {None: plain})
             eta = point.threshold(result, plain)
-            if eta is not None or point.eta is None:
-                row = replace(row, cells={**row.cells, **_paired(shown, base, eta, listed)})
+            if eta is not None:
+                logits = shown.validation.logits
+                hard = goes_on(shown.rule.coarse(logits["coarse"]), eta)
+                answers = torch.where(hard, logits["fine"].argmax(-1), logits["coarse"].argmax(-1))
+                saving = 100 * (1 - shown.at([eta])[0].gmacs / MEASURES["gmacs"](plain))
+                row = replace(row, cells={**row.cells, **paired(answers, base, listed), "saving": Cell(saving)})
+            elif point.eta is None:
+                row = replace(row, cells={**row.cells, **paired(None, base, listed)})
             rows.append(row)
+    return replace(made, rows=rows + made.rows[len(points) :], notes=made.notes + notes_on_images(result, parts))
+
+
+def parts_of(labels: Tensor, named: Mapping[str, frozenset[int]]) -> tuple[dict[str, Tensor], Tensor]:
+    """Which images are of each part that has some, all of them first, and the class indices of all named parts."""
+    listed = torch.tensor(sorted(frozenset().union(*named.values())), dtype=torch.long)
+    parts = {"": torch.ones_like(labels, dtype=torch.bool)}
+    parts |= {name: torch.isin(labels, torch.tensor(sorted(classes))) for name, classes in named.items()}
+    if named:
+        parts["other classes"] = ~torch.isin(labels, listed)
+    return {name: kept for name, kept in parts.items() if kept.any()}, listed
+
+
+def notes_on_images(result: Result, parts: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What eta is chosen on, what is scored, and what intervals are."""
     assert result.holdout is not None
-    notes = (
-        f"eta is chosen on {len(result.holdout.labels):,} images, and the {len(labels):,} test images are scored once. "
-        "Brackets are 95% intervals by the bootstrap over images (percentiles of 2,000 samples); differences are of "
-        "the same images.",
+    return (
+        f"eta is chosen on {len(result.holdout.labels):,} images, and the {len(result.validation.labels):,} test "
+        "images are scored once. Brackets are 95% intervals by the bootstrap over images (percentiles of 2,000 "
+        "samples); differences are of the same images.",
         *(f"{name}: {int(kept.sum()):,} images." for name, kept in parts.items() if name),
     )
-    return replace(made, rows=rows + made.rows[len(points) :], notes=made.notes + notes)
 
 
-def _restricted(result: Result, kept: Tensor) -> Result:
+def restricted(result: Result, kept: Tensor) -> Result:
     """The same with a part of the validation images."""
     scored = result.validation
     logits = {point: values[kept] for point, values in scored.logits.items()}
     return replace(result, validation=Collected(logits, scored.labels[kept], scored.indices[kept], []))
 
 
-def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) -> dict[str, Cell]:
-    """Figures of a result at an eta that need the plain ViT's answers to the same images.
+def paired(answers: Tensor | None, plain: Result, listed: Tensor) -> dict[str, Cell]:
+    """Figures of answers that need the plain ViT's to the same images.
 
     Args:
-        eta: None for the plain ViT itself.
+        answers: class indices ``[n]``; None for those of the plain ViT itself.
         listed: class indices of all parts that have a name.
     """
-    labels, base = result.validation.labels, plain.validation.logits["plain"].argmax(-1)
-    answers = base
-    if eta is not None:
-        coarse, fine = result.validation.logits["coarse"], result.validation.logits["fine"]
-        answers = torch.where(goes_on(result.rule.coarse(coarse), eta), fine.argmax(-1), coarse.argmax(-1))
+    labels, base = plain.validation.labels, plain.validation.logits["plain"].argmax(-1)
+    given = base if answers is None else answers
 
     def mean(values: Tensor) -> Cell:
         percent = 100 * values.double().numpy()
@@ -402,14 +421,13 @@ def _paired(result: Result, plain: Result, eta: float | None, listed: Tensor) ->
         low, high = drawn.confidence_interval
         return Cell(float(percent.mean()), interval=(float(low), float(high)))
 
-    cells = {"accuracy": mean(answers == labels)}
+    cells = {"accuracy": mean(given == labels)}
     outside = ~torch.isin(labels, listed)
     if len(listed) and outside.any():
-        cells["bias"] = Cell(100 * float(torch.isin(answers[outside], listed).double().mean()))
-    if eta is not None:
+        cells["bias"] = Cell(100 * float(torch.isin(given[outside], listed).double().mean()))
+    if answers is not None:
         cells["difference"] = mean((answers == labels).double() - (base == labels).double())
         cells["agreement"] = Cell(100 * float((answers == base).double().mean()))
-        cells["saving"] = Cell(100 * (1 - result.at([eta])[0].gmacs / MEASURES["gmacs"](plain)))
     return cells
 
 
@@ -530,13 +548,13 @@ def _attention(study: Study, sources: Sources) -> Made:
     readable = fine.validation.indices
     places = np.linspace(0, len(readable) - 1, min(ATTENTION_PICTURES, len(readable))).round().astype(int)
     chosen = readable[np.unique(places)].tolist()
-    drawn = attention_pictures(reader, plain, _batch(images, chosen))
+    drawn = attention_pictures(reader, plain, read_images(images, chosen))
     rows = [Row(images.source.name(index), {}, 1) for index in chosen]
     notes = seed_of_picture(*(sources.of(run) for run in study.runs))
     return Made(rows, partial(pictures.draw_attention, pictures=drawn), tuple(notes))
 
 
-def _batch(images: EvalImages, indices: Sequence[int]) -> Tensor:
+def read_images(images: EvalImages, indices: Sequence[int]) -> Tensor:
     """Images by their numbers in the data set."""
     place = {index: item for item, index in enumerate(images.indices)}
     return torch.stack([images[place[index]][0] for index in indices]).to(best_device())
@@ -553,7 +571,7 @@ def _examples(study: Study, sources: Sources) -> Made:
         labels, indices = scored.labels[right].tolist(), scored.indices[right].tolist()
         first = set(dict(zip(labels[::-1], indices[::-1], strict=True)).values())  # of each class: before others
         chosen = sorted(indices, key=lambda index: index not in first)[:EXAMPLES]
-        sheets[stage] = explain(model, _batch(images, chosen), eta) if chosen else []
+        sheets[stage] = explain(model, read_images(images, chosen), eta) if chosen else []
         rows += [Row(f"right at the {stage} stage: {images.source.name(index)}", {}, 1) for index in chosen]
     note = f"eta is {eta:g}; shown are the first images of each class that were answered right."
     draw = partial(pictures.draw_examples, **sheets) if rows else None

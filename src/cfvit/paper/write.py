@@ -6,6 +6,7 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from rich.table import Table
 from cfvit.benchmark.conditions import Conditions, conditions_of
 from cfvit.errors import UsageError
 from cfvit.files import atomic_write, require_writable
-from cfvit.paper.given import compared, is_plain_vit, results_of_model, suits
+from cfvit.paper.given import compared, contestant_of, contestants_in, is_plain_vit, results_of_model, suits
+from cfvit.paper.rivals import compare_methods, measure_speed
 from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, make
 from cfvit.paper.runs import Budget, Missing, Run, Runs, duration, logged_pace, require_splits
 from cfvit.paper.studies import (
@@ -27,6 +29,7 @@ from cfvit.paper.studies import (
     PLAIN,
     SETTING,
     Study,
+    Variant,
     find_studies,
     papers_method,
     runs_needed,
@@ -37,6 +40,12 @@ from cfvit.training.recipe import RECIPES, Recipe
 from cfvit.training.setup import dtype_of
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
+OF_RUNS = {
+    "table3": "Table 3 of own runs: methods side by side",
+    "fig5": "Fig. 5 of own runs: accuracy against cost",
+    ALL: "",
+}
+"""What can be made of trained runs of any methods, and its title."""
 
 Show = Callable[[Study, Made], object]
 Say = Callable[[str], object]
@@ -53,7 +62,8 @@ class Request:
     seeds: tuple[int, ...]  # every run is repeated with each
     budget: float | None = None  # seconds in which to train
     model: str | None = None  # a trained model to use instead of runs
-    plain: str | None = None  # the plain ViT that table 2 compares it with; with `calibration_data` alone
+    runs: Path | None = None  # a folder of trained runs to compare instead
+    plain: str | None = None  # the plain ViT to compare with; with `calibration_data` alone
     calibration_data: str | None = None  # labelled images that eta is chosen on
     parts: tuple[Path, ...] = ()  # files that name the classes of a part of the data, for rows of their own
     speed: bool = True  # whether table 2 measures images per second
@@ -79,6 +89,9 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
     _require_sense(request)
     require_writable(request.out / RUNS_FILE)
     conditions = conditions_of(dtype_of(request.recipe, best_device()), request.command)
+    if request.runs is not None:
+        _compare_runs(request, request.runs, studies, conditions, show)
+        return []
     if request.model is not None:
         _reproduce_with_model(request, request.model, studies, conditions, show)
         return []
@@ -101,10 +114,13 @@ def _require_sense(request: Request) -> None:
                 f"{name} is {given!r}: the studies set it themselves, starting from {value!r}; leave it out"
             )
     pair = [request.plain is not None, request.calibration_data is not None]
-    if any(pair) and (not all(pair) or request.model is None or request.name != "table2"):
-        raise UsageError("--plain and --calibration-data go together, with --model and for table2 alone")
+    if request.runs is not None and (not all(pair) or request.model is not None or request.name not in OF_RUNS):
+        raise UsageError(f"--runs needs --plain and --calibration-data, no --model, and is for {', '.join(OF_RUNS)}")
+    of_model = request.model is not None and request.name == "table2"
+    if any(pair) and not (all(pair) and (of_model or request.runs)):
+        raise UsageError("--plain and --calibration-data go together, with --model for table2 or with --runs")
     if request.parts and not all(pair):
-        raise UsageError("--part divides the images of table2 with --model, --plain and --calibration-data: give these")
+        raise UsageError("--part divides images that --plain and --calibration-data are given for: give these")
 
 
 def _reproduce_with_runs(
@@ -169,7 +185,8 @@ def _reproduce_with_model(
     else:
         variants = tuple(variant for variant in studies[0].variants if variant.run in (PLAIN, DEFAULT))
         suited = [replace(studies[0], kind="comparison", etas=(NEAR_PARITY, *studies[0].etas), variants=variants)]
-        results, parts = compared(model, request.plain, request.calibration_data, recipe, request.parts)
+        given = {DEFAULT: contestant_of(model)}
+        results, parts = compared(given, request.plain, request.calibration_data, recipe, request.parts)
         scored_on = f", beside the plain ViT {request.plain}; eta chosen on {request.calibration_data}"
     shown = results.get(DEFAULT, results.get(COARSE_GRID, []))[0]
     network, images = shown.open()
@@ -197,6 +214,31 @@ def _reproduce_with_model(
             made = replace(made, notes=(*made.notes, note))
         write_study(study, made, request.out, account)
         show(study, made)
+
+
+def _compare_runs(request: Request, folder: Path, studies: Sequence[Study], conditions: Conditions, show: Show) -> None:
+    """Studies that set trained runs of any methods side by side."""
+    recipe, plain, held = request.recipe, request.plain, request.calibration_data
+    assert plain is not None and held is not None  # `_require_sense` has seen to it
+    contestants = contestants_in(folder)
+    results, parts = compared(contestants, plain, held, recipe, request.parts)
+    speeds = measure_speed(contestants, results, recipe) if request.speed else {}
+    scored, images = results[PLAIN][0].validation, results[PLAIN][0].open()[1]
+    account = _account(
+        conditions,
+        data=recipe.val_data or recipe.data[0],
+        images=f"{len(scored.labels):,} scored",
+        recipe=f"none, the runs in {folder} as they were given, beside the plain ViT {plain}; eta chosen on {held}",
+        epochs="0",
+        seeds="none",
+    )
+    sources = Sources(results, {}, recipe, images.source.class_names, parts=parts)
+    variants = tuple(Variant(name, name) for name in results)
+    for study in (study for study in studies if study.name in OF_RUNS):
+        of_runs = replace(study, title=OF_RUNS[study.name], variants=variants, notes=(), published=())
+        made = make(of_runs, sources, partial(compare_methods, contestants, speeds))
+        write_study(of_runs, made, request.out, account)
+        show(of_runs, made)
 
 
 def _account(conditions: Conditions, *, trained_on: str = "", **run: str) -> dict[str, str]:
@@ -314,7 +356,9 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         columns.append([text])
         for row, cell in zip(rows, cells, strict=True):
             spread = f" (spread {cell.spread:.{digits}f})" if row.seeds > 1 else ""
-            spread = " [{:.1f}, {:.1f}]".format(*cell.interval) if cell.interval else spread
+            if cell.interval:
+                low, high = (f"{end:.{max(1, digits - 1)}f}" for end in cell.interval)
+                spread = f" [{low}, {high}]{' ?' * (not cell.sure)}"
             columns[-1].append("-" if cell.ours is None else f"{cell.ours:.{digits}f}{spread}")
         if any(cell.paper is not None for cell in cells):
             columns.append(["paper", *("-" if cell.paper is None else f"{cell.paper:g}" for cell in cells)])
@@ -344,6 +388,8 @@ def as_json(study: Study, row: Row) -> dict[str, Any]:
     for cell in measures.values():
         if cell["interval"] is None:
             del cell["interval"]
+        if cell["sure"]:
+            del cell["sure"]
     named = {"study": study.name, "row": row.name, "seeds": row.seeds}
     return {**named, "measures": measures, "place": row.place or None, "missing": row.missing}
 

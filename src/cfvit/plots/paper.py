@@ -39,7 +39,7 @@ class Curve:
     """Accuracy against cost."""
 
     name: str  # in the legend
-    gmacs: Sequence[float]  # cost of an image, in 1e9 multiply-accumulates
+    cost: Sequence[float]  # of an image, in 1e9 multiply-accumulates unless the axis says otherwise
     accuracy: Sequence[float]  # top-1 in percent, one for each cost
     joined: bool = True  # whether a line goes through the points
 
@@ -137,31 +137,44 @@ def _draw_dots(
         axis.set_xticks([])
 
 
-def draw_curves(path: Path, caption: str, *, title: str, ours: Sequence[Curve], published: Sequence[Curve]) -> None:
-    """Accuracy against cost, ours and the published figures side by side, or the one of the two that is there.
+def draw_curves(
+    path: Path,
+    caption: str,
+    *,
+    title: str,
+    ours: Sequence[Curve],
+    published: Sequence[Curve] = (),
+    timed: Mapping[str, Sequence[Curve]] | None = None,
+) -> None:
+    """Accuracy against cost, in panels side by side: ours, ours by measured time, the published figures.
 
-    A name has the same colour and mark in both.
+    A name has the same colour and mark in all. Panels without curves are left out.
+
+    Args:
+        timed: by the text of the axis that takes the place of the cost's.
     """
-    panels = [(name, curves) for name, curves in (("ours", ours), ("published", published)) if curves]
-    names = list(dict.fromkeys(curve.name for curve in (*ours, *published)))
-    most = max((len(curves) for _, curves in panels), default=0)
+    gmacs = "mean cost of an image, GMACs"
+    given = [("ours", gmacs, ours), *(("ours, by time", axis, curves) for axis, curves in (timed or {}).items())]
+    panels = [panel for panel in (*given, ("published", gmacs, published)) if panel[2]]
+    names = list(dict.fromkeys(curve.name for _, _, curves in panels for curve in curves))
+    most = max((len(curves) for _, _, curves in panels), default=0)
     with _sheet(path, max(6.5, 4.8 * len(panels)), 3.7 + 0.19 * most, title, caption) as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
-        for axis, (name, curves) in zip(axes, panels or [("ours", ours)], strict=True):
+        for axis, (name, label, curves) in zip(axes, panels or given[:1], strict=True):
             for curve in curves:
                 number = names.index(curve.name)
                 axis.plot(
-                    curve.gmacs,
+                    curve.cost,
                     curve.accuracy,
                     marker=_MARKERS[number % len(_MARKERS)],
                     color=_COLOURS[number % len(_COLOURS)],
                     linestyle="-" if curve.joined else "",
                     lw=1.6,
-                    ms=4 if curve.joined and len(curve.gmacs) > 12 else 6,
+                    ms=4 if curve.joined and len(curve.cost) > 12 else 6,
                     label=_lines(curve.name, 4.2, 8, 1)[0],
                 )
             axis.set_title(name, loc="left", fontweight="bold")
-            axis.set_xlabel("mean cost of an image, GMACs")
+            axis.set_xlabel(label)
             axis.set_ylabel("top-1 accuracy, %")
             axis.grid()
             axis.margins(0.07)
