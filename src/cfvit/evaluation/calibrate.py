@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from cfvit.calibration.choice import Budget, require_reachable
 from cfvit.calibration.overlap import refuse_training_images
 from cfvit.calibration.targets import Promise
 from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_mixture, fit_temperature
+from cfvit.calibration.tradeoff import best_measure
 from cfvit.checkpoints import weights_digest
 from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
@@ -88,7 +89,7 @@ def calibrate_model(
     Args:
         source: images with the model's class indices.
         data: where they are, to be opened again and for `Origin`.
-        measure: of the confidence; None for the maximum probability, and with ``best`` for what serves the target best.
+        measure: of the confidence; None for the maximum probability, and with ``best`` for the `best_measure`.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
             run, and choose eta on the other half. A class that only one half has is a warning.
         best: fit the temperatures and how both stages' answers are mixed, and choose the measure. Where the target is a
@@ -151,14 +152,16 @@ def calibrate_model(
     choices: list[tuple[Way, dict[str, Any]]] = []
     for way in ways:
         coarse, fine, truth = way.rows(fitted)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {} if measure is None else {"measure": measure}
         if scale_temperatures or best:
             options["coarse_temperature"] = fit_temperature(coarse, truth)
             options["fine_temperature"] = fit_temperature(fine, truth)
         if best:
             options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, truth)
-        for each in get_args(Measure) if best and measure is None else (measure or "max_probability",):
-            choices.append((way, {"measure": each, **options}))
+            rule = Exit(**options)
+            if measure is None:
+                options["measure"] = best_measure(coarse, rule.answer(coarse, fine), truth, rule.coarse_temperature)
+        choices.append((way, options))
     way, options = (
         choices[0] if len(choices) == 1 else best_choice(choices, lambda each: calibrated(each[0], fitted, each[1]))
     )
