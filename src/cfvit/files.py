@@ -64,8 +64,8 @@ def require_writable(path: Path) -> None:
         raise unwritable(path, error) from error
 
 
-def fill_template(name: str, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
-    """A text by a Jinja template of this package, named by its path. What goes into HTML is escaped.
+def fill_template(path: str, /, filters: Mapping[str, Callable[..., str]] | None = None, **values: Any) -> str:
+    """A text by a Jinja template, whose path is within this package. What goes into HTML is escaped.
 
     Args:
         filters: functions that the template calls, besides Jinja's own.
@@ -73,7 +73,7 @@ def fill_template(name: str, filters: Mapping[str, Callable[..., str]] | None = 
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-    folder, _, file = name.rpartition("/")
+    folder, _, file = path.rpartition("/")
     environment = Environment(
         loader=PackageLoader("cfvit", folder),
         autoescape=select_autoescape(),

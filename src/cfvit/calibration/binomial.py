@@ -14,16 +14,11 @@ from cfvit.errors import CfvitError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure of the calibration images, and the interval that holds it for images of their kind.
+    """A figure of the calibration images, and the interval that holds it for images of their kind."""
 
-    Attributes:
-        value: as counted.
-        low, high: ends of the confidence interval.
-    """
-
-    value: float
-    low: float
-    high: float
+    value: float  # as counted
+    low: float  # ends of the confidence interval
+    high: float  # ends of the confidence interval
 
     def __post_init__(self) -> None:
         if not self.low <= self.value <= self.high:

@@ -34,15 +34,10 @@ _QUANTILES = 101
 
 @dataclass(frozen=True)
 class ConfidenceProfile:
-    """How the coarse stage's confidence was distributed, for `check_drift`.
+    """How the coarse stage's confidence was distributed, for `check_drift`."""
 
-    Attributes:
-        values: its quantiles from 0 to 100%, each once, rising.
-        shares: of the images with at most that confidence, in (0, 1].
-    """
-
-    values: tuple[float, ...]
-    shares: tuple[float, ...]
+    values: tuple[float, ...]  # its quantiles from 0 to 100%, each once, rising
+    shares: tuple[float, ...]  # of the images with at most that confidence, in (0, 1]
 
     def __post_init__(self) -> None:
         rising = all(sorted(set(column)) == list(column) for column in (self.values, self.shares))
@@ -68,21 +63,13 @@ class ConfidenceProfile:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a stored calibration comes from.
+    """Where a stored calibration comes from."""
 
-    Attributes:
-        data: the calibration images, as they were given.
-        date: when it was made, in ISO 8601.
-        cfvit: version of this package.
-        temperature_images: on how many other images the temperatures were fitted, 0 if they were not.
-        weights: digest of the model's, see `cfvit.checkpoints.weights_digest`; empty if it was not kept.
-    """
-
-    data: str
-    date: str
-    cfvit: str
-    temperature_images: int
-    weights: str = ""
+    data: str  # the calibration images, as they were given
+    date: str  # when it was made, in ISO 8601
+    cfvit: str  # version of this package
+    temperature_images: int  # on how many other images the temperatures were fitted, 0 if they were not
+    weights: str = ""  # digest of the model's, see `cfvit.checkpoints.weights_digest`; empty if it was not kept
 
 
 @dataclass(frozen=True)
@@ -248,12 +235,9 @@ def check_logits(logits: Tensor, stage: str) -> None:
 
 
 def missing_classes(present: Collection[int], names: Sequence[object], images: int) -> str:
-    """A clause that tells which classes have no image; empty if there is none.
+    """A clause that tells which classes, by ``names``, have none of the images; empty if there is none.
 
-    Args:
-        present: indices of those that have.
-        names: of all classes.
-        images: how many there are of all classes together.
+    ``present`` has the indices of those that have.
     """
     there = set(present)
     missing = [repr(name) for index, name in enumerate(names) if index not in there]

@@ -50,7 +50,7 @@ STARTS = (0.9, 0.7, 0.5, 0.3)
 
 
 def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: float) -> float:
-    """The lowest eta that loses at most ``max_drop`` points of accuracy against the fine stage.
+    """The lowest eta that loses at most ``max_drop`` points of accuracy against the fine stage; 1 if there is no other.
 
     From that eta upwards no higher one loses more either. Use images on which the model was not
     trained, and not those on which it will be scored.
@@ -58,10 +58,6 @@ def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: flo
     Args:
         coarse, fine: logits ``[n, classes]``.
         labels: class indices ``[n]``.
-        max_drop: percentage points of top-1 accuracy below always going on.
-
-    Returns:
-        eta in [0, 1]; 1 where every image has to go on.
     """
     trade = rank_images(coarse, fine, labels)
     return trade.threshold(_fewest_without_drop(trade, max_drop))

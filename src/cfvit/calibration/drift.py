@@ -18,33 +18,20 @@ _FEW = 100
 
 @dataclass(frozen=True)
 class Drift:
-    """Images in use against the calibration images, by the coarse stage alone.
+    """Images in use against the calibration images, by the coarse stage alone."""
 
-    Attributes:
-        drifted: whether one of the two tests rejects "drawn alike" at half of ``alpha``.
-        sentence: what was found and what to do.
-        images: how many were compared.
-        alpha: how often an alarm is false, at most.
-        expected_fine_share, fine_share: share that goes on, in calibration and now, in [0, 1].
-        fine_share_p: p-value of Fisher's exact test that the two are of one kind.
-        expected_confidence, confidence: the coarse stage's median, in calibration (at the stored
-            quantiles) and now.
-        distance: between both distributions of the confidence, in [0, 1] (Kolmogorov and Smirnov,
-            at the stored quantiles).
-        distance_p: its p-value, too high rather than too low.
-    """
-
-    drifted: bool
-    sentence: str
-    images: int
-    alpha: float
-    expected_fine_share: float
-    fine_share: float
-    fine_share_p: float
-    expected_confidence: float
-    confidence: float
+    drifted: bool  # whether one of the two tests rejects "drawn alike" at half of ``alpha``
+    sentence: str  # what was found and what to do
+    images: int  # how many were compared
+    alpha: float  # how often an alarm is false, at most
+    expected_fine_share: float  # share that goes on, in calibration and now, in [0, 1]
+    fine_share: float  # share that goes on, in calibration and now, in [0, 1]
+    fine_share_p: float  # p-value of Fisher's exact test that the two are of one kind
+    expected_confidence: float  # the coarse stage's median, in calibration (at the stored quantiles) and now
+    confidence: float  # the coarse stage's median, in calibration (at the stored quantiles) and now
+    # between both distributions of the confidence, in [0, 1] (Kolmogorov and Smirnov, at the stored quantiles)
     distance: float
-    distance_p: float
+    distance_p: float  # its p-value, too high rather than too low
 
 
 def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 0.01) -> Drift:

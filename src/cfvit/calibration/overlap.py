@@ -13,16 +13,10 @@ UNOPENED = -1
 
 
 def refuse_training_images(source: DataSource, training: DataSource, indices: Sequence[int]) -> None:
-    """Refuses images on which the model was trained, with a progress bar.
+    """Refuses images that are among those of ``indices`` on which the model was trained, with a progress bar.
 
-    Args:
-        source: the images to be used. Open them anew to load them: a tar that is read here is not
-            fit for loading processes.
-        training: data that the model was trained on.
-        indices: which of them.
-
-    Raises:
-        CfvitError: says how many there are, and which is the first.
+    Open the source anew to load it: a tar that is read here is not fit for loading processes. The `CfvitError` says how
+    many there are, and which is the first.
     """
     shared = shared_images(source, training, indices)
     if shared:
@@ -35,12 +29,9 @@ def refuse_training_images(source: DataSource, training: DataSource, indices: Se
 
 
 def shared_images(source: DataSource, others: DataSource, indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Images of a source that are stored byte for byte alike in another, each with its first likeness there.
+    """Images of a source that are stored byte for byte alike among some of another, each with its first likeness there.
 
     Only files of equal size are read. What cannot be opened is left out.
-
-    Args:
-        indices: which of the others to compare with.
     """
     with progress_bar(2 * len(source) + len(indices)) as advance:
         sizes = [_size(source, index, advance) for index in range(len(source))]

@@ -60,10 +60,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
 
 
 def read_calibration(path: Path) -> Calibration:
-    """A stored calibration.
-
-    Args:
-        path: the file, or the folder of a calibrated model.
+    """A stored calibration, by its file or by the folder of a calibrated model.
 
     Raises:
         CfvitError: no such file, not JSON, or a key that is missing, unknown or of a wrong value.

@@ -167,14 +167,10 @@ class SelectiveRisk:
 
     With probability of at least ``confidence`` over the choice of the calibration images, at most ``share`` of the
     answers that the coarse stage gives are wrong. It holds as a `Risk` does. See `cfvit.calibration.choice`.
-
-    Attributes:
-        share: of the answers given at the coarse stage, in (0, 1).
-        confidence: in (0, 1).
     """
 
-    share: float
-    confidence: float = 0.95
+    share: float  # of the answers given at the coarse stage, in (0, 1)
+    confidence: float = 0.95  # in (0, 1)
     kind: Literal["SelectiveRisk"] = field(default="SelectiveRisk", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:

@@ -26,19 +26,12 @@ def answers_of(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Operation:
-    """What an eta does.
+    """What an eta does."""
 
-    Attributes:
-        accuracy: top-1 in percent.
-        fine_share: share of images that go on, in [0, 1].
-        gmacs: mean cost of an image, in 1e9 multiply-accumulates.
-        saving: of the plain backbone's MACs, in percent.
-    """
-
-    accuracy: Estimate
-    fine_share: Estimate
-    gmacs: Estimate
-    saving: Estimate
+    accuracy: Estimate  # top-1 in percent
+    fine_share: Estimate  # share of images that go on, in [0, 1]
+    gmacs: Estimate  # mean cost of an image, in 1e9 multiply-accumulates
+    saving: Estimate  # of the plain backbone's MACs, in percent
 
     @property
     def exit_percent(self) -> Estimate:
@@ -48,21 +41,14 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class TradeOff:
-    """Every way in which a threshold can part n images, by how many of the least confident go on.
+    """Every way in which a threshold can part n images, by how many of the least confident go on."""
 
-    Attributes:
-        ranked: confidences of the coarse stage in rising order, ``[n]`` in float32.
-        right: ``[n + 1]``, right answers if k images go on, for k from 0 to n.
-        worse: ``[n + 1]``, wrong answers where the fine stage is right; falls with k.
-        wrong_exits: ``[n + 1]``, wrong answers of the coarse stage among the n - k that do not go on; falls with k.
-        reachable: the k that a threshold gives, rising: images of equal confidence stay together.
-    """
-
-    ranked: Tensor
-    right: np.ndarray
-    worse: np.ndarray
+    ranked: Tensor  # confidences of the coarse stage in rising order, ``[n]`` in float32
+    right: np.ndarray  # ``[n + 1]``, right answers if k images go on, for k from 0 to n
+    worse: np.ndarray  # ``[n + 1]``, wrong answers where the fine stage is right; falls with k
+    # ``[n + 1]``, wrong answers of the coarse stage among the n - k that do not go on; falls with k
     wrong_exits: np.ndarray
-    reachable: np.ndarray
+    reachable: np.ndarray  # the k that a threshold gives, rising: images of equal confidence stay together
 
     @property
     def images(self) -> int:
@@ -118,8 +104,7 @@ def rank_images(
     """Ranks images by the confidence of the coarse stage and counts right answers behind every place.
 
     Args:
-        coarse, fine: logits ``[n, classes]``.
-        labels: class indices ``[n]``.
+        coarse, fine: logits ``[n, classes]``; ``labels`` are class indices ``[n]``.
         measure, temperature: of the coarse stage's confidence.
     """
     ranked, order = confidence_of(coarse, measure, temperature).cpu().sort(stable=True)

@@ -67,19 +67,12 @@ def model_digest(model: CoarseToFineViT | ExportedModel) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """Images on their way to one file of answers, see `open_job`.
+    """Images on their way to one file of answers, see `open_job`."""
 
-    Attributes:
-        output: what is written in the end.
-        folder: what is written until then: the settings, the paths of all images, a partition file for each part.
-        total: how many images there are.
-        part_size: how many are in each part; fewer in the last one.
-    """
-
-    output: Path
-    folder: Path
-    total: int
-    part_size: int
+    output: Path  # what is written in the end
+    folder: Path  # what is written until then: the settings, the paths of all images, a partition file for each part
+    total: int  # how many images there are
+    part_size: int  # how many are in each part; fewer in the last one
 
     def _part(self, number: int) -> Path:
         return self.folder / f"{number:06}.jsonl"

@@ -9,7 +9,6 @@ import tempfile
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
-from string import Template
 from typing import get_args
 
 import numpy as np
@@ -21,7 +20,7 @@ from cfvit.data import DataSource
 from cfvit.deploy.graphs import STATE, stage_graphs, whole_graph, write_graphs
 from cfvit.deploy.quantising import quantise_export, warn_if_slow
 from cfvit.errors import CfvitError, first_line
-from cfvit.files import unwritable
+from cfvit.files import fill_template, unwritable
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
     WEIGHTS_FILE,
@@ -46,33 +45,6 @@ BATCHES = (0, 1, 2, 5, 32)
 """How many images the graphs are compared on at a time."""
 
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
-
-_EXAMPLE = Template('''\
-"""Classifies a photo without torch or cfvit: python example.py PHOTO"""
-import json, sys, numpy as np, $package
-from pathlib import Path
-from PIL import Image, ImageOps
-
-about = json.loads(Path(__file__).with_name("$about").read_text())
-(height, width), data = about["image_size"], about["data_config"]
-photo = ImageOps.exif_transpose(Image.open(sys.argv[1])).convert("RGB")
-scale = max(int(height / data["crop_pct"]) / photo.height, int(width / data["crop_pct"]) / photo.width)
-photo = photo.resize([int(side * scale + 1e-6) for side in photo.size], Image.Resampling[data["interpolation"].upper()])
-top, left = round((photo.height - height) / 2), round((photo.width - width) / 2)
-pixels = np.asarray(photo, np.float32)[top : top + height, left : left + width] / 255
-images = np.float32((pixels - data["mean"]) / data["std"]).transpose(2, 0, 1)[None]
-$run
-print($label, confidence[0], ("coarse", "fine")[stage[0]])
-''')
-
-_RUN = {
-    "onnx": """onnxruntime.set_default_logger_severity(3)  # it warns of eta, an input with a default
-whole = onnxruntime.InferenceSession(Path(__file__).with_name("whole.onnx"))
-logits, confidence, stage = whole.run(None, {"images": images, "eta": np.array(ETA, np.float32)})""",
-    "openvino": """options = {"INFERENCE_PRECISION_HINT": "f32"}  # else some processors take bfloat16
-whole = openvino.compile_model(Path(__file__).with_name("whole.xml"), "CPU", options)
-logits, confidence, stage = whole({"images": images, "eta": np.array(ETA, np.float32)}).values()""",
-}
 
 
 def export(
@@ -156,12 +128,8 @@ def export(
             if int8 is not None:
                 about = quantise_export(model, graphs, about, made, int8)
             _write_about(about, made)
-            classes = "logits.argmax()" if about.class_names is None else 'about["class_names"][logits.argmax()]'
-            eta = "0.5" if about.threshold is None else 'about["exit"]["eta"]'
-            run = _RUN[format].replace("ETA", eta)
-            (made / "example.py").write_text(
-                _EXAMPLE.substitute(package=PACKAGES[format][-1], about=EXPORT_FILE, label=classes, run=run)
-            )
+            given = {"about": about, "package": PACKAGES[format][-1], "about_file": EXPORT_FILE}
+            (made / "example.py").write_text(fill_template("deploy/templates/example.py.j2", **given))
             folder.mkdir(parents=True, exist_ok=True)
             old = [f"{stage}.{suffix}" for stage in (*graphs, "whole") for suffix in ("onnx", "xml", "bin")]
             for name in (EXPORT_FILE, WEIGHTS_FILE, *old):

@@ -139,11 +139,9 @@ stage = Cast <to = 7> (on)
 
 
 def whole_graph(coarse: Any, fine: Any, eta: float | None) -> Any:
-    """One graph of both stages, the second for those images alone that need it: ``logits, confidence, stage``.
+    """One graph of both of `stage_graphs`, the second for the images alone that need it: ``logits, confidence, stage``.
 
-    Args:
-        coarse, fine: as of `stage_graphs`.
-        eta: the default of the input of this name; None for an input that has to be given.
+    ``eta`` is the default of the input of this name; None for an input that has to be given.
     """
     from onnx import TensorProto, compose, helper, numpy_helper, parser
 

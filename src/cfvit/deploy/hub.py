@@ -9,6 +9,7 @@ import huggingface_hub
 from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
 from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, first_line
+from cfvit.files import fill_template
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -60,43 +61,10 @@ def model_card(folder: str | Path, name: str) -> str:
         ("0: coarse stage alone", None, macs.coarse),
         ("1: every image in both stages", None, macs.both),
     ]
-    source = ""
-    if (Path(folder) / CALIBRATION_FILE).is_file():
-        found = read_calibration(Path(folder))
-        if found.exit == model.exit:
-            rows[0] = (rows[0][0], found.coarse_accuracy.value, macs.coarse)
-            rows[1] = (rows[1][0], found.fine_accuracy.value, macs.both)
-            rows.insert(1, (f"{found.threshold:.3f}, calibrated", found.accuracy.value, found.gmacs.value * 1e9))
-            source = f"Measured on the {found.images} images that eta was chosen on. Promise: {found.promise}.\n\n"
-    table = "".join(
-        f"| {eta} | {'-' if accuracy is None else f'{accuracy:.1f}'} | {cost / 1e9:.3f} | "
-        f"{100 * (1 - cost / macs.backbone):.0f}% |\n"
-        for eta, accuracy, cost in rows
-    )
-    height, width = model.image_size
-    return f"""---
-library_name: cfvit
-pipeline_tag: image-classification
-tags: [image-classification, vision-transformer, adaptive-inference, early-exit]
----
-
-# {name.rpartition("/")[2]}
-
-A coarse-to-fine vision transformer (CF-ViT, AAAI 2023).
-Backbone {model.config.backbone}, {model.config.num_classes} classes, {height} x {width} pixels.
-It answers easy images at a coarse glance. If the confidence is below eta, it reads the image again in detail.
-
-```python
-import cfvit
-
-model = cfvit.load("hf-hub:{name}")
-predictor = cfvit.Predictor(model, threshold={model.threshold if model.threshold is not None else 0.5})
-```
-
-| eta | top-1 % | GMACs | saving |
-|---|---|---|---|
-{table}
-GMACs are billions of multiply-accumulates of an image. The saving is that of the plain ViT's {macs.backbone / 1e9:.3f}.
-
-{source}The licence is not stated yet: add `license:` above.
-"""
+    found = read_calibration(Path(folder)) if (Path(folder) / CALIBRATION_FILE).is_file() else None
+    found = found if found is not None and found.exit == model.exit else None
+    if found is not None:
+        rows[0] = (rows[0][0], found.coarse_accuracy.value, macs.coarse)
+        rows[1] = (rows[1][0], found.fine_accuracy.value, macs.both)
+        rows.insert(1, (f"{found.threshold:.3f}, calibrated", found.accuracy.value, found.gmacs.value * 1e9))
+    return fill_template("deploy/templates/card.md.j2", model=model, name=name, macs=macs, rows=rows, found=found)

@@ -59,13 +59,9 @@ def quantise(graph: Any, inputs: Sequence[Mapping[str, np.ndarray]]) -> Any:
 
 
 def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
-    """Images to find ranges on, at most `MOST_IMAGES`, and which others are left; the same in every run.
+    """Images ``[3, H, W]`` to find ranges on, at most `MOST_IMAGES`, and the indices of others; the same in every run.
 
-    Returns:
-        Normalised images ``[3, H, W]``, and indices into the source.
-
-    Raises:
-        CfvitError: fewer than two images, or none that can be read.
+    Fewer than two images, and none that can be read, raise `CfvitError`.
     """
     if len(source) < 2:
         raise CfvitError("1 image cannot be parted into one to quantise by and another to choose eta on: give more")
@@ -82,17 +78,10 @@ def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple
 def quantise_export(
     model: CoarseToFineViT, graphs: Mapping[str, Any], about: ExportedModel, folder: Path, source: DataSource
 ) -> ExportedModel:
-    """Puts quantised graphs into the place of an export's graphs, with an eta of their own.
+    """Puts quantised graphs into the place of an export's, with an eta of their own; gives what the folder then holds.
 
-    The fine stage is quantised on what the coarse one in torch says of the same images.
-
-    Args:
-        graphs: the stages, as of `cfvit.deploy.graphs.stage_graphs`.
-        about, folder: of the export.
-        source: images; part of them to quantise by, the others to choose eta on.
-
-    Returns:
-        What is then in the folder.
+    The fine stage is quantised on what the coarse one in torch says of the same images: a part of ``source``, of which
+    the others serve to choose eta.
     """
     images, others = calibration_images(source, model.data_config)
     given = []
@@ -121,11 +110,8 @@ def score(
     """Answers of a model and of its quantised stages to the same images, and an eta for the quantised ones.
 
     It is the lowest at which they lose no more against their fine stage than the model loses at its own eta. Answers
-    are compared with the labels, or with the fine answers in torch if ``source`` has no classes.
-
-    Args:
-        engine: runs the quantised stages.
-        indices: of images that nothing was calibrated on.
+    are compared with the labels, or with the fine answers in torch if ``source`` has no classes. Nothing was calibrated
+    on the images of these indices.
     """
     fast = accelerate(model)
 

@@ -35,28 +35,18 @@ batched: Any = serve.batch  # its types know no methods of two arguments
 
 
 class Arguments(BaseModel):
-    """What `build` takes: ``NAME=VALUE`` of ``serve run``, or ``args`` of a Serve configuration file.
-
-    Attributes:
-        model: as of ``cfvit serve``; each machine must have it.
-        threshold: eta; by default the model's.
-        coarse_batch, fine_batch: images in a batch, at most.
-        coarse_wait, fine_wait: seconds that an image waits for others, at most.
-        max_replicas: of each deployment; there is one at least.
-        gpus: of a replica of either stage, such as 0.5.
-        max_waiting: see `Settings`; of each replica that takes requests.
-    """
+    """What `build` takes: ``NAME=VALUE`` of ``serve run``, or ``args`` of a Serve configuration file."""
 
     model_config = ConfigDict(extra="forbid")
-    model: str = "deit_tiny_imagenet"
-    threshold: float | None = None
-    coarse_batch: int = 8
-    fine_batch: int = 4
-    coarse_wait: float = 0.0
-    fine_wait: float = 0.0
-    max_replicas: int = 8
-    gpus: float = 0.0
-    max_waiting: int = 128
+    model: str = "deit_tiny_imagenet"  # as of ``cfvit serve``; each machine must have it
+    threshold: float | None = None  # eta; by default the model's
+    coarse_batch: int = 8  # images in a batch, at most
+    fine_batch: int = 4  # images in a batch, at most
+    coarse_wait: float = 0.0  # seconds that an image waits for others, at most
+    fine_wait: float = 0.0  # seconds that an image waits for others, at most
+    max_replicas: int = 8  # of each deployment; there is one at least
+    gpus: float = 0.0  # of a replica of either stage, such as 0.5
+    max_waiting: int = 128  # see `Settings`; of each replica that takes requests
 
     def predictor(self) -> Predictor:
         """Loads the model."""

@@ -21,15 +21,10 @@ from cfvit.modeling.exit import goes_on
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage's batches are filled.
+    """How a stage's batches are filled."""
 
-    Attributes:
-        batch: the most images in a batch.
-        wait: a batch that is not full begins when its first image has waited so many seconds.
-    """
-
-    batch: int
-    wait: float
+    batch: int  # the most images in a batch
+    wait: float  # a batch that is not full begins when its first image has waited so many seconds
 
     def __post_init__(self) -> None:
         if self.batch < 1 or not self.wait >= 0:
@@ -57,27 +52,17 @@ class RefusedError(CfvitError):
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """The answer for one image.
+    """The answer for one image."""
 
-    Attributes:
-        logits: ``[classes]``, of the stage that answered.
-        confidence: by the model's `Exit`; -1 where it is not a number.
-        stage: 0 where the coarse stage answered and 1 where the fine one did.
-        eta: what the confidence of the coarse stage was compared with.
-        seconds: what the batches of both stages took in which the image was, 0 for a stage that did not run.
-        waited: seconds that it was here besides, in the queues.
-        state: of the coarse stage, with one row, where both stages were asked for.
-        coarse_confidence: of the coarse stage.
-    """
-
-    logits: Tensor
-    confidence: float
-    stage: int
-    eta: float
+    logits: Tensor  # ``[classes]``, of the stage that answered
+    confidence: float  # by the model's `Exit`; -1 where it is not a number
+    stage: int  # 0 where the coarse stage answered and 1 where the fine one did
+    eta: float  # what the confidence of the coarse stage was compared with
+    # what the batches of both stages took in which the image was, 0 for a stage that did not run
     seconds: tuple[float, float]
-    waited: float
-    state: Any
-    coarse_confidence: float
+    waited: float  # seconds that it was here besides, in the queues
+    state: Any  # of the coarse stage, with one row, where both stages were asked for
+    coarse_confidence: float  # of the coarse stage
 
 
 @dataclass(eq=False)

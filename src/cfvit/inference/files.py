@@ -24,21 +24,13 @@ READERS = 4
 
 @dataclass(frozen=True)
 class FileAnswer:
-    """The answer for one file.
+    """The answer for one file."""
 
-    Attributes:
-        path: as it was given.
-        label: the class's name, or its number where the model has no names.
-        confidence: of the stage that answered.
-        stage: 0 if the coarse stage answered, 1 if the fine one did.
-        gmacs: what was spent, in 1e9 multiply-accumulates.
-    """
-
-    path: Path
-    label: str
-    confidence: float
-    stage: int
-    gmacs: float
+    path: Path  # as it was given
+    label: str  # the class's name, or its number where the model has no names
+    confidence: float  # of the stage that answered
+    stage: int  # 0 if the coarse stage answered, 1 if the fine one did
+    gmacs: float  # what was spent, in 1e9 multiply-accumulates
 
 
 @dataclass(frozen=True)
@@ -56,19 +48,12 @@ def as_row(result: FileAnswer | FileFailure) -> dict[str, Any]:
 
 @dataclass
 class Tally:
-    """What came of many files.
+    """What came of many files."""
 
-    Attributes:
-        answered: how many have an answer.
-        failed: how many have none.
-        easy: how many were answered by the coarse stage.
-        gmacs: what all answers cost together.
-    """
-
-    answered: int = 0
-    failed: int = 0
-    easy: int = 0
-    gmacs: float = 0.0
+    answered: int = 0  # how many have an answer
+    failed: int = 0  # how many have none
+    easy: int = 0  # how many were answered by the coarse stage
+    gmacs: float = 0.0  # what all answers cost together
 
     def count(self, row: dict[str, Any]) -> dict[str, Any]:
         """Counts a file by its row, and gives the row back."""

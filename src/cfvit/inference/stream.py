@@ -78,15 +78,10 @@ class HardQueue:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """How a stream is answered; see `cfvit.Predictor.stream` for ``fine_batch``, ``patience``, ``whole``, ``on_error``.
+    """How a stream is answered; see `cfvit.Predictor.stream` for the settings without a comment."""
 
-    Attributes:
-        engine: what runs the stages.
-        threshold: eta.
-    """
-
-    engine: Engine
-    threshold: float
+    engine: Engine  # what runs the stages
+    threshold: float  # eta
     fine_batch: int
     patience: int
     whole: Callable[[list[int]], Tensor] | None

@@ -29,36 +29,23 @@ from cfvit.modeling.weights import WEIGHTS_FILE
 
 @dataclass(frozen=True)
 class TokenLabels:
-    """A label for each place of the images of a batch, pooled to both grids.
+    """A label for each place of the images of a batch, pooled to both grids."""
 
-    Attributes:
-        fine: ``[B, 4N, classes]``.
-        coarse: ``[B, N, classes]``.
-        columns: of the coarse grid.
-        mixed: ``[N]``, the cells that MixToken exchanges with the mirror image's; None without.
-    """
-
-    fine: Tensor
-    coarse: Tensor
-    columns: int
-    mixed: Tensor | None
+    fine: Tensor  # ``[B, 4N, classes]``
+    coarse: Tensor  # ``[B, N, classes]``
+    columns: int  # of the coarse grid
+    mixed: Tensor | None  # ``[N]``, the cells that MixToken exchanges with the mirror image's; None without
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training step knows of a batch.
+    """What a training step knows of a batch."""
 
-    Attributes:
-        images: normalised and augmented, ``[B, 3, S, S]``.
-        target: class indices ``[B]`` or probabilities ``[B, classes]``; None without labels.
-        teacher: a trained network's logits for the same images, ``[B, classes]``; None without a teacher.
-        token_labels: of an LV-ViT that learns at each token.
-    """
-
-    images: Tensor
-    target: Tensor | None
+    images: Tensor  # normalised and augmented, ``[B, 3, S, S]``
+    target: Tensor | None  # class indices ``[B]`` or probabilities ``[B, classes]``; None without labels
+    # a trained network's logits for the same images, ``[B, classes]``; None without a teacher
     teacher: Tensor | None = None
-    token_labels: TokenLabels | None = None
+    token_labels: TokenLabels | None = None  # of an LV-ViT that learns at each token
 
 
 def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Tensor]]]) -> dict[str, int]:
@@ -164,10 +151,7 @@ class Method(ABC):
         return {}
 
     def load(self, network: Any, folder: Path) -> Any:
-        """The network with the weights that `save` wrote, in evaluation mode.
-
-        Args:
-            network: as `build` gave it.
+        """The network with the weights that `save` wrote into it as `build` gave it, in evaluation mode.
 
         Raises:
             CfvitError: a folder that is damaged or holds another network.

@@ -52,12 +52,7 @@ def resized(large: Any, config: ModelConfig, size: tuple[int, int], trained: boo
 
 
 class CascadeOfViTs(nn.Module):
-    """Two networks without shared weights, in the form of a coarse and a fine stage.
-
-    Args:
-        small: a plain ViT for images at half the side.
-        large: a plain ViT for whole images.
-    """
+    """Two ViTs without shared weights, in the form of a coarse stage, at half the image's side, and a fine stage."""
 
     def __init__(self, config: ModelConfig, small: Any, large: Any) -> None:
         super().__init__()

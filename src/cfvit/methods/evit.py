@@ -34,12 +34,7 @@ class EViT(PlainBlocks):
 
 
 class ReorganisingViT(nn.Module):
-    """A plain ViT in which three blocks fuse the patches that the class token attends to least.
-
-    Args:
-        backbone: timm's plain ViT.
-        keep: share of the patch tokens that stay each time, in (0, 1].
-    """
+    """A plain ViT in which three blocks keep a share of the patches, and fuse those that the class token heeds least."""
 
     def __init__(self, backbone: Any, keep: float) -> None:
         super().__init__()
@@ -65,12 +60,7 @@ def run_reorganising(backbone: Any, tokens: Tensor, keep: float) -> Tensor:
 def fuse_inattentive(tokens: Tensor, class_attention: Tensor, kept: int) -> Tensor:
     """All but the ``kept`` patches of highest class attention become one token, their sum weighted by it.
 
-    Args:
-        tokens: ``[B, 1 + n, D]``, the class token first.
-        class_attention: ``[B, n]``.
-
-    Returns:
-        ``[B, 1 + kept + 1, D]``; the tokens themselves if all are kept.
+    ``[B, 1 + n, D], [B, n] -> [B, 1 + kept + 1, D]``, the class token first; the tokens themselves if all are kept.
     """
     if kept >= class_attention.shape[1]:
         return tokens

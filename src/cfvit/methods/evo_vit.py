@@ -35,12 +35,7 @@ class SlowShare(KeepRate):
 
 
 class SlowFastViT(nn.Module):
-    """A plain ViT whose blocks, after the first third, compute the patches of highest class attention alone.
-
-    Args:
-        backbone: timm's plain ViT.
-        keep: share of the patches that go through a block.
-    """
+    """A plain ViT whose blocks, after the first third, compute the share ``keep`` of patches of highest class attention."""
 
     def __init__(self, backbone: Any, keep: float) -> None:
         super().__init__()
@@ -65,12 +60,7 @@ class SlowFastViT(nn.Module):
 def evolve(block: Any, tokens: Tensor, average: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """A block for the class token, the ``count`` patches of highest class attention and a representative of the rest.
 
-    Args:
-        tokens: ``[B, 1 + n, D]``, the class token first.
-        average: running class attention ``[B, n]``.
-
-    Returns:
-        All tokens, those that went through the block first, and their class attention in the same order.
+    From tokens ``[B, 1 + n, D]`` and their class attention ``[B, n]`` to both, those that went through it first.
     """
     slow, fast = rank_cells(average, count)
     waiting = average.gather(1, fast)

@@ -112,19 +112,13 @@ class InterpretedViT(ExtendedViT):
 
 
 class Played(NamedTuple):
-    """What training needs of a batch, by drawn decisions and by the likeliest ones.
+    """What training needs of a batch, by drawn decisions and by the likeliest ones."""
 
-    Attributes:
-        logits, greedy_logits: ``[B, classes]``.
-        shares, greedy_shares: of all patches that each group keeps, ``[B, groups]``.
-        log_probability: of the drawn decisions, mean over patches, ``[B]``.
-    """
-
-    logits: Tensor
-    shares: Tensor
-    log_probability: Tensor
-    greedy_logits: Tensor
-    greedy_shares: Tensor
+    logits: Tensor  # ``[B, classes]``
+    shares: Tensor  # of all patches that each group keeps, ``[B, groups]``
+    log_probability: Tensor  # of the drawn decisions, mean over patches, ``[B]``
+    greedy_logits: Tensor  # ``[B, classes]``
+    greedy_shares: Tensor  # of all patches that each group keeps, ``[B, groups]``
 
 
 class PlayingViT(nn.Module):

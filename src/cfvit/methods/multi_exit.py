@@ -20,15 +20,10 @@ from cfvit.modeling.exit import confidence_of, goes_on
 
 @dataclass(frozen=True)
 class Seen:
-    """What a stage says of a batch, and the next one takes over.
+    """What a stage says of a batch, and the next one takes over."""
 
-    Attributes:
-        logits: ``[B, classes]``.
-        parts: whatever the next stage needs, with a row for each image.
-    """
-
-    logits: Tensor
-    parts: tuple[Tensor, ...] = ()
+    logits: Tensor  # ``[B, classes]``
+    parts: tuple[Tensor, ...] = ()  # whatever the next stage needs, with a row for each image
 
     def __getitem__(self, images: Tensor) -> Seen:
         """The rows of a mask."""

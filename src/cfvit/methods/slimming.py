@@ -23,13 +23,7 @@ class KeepRate(Options):
 
 
 class ExtendedViT(nn.Module):
-    """A plain ViT and what a method adds to it.
-
-    Args:
-        backbone: timm's plain ViT, as `PlainBlocks.build` gives it.
-        options: of the method.
-        trained: whether the backbone starts from trained weights.
-    """
+    """A plain ViT and what a method adds to it, by its options; ``trained`` if the ViT starts from trained weights."""
 
     plan: Tensor | None
     """Numbers of tokens. They stay on the CPU, also in copies without data, by which costs are counted."""

@@ -39,12 +39,7 @@ class ToMe(PlainBlocks):
 
 
 class MergingViT(nn.Module):
-    """A plain ViT whose blocks merge patch tokens.
-
-    Args:
-        backbone: timm's plain ViT.
-        merged: r, by how many tokens a block shortens the sequence.
-    """
+    """A plain ViT whose blocks merge patch tokens; each shortens the sequence by r, which is ``merged``."""
 
     def __init__(self, backbone: Any, merged: int) -> None:
         super().__init__()

@@ -29,67 +29,43 @@ Format = Literal["onnx", "openvino"]
 
 @dataclass(frozen=True)
 class Scores:
-    """How good a model is on some images.
+    """How good a model is on some images."""
 
-    Attributes:
-        coarse, fine: right answers in percent, if this stage answers all images.
-        eta: of the model, or None.
-        answered: right answers in percent at eta.
-        fine_share: share of images that go on at eta, in [0, 1].
-    """
-
-    coarse: float
-    fine: float
-    eta: float | None
-    answered: float | None
-    fine_share: float | None
+    coarse: float  # right answers in percent, if this stage answers all images
+    fine: float  # right answers in percent, if this stage answers all images
+    eta: float | None  # of the model, or None
+    answered: float | None  # right answers in percent at eta
+    fine_share: float | None  # share of images that go on at eta, in [0, 1]
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What became of a model in eight-bit integers.
+    """What became of a model in eight-bit integers."""
 
-    Attributes:
-        calibrated_on: number of images that the ranges were found on.
-        scored_on: number of other images, on which eta was chosen.
-        measure: an answer is right if it is the label, or if it agrees with the fine stage in torch.
-        before: the model in torch.
-        after: the exported one.
-    """
-
-    calibrated_on: int
-    scored_on: int
+    calibrated_on: int  # number of images that the ranges were found on
+    scored_on: int  # number of other images, on which eta was chosen
+    # an answer is right if it is the label, or if it agrees with the fine stage in torch
     measure: Literal["accuracy", "agreement"]
-    before: Scores
-    after: Scores
+    before: Scores  # the model in torch
+    after: Scores  # the exported one
 
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """What a folder of an exported model says of it, under the names that a `CoarseToFineViT` has.
+    """What a folder of an exported model says of it, under the names that a `CoarseToFineViT` has."""
 
-    Attributes:
-        format: of the graphs ``coarse``, ``fine`` and ``whole``.
-        image_size: height and width in pixels.
-        macs: cost of an image.
-        source: `cfvit.checkpoints.weights_digest` of the exported weights.
-        difference: the largest difference from torch that was seen when the export was checked; before quantising.
-        versions: of the packages that made it.
-        quantised: of a model in eight-bit integers.
-    """
-
-    format: Format
+    format: Format  # of the graphs ``coarse``, ``fine`` and ``whole``
     config: ModelConfig
-    image_size: tuple[int, int]
+    image_size: tuple[int, int]  # height and width in pixels
     data_config: dict[str, Any]
     class_names: list[str] | None
     class_order: Literal["natural", "torchvision"] | None
     exit: Exit
-    macs: StageMacs
-    source: str
-    difference: float
-    versions: dict[str, str]
-    quantised: Quantised | None = None
+    macs: StageMacs  # cost of an image
+    source: str  # `cfvit.checkpoints.weights_digest` of the exported weights
+    difference: float  # the largest difference from torch that was seen when the export was checked; before quantising
+    versions: dict[str, str]  # of the packages that made it
+    quantised: Quantised | None = None  # of a model in eight-bit integers
 
     @property
     def grid(self) -> tuple[int, int]:
