@@ -142,7 +142,10 @@ def open_job(
     if output.suffix not in WRITERS:
         raise UsageError(f"--output is {output}: give a file that ends with {' or '.join(WRITERS)}")
     if output.suffix == ".parquet":
-        _require_pyarrow()
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise CfvitError("answers in parquet need pyarrow: install cfvit[parquet], or write .jsonl") from error
     folder = output.with_name(f"{output.name}.parts")
     record, settings = folder / JOB_FILE, {**settings, "part_size": part_size}
     if output.exists() and not record.exists():
@@ -197,10 +200,3 @@ def _write_parquet(file: Path, rows: Iterator[dict[str, Any]]) -> None:
 
 
 WRITERS = {".jsonl": _write_jsonl, ".parquet": _write_parquet}
-
-
-def _require_pyarrow() -> None:
-    try:
-        import pyarrow.parquet  # noqa: F401
-    except ImportError as error:
-        raise CfvitError("answers in parquet need pyarrow: install cfvit[parquet], or write .jsonl") from error

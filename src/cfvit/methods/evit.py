@@ -34,7 +34,7 @@ class EViT(PlainBlocks):
 
 
 class ReorganisingViT(nn.Module):
-    """A plain ViT in which three blocks keep a share of the patches, and fuse those that the class token heeds least."""
+    """A plain ViT in which three blocks keep a share of the patches, and fuse those of least class attention."""
 
     def __init__(self, backbone: Any, keep: float) -> None:
         super().__init__()

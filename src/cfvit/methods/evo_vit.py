@@ -35,7 +35,7 @@ class SlowShare(KeepRate):
 
 
 class SlowFastViT(nn.Module):
-    """A plain ViT whose blocks, after the first third, compute the share ``keep`` of patches of highest class attention."""
+    """A plain ViT whose blocks, after the first third, compute only the patches of highest class attention."""
 
     def __init__(self, backbone: Any, keep: float) -> None:
         super().__init__()

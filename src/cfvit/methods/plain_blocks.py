@@ -123,7 +123,7 @@ def places_of_reduction(backbone: Any) -> tuple[int, int, int]:
 
 
 def keep_highest(tokens: Tensor, scores: Tensor, count: int) -> Tensor:
-    """The class token and the k patches of highest scores, in their order: ``[B, 1 + n, D], [B, n] -> [B, 1 + k, D]``."""
+    """The class token and the k patches of highest score, in order: ``[B, 1 + n, D], [B, n] -> [B, 1 + k, D]``."""
     if count >= scores.shape[1]:
         return tokens
     kept = rank_cells(scores, count)[0].sort(dim=1).values
