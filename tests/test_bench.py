@@ -278,7 +278,7 @@ def test_a_method_of_ones_own_is_timed_without_a_change_elsewhere(
     class MeanColour(Plain):
         title = "mean colour"
 
-        def build(self, config: Any, initial_weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        def build(self, config: Any, weights: str | None = None, class_names: list[str] | None = None) -> Any:
             network: Any = torch.nn.Linear(3, config.num_classes)
             network.image_size = model.image_size
             return network

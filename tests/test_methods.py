@@ -43,7 +43,7 @@ def dummy() -> Iterator[str]:
     @register("mean_colour")
     class MeanColourMethod(Method):
         def build(
-            self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
+            self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None
         ) -> MeanColour:
             return MeanColour(config.num_classes, 16)
 

@@ -84,13 +84,11 @@ class Method(ABC):
         self.options: Any = self.options_class(**(options or {}))
 
     @abstractmethod
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """A new network, an ``nn.Module`` with ``data_config``, ``class_names`` and ``image_size``.
 
         Args:
-            initial_weights: where trained weights come from, as of `cfvit.checkpoints.initialise`; None for
+            weights: where trained weights come from, as of `cfvit.checkpoints.initialise`; None for
                 random ones by torch's generator.
             class_names: by class index; trained weights of other classes are told.
         """

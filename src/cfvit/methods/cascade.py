@@ -95,13 +95,11 @@ class Cascade(CfViT):
 
     title = "cascade of two ViTs"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """Two plain ViTs, the small one for images of half the side; both start from the same trained weights."""
-        large = Plain(self.objective).build(config, initial_weights, class_names)
+        large = Plain(self.objective).build(config, weights, class_names)
         size = (large.image_size[0] // 2, large.image_size[1] // 2)
-        return CascadeOfViTs(config, resized(large, config, size, initial_weights is not None), large)
+        return CascadeOfViTs(config, resized(large, config, size, weights is not None), large)
 
     def in_training(self, network: Any) -> nn.Module:
         return network

@@ -36,10 +36,8 @@ class CfEViT(CfViT):
     title = "CF-ViT with EViT"
     options_class = KeepRate
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        network: Any = build_model(config, initial_weights, class_names, ReorganisingFineStage)
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        network: Any = build_model(config, weights, class_names, ReorganisingFineStage)
         require_plain_vit(network.backbone)
         network.keep = self.options.keep_rate
         return network

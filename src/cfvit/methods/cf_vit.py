@@ -36,15 +36,15 @@ class _BothStages(nn.Module):
 
 def build_model(
     config: ModelConfig,
-    initial_weights: str | None,
+    weights: str | None,
     class_names: list[str] | None,
     kind: type[CoarseToFineViT] = CoarseToFineViT,
 ) -> CoarseToFineViT:
     """A coarse-to-fine model with random or trained weights."""
     model = kind(config)
     model.class_names = class_names
-    if initial_weights is not None:
-        initialise(model, initial_weights)
+    if weights is not None:
+        initialise(model, weights)
     return model
 
 
@@ -54,10 +54,8 @@ class CfViT(Method):
 
     title = "CF-ViT"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        return build_model(config, initial_weights, class_names)
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        return build_model(config, weights, class_names)
 
     def in_training(self, network: CoarseToFineViT) -> nn.Module:
         return _BothStages(network)

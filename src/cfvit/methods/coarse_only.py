@@ -36,10 +36,8 @@ class CoarseOnly(Method):
 
     title = "CF-ViT's coarse stage alone"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> CoarseToFineViT:
-        return build_model(config, initial_weights, class_names)
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        return build_model(config, weights, class_names)
 
     def in_training(self, network: CoarseToFineViT) -> nn.Module:
         return _CoarseStage(network)

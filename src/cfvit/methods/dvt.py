@@ -123,15 +123,13 @@ class DVT(MultiExit):
 
     title = "DVT"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        large = Plain(self.objective).build(config, initial_weights, class_names)
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        large = Plain(self.objective).build(config, weights, class_names)
         require_plain_vit(large)
         rows, columns = large.patch_embed.grid_size
         height, width = large.patch_embed.patch_size
         sizes = [(round(rows * share) * height, round(columns * share) * width) for share in SMALLER_GRIDS]
-        return CascadeWithReuse([*(resized(large, config, size, initial_weights is not None) for size in sizes), large])
+        return CascadeWithReuse([*(resized(large, config, size, weights is not None) for size in sizes), large])
 
     def is_added(self, name: str) -> bool:
         return not name.startswith("vits.")

@@ -123,9 +123,7 @@ class DynamicViT(ExtendsPlainViT):
     title = "DynamicViT"
     options_class = KeepRate
     network_class = SparsifiedViT
-
-    def in_training(self, network: Any) -> nn.Module:
-        return DecidingViT(network)
+    training_class = DecidingViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         output: Decided = running(batch.images)

@@ -168,9 +168,7 @@ class IaRed2(ExtendsPlainViT):
     engines = ("eager", "torch")
     options_class = Penalty
     network_class = InterpretedViT
-
-    def in_training(self, network: Any) -> nn.Module:
-        return PlayingViT(network)
+    training_class = PlayingViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         played: Played = running(batch.images)

@@ -33,15 +33,13 @@ class Literal(CfViT):
     title = "literal port"
     engines = ("eager",)
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """A `LiteralPort`.
 
         Raises:
             UsageError: a backbone, a selection or a feature reuse that it is not written for.
         """
-        network = build_model(config, initial_weights, class_names, LiteralPort)
+        network = build_model(config, weights, class_names, LiteralPort)
         require_plain_vit(network.backbone)
         if hasattr(network.backbone, "token_logits"):
             raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")

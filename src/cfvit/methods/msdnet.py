@@ -129,10 +129,8 @@ class MSDNet(MultiExit):
 
     title = "MSDNet"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        if initial_weights is not None:
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        if weights is not None:
             raise UsageError(f"{self.name} has no use for weights of a ViT: leave out initial_weights")
         height, width = patch_size(config.backbone, **config.timm_kwargs)
         size = (2 * config.grid[0] * height, 2 * config.grid[1] * width)

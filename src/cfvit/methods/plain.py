@@ -27,10 +27,8 @@ class Plain(Method):
 
     title = "plain ViT"
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        return backbone_of(build_model(config, initial_weights, class_names))
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        return backbone_of(build_model(config, weights, class_names))
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         return single_answer_loss(running(batch.images), batch, self)

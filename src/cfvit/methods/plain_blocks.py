@@ -19,15 +19,13 @@ from cfvit.modeling.tokens import gather_tokens, rank_cells
 class PlainBlocks(Plain):
     """A method that runs the weights of a plain ViT in another way and adds none to them."""
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """The plain ViT, as `cfvit.methods.plain.Plain` builds it.
 
         Raises:
             UsageError: a backbone whose blocks these parts are not written for.
         """
-        network = super().build(config, initial_weights, class_names)
+        network = super().build(config, weights, class_names)
         require_plain_vit(network)
         return network
 

@@ -135,9 +135,7 @@ class PsViT(ExtendsPlainViT):
     title = "PS-ViT"
     options_class = Tolerance
     network_class = PatchSlimmedViT
-
-    def in_training(self, network: Any) -> nn.Module:
-        return ChoosingViT(network)
+    training_class = ChoosingViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         return single_answer_loss(running(batch.images), batch, self)

@@ -108,9 +108,7 @@ class SiT(ExtendsPlainViT):
     title = "SiT"
     options_class = Slimming
     network_class = SelfSlimmedViT
-
-    def in_training(self, network: Any) -> nn.Module:
-        return RestoringViT(network)
+    training_class = RestoringViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         logits, teacher_logits, distance = running(batch.images)

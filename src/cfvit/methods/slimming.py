@@ -47,15 +47,17 @@ class ExtendedViT(nn.Module):
 
 
 class ExtendsPlainViT(Method):
-    """A method whose network is an `ExtendedViT`."""
+    """A method whose network is an `ExtendedViT`, wrapped in another module in training."""
 
     network_class: ClassVar[type[ExtendedViT]]
+    training_class: ClassVar[type[Any]]
 
-    def build(
-        self, config: ModelConfig, initial_weights: str | None = None, class_names: list[str] | None = None
-    ) -> Any:
-        backbone = PlainBlocks(self.objective).build(config, initial_weights, class_names)
-        return self.network_class(backbone, self.options, initial_weights is not None)
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        backbone = PlainBlocks(self.objective).build(config, weights, class_names)
+        return self.network_class(backbone, self.options, weights is not None)
+
+    def in_training(self, network: Any) -> nn.Module:
+        return self.training_class(network)
 
     def is_added(self, name: str) -> bool:
         return not name.startswith("backbone.")
