@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -70,18 +69,7 @@ def evaluate(
             )
         chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
         return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
-    import torch
-
-    from cfvit.evaluation.metrics import (
-        PLAIN,
-        Evaluation,
-        Scores,
-        beside_plain,
-        collect_with_progress,
-        evaluate_model,
-        labelled_images,
-        score_points,
-    )
+    from cfvit.evaluation.metrics import Evaluation, evaluate_method, evaluate_model, labelled_images
     from cfvit.inference.engines.exported import ExportedEngine
     from cfvit.inference.engines.packing import accelerate
     from cfvit.methods.base import create_method
@@ -113,18 +101,7 @@ def evaluate(
         if method is None or isinstance(network, CoarseToFineViT):
             result = evaluate_model(engine, source, thresholds, batch_size, workers, process, base)
         else:
-            fast = accelerate(network.to(process.device))
-            forward = beside_plain(partial(method.answers, fast), base)
-            about = network.data_config, source, batch_size, workers, process
-            collected, unreadable = collect_with_progress(forward, *about)
-            plains, macs = collected.logits.pop(PLAIN, None), method.macs(network)
-            answers = dict(collected.logits)
-            if (exits := method.exits(network, answers)) is not None:
-                costs = torch.tensor(list(macs.values()), dtype=torch.float64)
-                at_exits = torch.stack(list(answers.values()), dim=1)[torch.arange(len(exits)), exits]
-                answers["its own exits"], macs = at_exits, {**macs, "its own exits": int(costs[exits].mean())}
-            stages = score_points(answers, collected.labels, macs, plains)
-            result = Scores(len(collected.labels), stages, unreadable, collected)
+            result = evaluate_method(method, network, source, batch_size, workers, process, base)
         if process.leads:
             _print_evaluation(result, as_json=json)
             report_unreadable(result.unreadable)

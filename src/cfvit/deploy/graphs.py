@@ -48,6 +48,7 @@ class _Fine(_Coarse):
         class_token: Tensor | None = None,
         coarse_logits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """The state's other parts are not read."""
         unused = tokens[:, 0]
         logits, token = (unused if part is None else part for part in (coarse_logits, class_token))
         state = CoarseState(logits, tokens, embedding, class_attention, token)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_
 from cfvit.data.labels import have_one_order
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.exported import ExportedEngine
+from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.inference.stream import placed
 from cfvit.modeling.cost import StageMacs, count_macs
@@ -211,7 +213,32 @@ class Evaluation(Scores):
     macs: StageMacs  # cost of each stage
 
 
-def beside_plain(
+def evaluate_method(
+    method: Any,
+    network: Any,
+    source: DataSource,
+    batch_size: int,
+    workers: int,
+    process: Process,
+    plain: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """Scores a network of a `cfvit.methods.base.Method` at its operating points and with its own exits, if it has any.
+
+    All else is as of `evaluate_model`.
+    """
+    forward = _beside_plain(partial(method.answers, accelerate(network.to(process.device))), plain)
+    collected, unreadable = collect_with_progress(forward, network.data_config, source, batch_size, workers, process)
+    base, macs = collected.logits.pop(PLAIN, None), method.macs(network)
+    answers = dict(collected.logits)
+    if (exits := method.exits(network, answers)) is not None:
+        costs = torch.tensor(list(macs.values()), dtype=torch.float64)
+        at_exits = torch.stack(list(answers.values()), dim=1)[torch.arange(len(exits)), exits]
+        answers["its own exits"], macs = at_exits, {**macs, "its own exits": int(costs[exits].mean())}
+    stages = score_points(answers, collected.labels, macs, base)
+    return Scores(len(collected.labels), stages, unreadable, collected)
+
+
+def _beside_plain(
     answers: Callable[[Tensor], Mapping[str, Tensor]], plain: Callable[[Tensor], Tensor] | None
 ) -> Callable[[Tensor], dict[str, Tensor]]:
     """What `collect` runs: a network's logits by operating point and, if there is one, the plain ViT's as `PLAIN`."""
@@ -246,7 +273,7 @@ def evaluate_model(
         state, _ = engine.coarse(images)
         return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
 
-    forward = beside_plain(answers, plain)
+    forward = _beside_plain(answers, plain)
     collected, unreadable = collect_with_progress(forward, about.data_config, source, batch_size, workers, process)
     logits, labels = collected.logits, collected.labels
     base = logits.pop(PLAIN, None)

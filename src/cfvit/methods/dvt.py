@@ -98,6 +98,7 @@ class CascadeWithReuse(MultiExitNetwork):
         return {f"vits.{stage}.{name}" for stage, vit in enumerate(vits) for name in vit.no_weight_decay()}
 
     def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+        """A network on the image at its own size, with what the one before has seen, if there was one."""
         vits: list[Any] = list(self.vits)
         vit, relations = vits[index], []
         tokens = embed(vit, F.interpolate(images, vit.patch_embed.img_size, mode="bilinear", align_corners=True))

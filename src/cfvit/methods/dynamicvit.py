@@ -101,6 +101,7 @@ class DecidingViT(nn.Module):
         self.network, self.teacher = network, FrozenTeacher(network)
 
     def forward(self, images: Tensor) -> Decided:
+        """Logits of all patches with masks, and what the loss compares: shares kept, patches, and the teacher's."""
         network, shares = self.network, []
         vit = network.backbone
         tokens = embed(vit, images)
@@ -126,6 +127,7 @@ class DynamicViT(ExtendsPlainViT):
     training_class = DecidingViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        """The labels' loss, the distance to the wanted shares, and to the teacher's patches and answer."""
         output: Decided = running(batch.images)
         wanted = [self.options.keep_rate ** (stage + 1) for stage in range(output.shares.shape[1])]
         ratio = (output.shares - output.shares.new_tensor(wanted)).square().mean()

@@ -171,6 +171,7 @@ class IaRed2(ExtendsPlainViT):
     training_class = PlayingViT
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        """The reward over that of the likeliest decisions raises or lowers the probability of those drawn."""
         played: Played = running(batch.images)
         answer = batch.teacher if batch.target is None else batch.target
         assert answer is not None

@@ -113,6 +113,7 @@ class MultiScaleDenseNet(MultiExitNetwork):
             self.heads.append(nn.Sequential(convolve(last, last, 3, 2), convolve(last, last, 3, 2), pooled, head))
 
     def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+        """A block on the maps of the one before, or of the stem, and its classifier."""
         if before is None:
             maps = [self.stem[0](images)]
             for coarser in self.stem[1:]:

@@ -117,6 +117,7 @@ class ChoosingViT(nn.Module):
         self.network, self.ready = network, False  # asked of a GPU once, as each answer of its waits for all its work
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of images ``[B, 3, S, S]``, by which masks are chosen if there are none yet."""
         network = self.network
         if not (self.ready or images.is_meta):
             if not network.chosen and dist.is_initialized():

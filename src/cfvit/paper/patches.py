@@ -33,11 +33,7 @@ class HighestLowest:
 def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
     """The class token's attention row in every block of a plain ViT, averaged over heads (Eq. 2).
 
-    Args:
-        images: normalised, ``[B, 3, H, W]``.
-
-    Returns:
-        ``[depth, B, N]`` in float32, over patches numbered row by row.
+    From normalised images ``[B, 3, H, W]`` to ``[depth, B, N]`` in float32, over patches numbered row by row.
     """
     count = cast(Any, backbone.patch_embed).num_patches
     tokens = _sequence(backbone, images, torch.arange(count, device=images.device).expand(len(images), -1))
@@ -51,11 +47,9 @@ def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
-    """A plain ViT's logits ``[B, classes]`` if it sees only some of its patches, each at its own position.
+    """A plain ViT's logits ``[B, classes]`` of ``[B, 3, H, W]`` if it sees only some patches, each at its own position.
 
-    Args:
-        images: normalised, ``[B, 3, H, W]``.
-        kept: ``[B, k]``, patch numbers, row by row; their order does not matter.
+    ``kept`` has their numbers ``[B, k]``, row by row; their order does not matter.
     """
     rotation = anatomy.gather_rotation(anatomy.fine_rotation(backbone), kept)
     tokens = anatomy.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
@@ -116,15 +110,10 @@ def score_highest_lowest(
 
 @torch.inference_mode()
 def attention_pictures(coarse: CoarseToFineViT, fine: Backbone, images: Tensor) -> list[AttentionPicture]:
-    """The last block's class attention on coarse patches, and a plain ViT's on fine ones (Fig. 1b).
+    """The last block's class attention on coarse patches and a plain ViT's on fine ones, of ``[B, 3, H, W]`` (Fig. 1b).
 
-    Args:
-        coarse: its coarse stage is looked at, without Eq. 9's average over blocks.
-        fine: of the same image size and normalisation.
-        images: normalised, ``[B, 3, H, W]``.
-
-    Raises:
-        CfvitError: images of another size than either model's.
+    The coarse stage is looked at without Eq. 9's average over blocks. Images of another size than either model's raise
+    `CfvitError`.
     """
     coarse, fine = coarse.eval(), fine.eval()
     last = copy.copy(coarse)  # shares the weights

@@ -330,7 +330,6 @@ def images_per_second(
     Args:
         plain: a name and timm's network.
         models: by name, a coarse-to-fine model and the share of images that go on to its fine stage.
-        recipe: says in which precision.
     """
     device = best_device()
     batch = 256 if device.type == "cuda" else 32

@@ -225,7 +225,6 @@ class Runs:
 
     Args:
         base: the recipe that all of them change.
-        budget: the time for all trainings.
         train_images: how many images there are to train on.
         say: receives a line for each run that is trained.
     """
@@ -385,11 +384,7 @@ def logged_pace(folder: Path) -> dict[str, float]:
 
 
 def read_run(recipe: Recipe, folder: Path) -> Run:
-    """A finished run.
-
-    Raises:
-        CfvitError: its scores cannot be read.
-    """
+    """A finished run. Scores that cannot be read raise `CfvitError`."""
     record = read_record(folder)
     assert record is not None
     try:
@@ -413,11 +408,7 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
 
 
 def require_splits(recipe: Recipe) -> Splits:
-    """The images of a recipe. Data without hold-out or validation images are refused before anything is trained.
-
-    Raises:
-        CfvitError: says which are missing.
-    """
+    """The images of a recipe. Data without hold-out or validation images are refused before anything is trained."""
     splits = open_splits(recipe)
     if not splits.held:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
@@ -427,11 +418,7 @@ def require_splits(recipe: Recipe) -> Splits:
 
 
 def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
-    """The images and the network of a trained run.
-
-    Raises:
-        CfvitError: the folder or the data are no longer what they were.
-    """
+    """The images and the network of a trained run, if the folder and the data are still what they were."""
     process = Process(0, 1, best_device())
     images, network = prepare(unprepared(recipe), process)
     return images, create_method(recipe.method, recipe, recipe.method_options).load(network, folder).to(process.device)

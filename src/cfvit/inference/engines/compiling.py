@@ -82,6 +82,7 @@ def in_sizes(run: Callable[..., Any], sizes: Sequence[int]) -> Callable[..., Any
         return torch.arange(count, device=device)
 
     def call(images: Tensor, *more: Any) -> Any:
+        """A batch, filled up to the next size."""
         count, device = len(images), images.device
         size = sizes[bisect_left(sizes, count)]
         parts = (images, *more)
