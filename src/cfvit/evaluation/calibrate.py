@@ -47,18 +47,12 @@ NOT_COMPARED = "the training images are not known and were not compared with the
 
 @dataclass(frozen=True, eq=False)
 class Way:
-    """One way to use a model, of which the one that serves a target best is chosen: a fine stage and an exit rule.
+    """One way to use a model, of which the one that serves a target best is chosen: a fine stage and an exit rule."""
 
-    Attributes:
-        config: of the fine stage.
-        macs, latency: what it costs.
-        images: logits of both stages, and labels.
-    """
-
-    config: ModelConfig
-    macs: StageMacs
-    latency: StageLatency | None
-    images: Images
+    config: ModelConfig  # of the fine stage
+    macs: StageMacs  # what it costs
+    latency: StageLatency | None  # what it costs
+    images: Images  # logits of both stages, and labels
 
     def rows(self, kept: Tensor) -> Images:
         """Some of the images."""
@@ -149,19 +143,8 @@ def calibrate_model(
         # the classes of all images were checked above
         return calibrate(*way.rows(rows), way.macs, target, allow_missing_classes=True, **more)
 
-    choices: list[tuple[Way, dict[str, Any]]] = []
-    for way in ways:
-        coarse, fine, truth = way.rows(fitted)
-        options: dict[str, Any] = {} if measure is None else {"measure": measure}
-        if scale_temperatures or best:
-            options["coarse_temperature"] = fit_temperature(coarse, truth)
-            options["fine_temperature"] = fit_temperature(fine, truth)
-        if best:
-            options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, truth)
-            rule = Exit(**options)
-            if measure is None:
-                options["measure"] = best_measure(coarse, rule.answer(coarse, fine), truth, rule.coarse_temperature)
-        choices.append((way, options))
+    fit = scale_temperatures or best
+    choices = [(way, _fitted_rule(way.rows(fitted), measure, fit, best)) for way in ways]
     way, options = (
         choices[0] if len(choices) == 1 else best_choice(choices, lambda each: calibrated(each[0], fitted, each[1]))
     )
@@ -175,6 +158,21 @@ def calibrate_model(
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
     warnings = (*calibration.warnings, *doubts)
     return replace(calibration, origin=origin, warnings=warnings), way.config, unreadable
+
+
+def _fitted_rule(images: Images, measure: Measure | None, temperatures: bool, best: bool) -> dict[str, Any]:
+    """An exit rule, fitted on images: of the measure that is given, or with ``best`` of the best one."""
+    coarse, fine, labels = images
+    options: dict[str, Any] = {} if measure is None else {"measure": measure}
+    if temperatures:
+        options["coarse_temperature"] = fit_temperature(coarse, labels)
+        options["fine_temperature"] = fit_temperature(fine, labels)
+    if best:
+        options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, labels)
+        rule = Exit(**options)
+        if measure is None:
+            options["measure"] = best_measure(coarse, rule.answer(coarse, fine), labels, rule.coarse_temperature)
+    return options
 
 
 def best_choice(choices: Sequence[Choice], calibrated: Callable[[Choice], Calibration]) -> Choice:
