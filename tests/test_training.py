@@ -420,6 +420,25 @@ def test_runs_are_not_mixed_up(recipe: Recipe, tmp_path: Path, fails: Callable[.
     assert {"event": "eval", "epoch": 0, "step": 5, **figures} == _log(out, "eval")[-1]
 
 
+@pytest.mark.parametrize("change", ["added", "removed", "renamed"])
+def test_a_run_is_not_resumed_on_other_images(
+    change: str, recipe: Recipe, make_colours: Callable[..., Path], tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    """Which are held out depends on them all: with others, eta would be chosen on images that were trained on."""
+    data = make_colours("data", per_class=8)
+    short = recipe.replace({"data": str(data), "epochs": 1})
+    train(short, tmp_path / "run")
+    checkpoint = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    image = min((data / "red").iterdir())
+    if change == "added":
+        image.with_name(f"zz{image.suffix}").write_bytes(image.read_bytes())
+    else:
+        image.rename(tmp_path / "away" if change == "removed" else image.with_name(f"zz{image.suffix}"))
+    with fails("training images are not those of the checkpoint in .*: give the same images"):
+        train(short, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == checkpoint
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", None])
 def test_damaged_checkpoint(content: bytes | None, recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
     if content is None:

@@ -76,7 +76,7 @@ def train(
     with join_processes() as process:
         checkpoint = _where_to_begin(recipe, out, resume, fork, process)
         images, model = prepare(recipe, process)
-        _require_same_classes(model.class_names, checkpoint, out, process)
+        _require_same_data(images, model.class_names, checkpoint, out, process)
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
             trained.load_state_dict(checkpoint)
@@ -103,17 +103,18 @@ def train(
                 return _Run(recipe, out, images, trained, process, reporter).train(stopping)
 
 
-def _require_same_classes(
-    class_names: list[str], checkpoint: dict[str, Any] | None, out: Path, process: Process
+def _require_same_data(
+    images: Data, class_names: list[str], checkpoint: dict[str, Any] | None, out: Path, process: Process
 ) -> None:
-    """Refuses a run whose processes, or whose checkpoint, number the classes otherwise."""
-    others: list[list[str]] = [class_names] * process.world
+    """Refuses a run whose processes, or whose checkpoint, number the classes otherwise or have other images."""
+    others: list[tuple[list[str], str]] = [(class_names, images.fingerprint)] * process.world
     if process.world > 1:
-        dist.all_gather_object(others, class_names)
-    compared = [(f"process {rank}", names) for rank, names in enumerate(others)]
+        dist.all_gather_object(others, others[0])
+    compared = [(f"process {rank}", *data) for rank, data in enumerate(others)]
     if checkpoint is not None:
-        compared.append((f"the checkpoint in {out}", checkpoint.get("class_names", ["(an older checkpoint)"])))
-    for where, names in compared:
+        names = checkpoint.get("class_names", ["(an older checkpoint)"])
+        compared.append((f"the checkpoint in {out}", names, checkpoint.get("images", images.fingerprint)))
+    for where, names, fingerprint in compared:
         for index, (here, there) in enumerate(zip_longest(class_names, names)):
             if here != there:
                 ours, theirs = ("missing" if name is None else repr(name) for name in (here, there))
@@ -121,6 +122,11 @@ def _require_same_classes(
                     f"class {index} of the data is {ours}, and {theirs} for {where}: "
                     "give the data with the same class folders"
                 )
+        if fingerprint != images.fingerprint:
+            raise CfvitError(
+                f"the {len(images.train.source):,} training images are not those of {where}, by their names, so others "
+                "would be held out: give the same images"
+            )
 
 
 def _where_to_begin(
@@ -277,8 +283,8 @@ class _Run:
         self._require_finite_weights()
         if self.process.leads:
             with atomic_write(self.out / name) as file:
-                state = {"recipe": self.recipe.to_dict(), "world": self.process.world, **self.trained.state_dict()}
-                torch.save(state, file)
+                run = {"recipe": self.recipe.to_dict(), "world": self.process.world, "images": self.images.fingerprint}
+                torch.save({**run, **self.trained.state_dict()}, file)
 
     def _evaluate_and_save(self, place: str) -> dict[str, float]:
         """Scores the best weights, chooses eta on the hold-out, and writes the model.

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,13 @@ class Data:
     train: TrainImages
     holdout: EvalImages | None  # images of the training source that are kept out of training
     validation: EvalImages | None  # always with labels
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of the names of all training images, in their order, which decides what is held out."""
+        source = self.train.source
+        names = "\n".join(source.name(index) for index in range(len(source)))
+        return hashlib.sha256(os.fsencode(unicodedata.normalize("NFC", names))).hexdigest()
 
 
 @dataclass
