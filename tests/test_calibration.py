@@ -680,11 +680,25 @@ def test_images_that_cannot_be_used_are_refused(images: Images, message: str, fa
         (lambda: confidence_of(LOGITS[:, :1], "entropy"), "of 1 class"),
         (lambda: calibrate(LOGITS, LOGITS, LABELS, MACS, Drop(1), level=95), "level is 95"),
         (lambda: calibrate(LOGITS, LOGITS, LABELS, MACS, Drop(1), fine_temperature=-1), "fine_temperature is -1"),
+        (lambda: calibrate(LOGITS, LOGITS, LABELS, MACS, 0.5), "target is 0.5: give one of GmacsBudget, "),  # type: ignore[arg-type]
+        (lambda: calibrate(LOGITS.numpy(), LOGITS, LABELS, MACS, Drop(1)), "coarse logits are a ndarray: give a"),  # type: ignore[arg-type]
+        (lambda: calibrate(LOGITS, LOGITS, [0, 1], MACS, Drop(1)), "labels are a list: give a tensor"),  # type: ignore[arg-type]
+        (lambda: StageLatency(1, 3, (math.nan,)), "a latency in between is nan"),
+        (lambda: confidence_of(LOGITS, temperature="2"), "temperature is '2'"),  # type: ignore[arg-type]
+        (lambda: MACS.expected("half"), "fine_share is 'half'"),  # type: ignore[arg-type]
     ],
 )
 def test_values_out_of_range_are_refused(make: Callable[[], object], message: str, fails: Callable[..., Any]) -> None:
     with fails(message):
         make()
+
+
+@pytest.mark.parametrize("value", ["0.5", None, [1], 1j, math.nan, math.inf, True])
+@pytest.mark.parametrize("name", ["level", "coarse_temperature", "fine_temperature", "coarse_weight"])
+def test_what_is_no_number_is_refused(name: str, value: Any, fails: Callable[..., Any]) -> None:
+    given: dict[str, Any] = {name: value}
+    with fails(f"{name} is {re.escape(repr(value))}: give "):
+        calibrate(LOGITS, LOGITS, LABELS, MACS, Drop(1), **given)
 
 
 # drift -----------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -422,10 +423,23 @@ def test_where_whole_images_are_to_come_batches_have_half_their_sides(steady: Co
         list(answers)
 
 
-@pytest.mark.parametrize("given", [{"fine_batch": 0}, {"fine_batch": -1}, {"patience": 0}])
-def test_numbers_below_one_are_refused_before_anything_is_read(given: dict[str, Any], steady: CoarseToFineViT) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"fine_batch": 0},
+        {"fine_batch": -1},
+        {"patience": 0},
+        {"patience": math.nan},
+        {"fine_batch": "2"},
+        {"fine_batch": True},
+        {"fine_batch": 2.0},
+    ],
+)
+def test_what_is_no_number_of_images_is_refused_before_anything_is_read(
+    given: dict[str, Any], steady: CoarseToFineViT
+) -> None:
     ((name, value),) = given.items()
-    with pytest.raises(CfvitError, match=rf"^{name} is {value}: give at least 1"):
+    with pytest.raises(CfvitError, match=rf"^{name} is {value!r}: give a whole number of at least 1"):
         Predictor(steady, 1).stream([], **given)
 
 

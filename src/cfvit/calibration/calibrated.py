@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from cfvit.calibration.targets import (
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import Exit, Measure
+from cfvit.modeling.exit import Exit, Measure, is_number
 
 ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
 NO_PROMISE = "none for other images: eta was chosen on the very images that the figures are of"
@@ -182,10 +182,13 @@ def calibrate(
     missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), count)
     if missing and not allow_missing_classes:
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
-    rule = Exit(measure, float(coarse_temperature), float(fine_temperature), coarse_weight=float(coarse_weight))
+    rule = Exit(measure, coarse_temperature, fine_temperature, coarse_weight=coarse_weight)
     fine = rule.answer(coarse, fine)
-    if not 0 < level < 1:
-        raise CfvitError(f"level is {level}: give a probability between 0 and 1, such as 0.95")
+    if not isinstance(target, get_args(get_args(Target)[0])):
+        kinds = ", ".join(kind.__name__ for kind in get_args(get_args(Target)[0]))
+        raise CfvitError(f"target is {target!r}: give one of {kinds}")
+    if not (is_number(level) and 0 < level < 1):
+        raise CfvitError(f"level is {level!r}: give a probability between 0 and 1, such as 0.95")
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
@@ -221,6 +224,8 @@ def check_logits(logits: Tensor, stage: str) -> None:
     Raises:
         CfvitError: says which image is the first that is not finite.
     """
+    if not isinstance(logits, Tensor):
+        raise CfvitError(f"{stage} logits are a {type(logits).__name__}: give a tensor of floats [images, classes]")
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         kind = str(logits.dtype).removeprefix("torch.")
         raise CfvitError(f"{stage} logits are {kind} of shape {list(logits.shape)}: give floats [images, classes]")
@@ -256,6 +261,8 @@ def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
     """
     check_logits(coarse, "coarse")
     check_logits(fine, "fine")
+    if not isinstance(labels, Tensor):
+        raise CfvitError(f"labels are a {type(labels).__name__}: give a tensor of class indices [images]")
     if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
         shapes = f"{list(coarse.shape)}, {list(fine.shape)} and {list(labels.shape)}"
         raise CfvitError(f"coarse logits, fine logits and labels are {shapes}: give [n, classes] twice and [n]")

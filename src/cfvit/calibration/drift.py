@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cfvit.calibration.calibrated import Calibration, check_logits
 from cfvit.errors import CfvitError
-from cfvit.modeling.exit import goes_on
+from cfvit.modeling.exit import goes_on, is_number
 
 _FEW = 100
 
@@ -52,8 +52,8 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         raise CfvitError(
             f"logits of {coarse_logits.shape[1]} classes, calibrated on {calibration.classes}: give the same model's"
         )
-    if not 0 < alpha < 1:
-        raise CfvitError(f"alpha is {alpha}: give a probability between 0 and 1, such as 0.01")
+    if not (is_number(alpha) and 0 < alpha < 1):
+        raise CfvitError(f"alpha is {alpha!r}: give a probability between 0 and 1, such as 0.01")
     confidence = calibration.exit.coarse(coarse_logits).cpu()
     count, before = len(confidence), calibration.images
     gone_on = int(goes_on(confidence, calibration.threshold).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
@@ -12,12 +11,13 @@ import scipy
 from pydantic import Discriminator
 
 from cfvit.errors import CfvitError
+from cfvit.modeling.exit import is_number
 
 RiskMethod = Literal["upper_bound", "fixed_sequence"]
 
 
 def _require(name: str, value: float, holds: Callable[[float], bool], allowed: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not holds(value):
+    if not (is_number(value) and holds(value)):
         raise CfvitError(f"{name} is {value!r}: give {allowed}")
 
 
@@ -43,6 +43,8 @@ class StageLatency:
     def __post_init__(self) -> None:
         _require("coarse latency", self.coarse, _positive, "milliseconds above 0")
         _require("both latency", self.both, _positive, "milliseconds above 0")
+        for time in self.between:
+            _require("a latency in between", time, _positive, "milliseconds above 0")
         if self.both < self.coarse:
             raise CfvitError(f"both stages take {self.both} ms and the coarse one {self.coarse} ms: measure them again")
         if list(self._times) != sorted(self._times):

@@ -145,7 +145,7 @@ class Predictor:
         fine_batch = FINE_BATCH.get(device, FINE_BATCH["cuda"]) if fine_batch is None else fine_batch
         patience = PATIENCE * fine_batch if patience is None else patience
         for name, value in (("fine_batch", fine_batch), ("patience", patience)):
-            if value < 1:
-                raise CfvitError(f"{name} is {value}: give at least 1, or leave it out")
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise CfvitError(f"{name} is {value!r}: give a whole number of at least 1, or leave it out")
         answers = Stream(self.engine, self.threshold, fine_batch, patience, whole, on_error).answers(batches)
         return in_order(answers) if ordered else answers

@@ -52,6 +52,7 @@ _ALLOWED = {
     "literal_error": "one of {expected}",
     "int_type": "a whole number",
     "float_type": "a number",
+    "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
     "mapping_type": "names with values",
@@ -106,7 +107,7 @@ def _read_number(value: Any) -> Any:
 Grid = Annotated[int | tuple[int, int], BeforeValidator(read_grid)]
 """A side of the coarse grid in cells, or rows and columns."""
 
-Number = Annotated[float, BeforeValidator(_read_number)]
+Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_read_number)]
 
 
 @configuration

@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit.errors import CfvitError
+from cfvit.modeling.exit import is_number
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import embed_children
 from cfvit.modeling.tokens import gather_tokens, num_informative
@@ -49,8 +50,8 @@ class StageMacs:
         Raises:
             CfvitError: a share outside [0, 1].
         """
-        if not 0 <= fine_share <= 1:
-            raise CfvitError(f"fine_share is {fine_share}: give a share between 0 and 1")
+        if not (is_number(fine_share) and 0 <= fine_share <= 1):
+            raise CfvitError(f"fine_share is {fine_share!r}: give a share between 0 and 1")
         return self.coarse + fine_share * self.fine
 
 

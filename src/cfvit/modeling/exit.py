@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,11 @@ from torch import Tensor
 from cfvit.errors import CfvitError
 
 Measure = Literal["max_probability", "margin", "entropy", "energy"]
+
+
+def is_number(value: Any) -> bool:
+    """Whether something is a finite int or float, which a bool, text and a tensor are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperature: float = 1.0) -> Tensor:
@@ -34,8 +39,8 @@ def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperat
     """
     if measure not in get_args(Measure):
         raise CfvitError(f"measure is {measure!r}: give one of {', '.join(get_args(Measure))}")
-    if not 0 < temperature < math.inf:
-        raise CfvitError(f"temperature is {temperature}: give a positive number, 1 for the logits as they are")
+    if not (is_number(temperature) and temperature > 0):
+        raise CfvitError(f"temperature is {temperature!r}: give a positive number, 1 for the logits as they are")
     if measure in ("margin", "entropy") and logits.shape[-1] < 2:
         raise CfvitError(f"measure {measure} of {logits.shape[-1]} class: give at least 2, or use max_probability")
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
@@ -95,13 +100,12 @@ class Exit:
         if self.measure not in get_args(Measure):
             raise CfvitError(f"measure is {self.measure!r}: give one of {', '.join(get_args(Measure))}")
         for name in ("coarse_temperature", "fine_temperature"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise CfvitError(f"{name} is {getattr(self, name)}: give a positive number, 1 to leave logits alone")
-        number = isinstance(self.eta, (int, float)) and not isinstance(self.eta, bool)
-        if self.eta is not None and not (number and 0 <= self.eta <= 1):
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise CfvitError(f"{name} is {getattr(self, name)!r}: give a positive number, 1 to leave logits alone")
+        if self.eta is not None and not (is_number(self.eta) and 0 <= self.eta <= 1):
             raise CfvitError(f"threshold is {self.eta!r}: give a confidence between 0 and 1, or None")
-        if not 0 <= self.coarse_weight < 1:
-            raise CfvitError(f"coarse_weight is {self.coarse_weight}: give at least 0, the paper's, and less than 1")
+        if not (is_number(self.coarse_weight) and 0 <= self.coarse_weight < 1):
+            raise CfvitError(f"coarse_weight is {self.coarse_weight!r}: give at least 0, the paper's, and less than 1")
 
     def coarse(self, logits: Tensor) -> Tensor:
         """Confidence of the coarse stage's answers, ``[B, classes] -> [B]``."""
