@@ -76,35 +76,23 @@ log = logging.getLogger("cfvit.serve")
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server allows.
+    """What a server allows."""
 
-    Attributes:
-        name: of the model, in addresses.
-        max_body: bytes of a request.
-        max_pixels: of an image; checked before it is decoded.
-        max_images: of a request.
-        max_waiting: images without an answer, and requests, at a time.
-        time_limit: seconds that a request may take, its body included.
-        decoders: threads that decode.
-        api_key: must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
-        allow_parameters: whether eta may be changed over HTTP.
-        coarse, fine, least_eta, target_wait: see `Scheduler`.
-        browser_runtime: folder of onnxruntime-web, with which the page runs an ONNX export in the browser.
-    """
-
-    name: str = "cfvit"
-    max_body: int = 16 * 2**20
-    max_pixels: int = 50_000_000
-    max_images: int = 32
-    max_waiting: int = 128
-    time_limit: float = 30.0
-    decoders: int = 4
+    name: str = "cfvit"  # of the model, in addresses
+    max_body: int = 16 * 2**20  # bytes of a request
+    max_pixels: int = 50_000_000  # of an image; checked before it is decoded
+    max_images: int = 32  # of a request
+    max_waiting: int = 128  # images without an answer, and requests, at a time
+    time_limit: float = 30.0  # seconds that a request may take, its body included
+    decoders: int = 4  # threads that decode
+    # must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
     api_key: str | None = None
-    allow_parameters: bool = False
-    coarse: StageOptions | None = None
-    fine: StageOptions | None = None
-    least_eta: float | None = None
-    target_wait: float = 0.5
+    allow_parameters: bool = False  # whether eta may be changed over HTTP
+    coarse: StageOptions | None = None  # see `Scheduler`
+    fine: StageOptions | None = None  # see `Scheduler`
+    least_eta: float | None = None  # see `Scheduler`
+    target_wait: float = 0.5  # see `Scheduler`
+    # folder of onnxruntime-web, with which the page runs an ONNX export in the browser
     browser_runtime: Path | None = None
 
 
@@ -518,6 +506,40 @@ def failure(
     return JSONResponse({"error": " ".join(message.split())}, status, {**(headers or {}), **later})
 
 
+def _tell_errors(app: FastAPI) -> None:
+    """Answers each exception by what is wrong, in one line."""
+
+    @app.exception_handler(HTTPException)
+    def refused(request: Request, error: HTTPException) -> Response:
+        """What was said where it was raised; of an unknown address, which there are."""
+        if error.status_code not in (404, 405):
+            return failure(error.status_code, error.detail, error.headers)
+        path = request.url.path
+        known = [(method, r) for r in app.routes if isinstance(r, APIRoute) for method in sorted(r.methods or ())]
+        allowed = ", ".join(method for method, route in known if route.path == path)
+        if allowed:
+            return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
+        addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
+        return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> Response:
+        return failure(422, first_problem(error.errors()))
+
+    @app.exception_handler(CfvitError)
+    def wrong(_: Request, error: CfvitError) -> Response:
+        later = error.retry_after if isinstance(error, RefusedError) else None
+        return failure(400 if later is None else 503, str(error), None, later)
+
+    @app.exception_handler(ClientDisconnect)
+    def left(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # for the log alone: nobody reads it
+
+    @app.exception_handler(Exception)
+    def failed(_: Request, error: Exception) -> Response:
+        return failure(500, f"the server failed ({first_line(error)}): its log says where")
+
+
 def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) -> FastAPI:
     """The application that answers by a predictor's engine, or by a scheduler; ``app.state.service`` is its `Service`.
 
@@ -542,37 +564,7 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     app.state.service = service
     app.add_middleware(Door, service=service)
 
-    @app.exception_handler(HTTPException)
-    def refused(request: Request, error: HTTPException) -> Response:
-        if error.status_code not in (404, 405):
-            return failure(error.status_code, error.detail, error.headers)
-        path = request.url.path
-        known = [(method, r) for r in app.routes if isinstance(r, APIRoute) for method in sorted(r.methods or ())]
-        allowed = ", ".join(method for method, route in known if route.path == path)
-        if allowed:
-            return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
-        addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
-        return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> Response:
-        return failure(422, first_problem(error.errors()))
-
-    @app.exception_handler(CfvitError)
-    def wrong(_: Request, error: CfvitError) -> Response:
-        return (
-            failure(503, str(error), None, error.retry_after)
-            if isinstance(error, RefusedError)
-            else failure(400, str(error))
-        )
-
-    @app.exception_handler(ClientDisconnect)
-    def left(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # for the log alone: nobody reads it
-
-    @app.exception_handler(Exception)
-    def failed(_: Request, error: Exception) -> Response:
-        return failure(500, f"the server failed ({first_line(error)}): its log says where")
+    _tell_errors(app)
 
     def route(method: str, path: str, answer: Callable[..., Any], statuses: Sequence[int] = (), **given: Any) -> None:
         responses: dict[int | str, dict[str, Any]] = {status: {"model": protocol.Failure} for status in statuses}
