@@ -19,15 +19,16 @@ from conftest import Outcome
 from PIL import Image
 from safetensors.torch import save_file
 
-from cfvit import CoarseToFineViT, load
+from cfvit import CoarseToFineViT, load, save
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.data import EvalImages, open_data
 from cfvit.errors import UsageError
-from cfvit.evaluation.metrics import evaluate_model, labelled_images
+from cfvit.evaluation.metrics import Collected, evaluate_model, labelled_images
 from cfvit.methods.base import create_method
+from cfvit.modeling.exit import Exit, goes_on
 from cfvit.paper import rows
 from cfvit.paper import runs as running
-from cfvit.paper.runs import Budget, Missing, Run, Runs, logged_pace, read_record
+from cfvit.paper.runs import Budget, Missing, Result, Run, Runs, logged_pace, read_record
 from cfvit.paper.studies import DEFAULT, RUNS
 from cfvit.paper.write import Request, reproduce
 from cfvit.processes import Process
@@ -442,6 +443,30 @@ def test_it_is_told_where_and_by_what_code_runs_were_trained(out: Path, recipe: 
 
 
 @pytest.mark.usefixtures("no_training")
+def test_parity_is_sought_by_the_confidence_that_the_model_exits_by() -> None:
+    torch.manual_seed(0)
+    labels = torch.arange(40) % 4
+    coarse, fine = (noise * torch.randn(40, 4) + torch.eye(4)[labels] for noise in (0.8, 0.4))
+    scored = Collected({"coarse": coarse, "fine": fine}, labels, torch.arange(40), [])
+    plain = Collected({"plain": fine}, labels, torch.arange(40), [])
+    rule = Exit("margin", 2.0)
+    result = Result({"coarse": 1, "fine": 2}, scored, scored, lambda: (None, None), rule=rule)  # type: ignore[arg-type]
+    eta = result.parity(Result({"plain": 2}, plain, plain, lambda: (None, None)), below=5.0)  # type: ignore[arg-type]
+    assert eta is not None
+    order = rule.coarse(coarse).argsort()
+    right = torch.stack([coarse.argmax(-1) == labels, fine.argmax(-1) == labels])[:, order]
+    counts = [int(right[1, :hard].sum() + right[0, hard:].sum()) for hard in range(41)]
+    fewest = next(hard for hard, count in enumerate(counts) if count >= counts[-1] - 2)
+    assert 0 < fewest < 40
+    assert int(goes_on(rule.coarse(coarse), eta).sum()) == fewest
+    (point,) = result.at([eta])
+    assert point.accuracy == pytest.approx(100 * counts[fewest] / 40)
+    network: Any = SimpleNamespace(exit=rule)
+    create_method("cf_vit").choose_exit(network, scored.logits, labels, 5.0)
+    failing = [hard for hard, count in enumerate(counts) if count < counts[-1] - 2]
+    assert int(goes_on(rule.coarse(coarse), network.threshold).sum()) == failing[-1] + 1
+
+
 def test_a_run_without_its_recipe_is_left_out_and_told(out: Path, recipe: Recipe) -> None:
     shutil.copytree(out / "runs" / "default-seed0", out / "runs" / "foo-seedx")
     (out / "runs" / "foo-seedx" / "recipe.yaml").unlink()
@@ -592,10 +617,14 @@ def test_a_comparison_that_would_mislead_is_refused(
 ) -> None:  # fmt: skip
     held = make_colours("held", per_class=2, seed=7)
     (tmp_path / "greys.txt").write_text("grey\n")
+    reordered = load(colour_model)
+    reordered.class_names = reordered.class_names and reordered.class_names[::-1]
+    save(reordered, tmp_path / "reordered")
     given = {"--model": colour_model, "--plain": plain_weights, "--calibration-data": held, "--data": colours}
     for changes, status, message in (
         ({"--calibration-data": colours}, 1, "33 images to score on are also among those to choose eta on"),
         ({"--plain": colour_model}, 0, ""),
+        ({"--plain": tmp_path / "reordered"}, 1, "class 0 is 'blue' here, 'red' there; give the plain ViT that it was"),
         ({"--part": tmp_path / "greys.txt"}, 2, "greys.txt names 'grey', which is no class of the data"),
         ({"--calibration-data": None}, 2, "--plain and --calibration-data go together"),
         ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides images that --plain and"),

@@ -36,6 +36,7 @@ from cfvit.calibration.targets import (
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
+from cfvit.modeling.exit import Measure
 
 Budget = GmacsBudget | Saving | LatencyBudget
 """Targets of a mean cost."""
@@ -49,7 +50,14 @@ STARTS = (0.9, 0.7, 0.5, 0.3)
 """Where the sequences of a selective risk begin."""
 
 
-def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: float) -> float:
+def choose_threshold(
+    coarse: Tensor,
+    fine: Tensor,
+    labels: Tensor,
+    max_drop: float,
+    measure: Measure = "max_probability",
+    temperature: float = 1.0,
+) -> float:
     """The lowest eta that loses at most ``max_drop`` points of accuracy against the fine stage; 1 if there is no other.
 
     From that eta upwards no higher one loses more either. Use images on which the model was not
@@ -58,8 +66,9 @@ def choose_threshold(coarse: Tensor, fine: Tensor, labels: Tensor, max_drop: flo
     Args:
         coarse, fine: logits ``[n, classes]``.
         labels: class indices ``[n]``.
+        measure, temperature: of the coarse stage's confidence, which eta is compared with.
     """
-    trade = rank_images(coarse, fine, labels)
+    trade = rank_images(coarse, fine, labels, measure, temperature)
     return trade.threshold(_fewest_without_drop(trade, max_drop))
 
 

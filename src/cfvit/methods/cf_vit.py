@@ -87,7 +87,9 @@ class CfViT(Method):
     def choose_exit(
         self, network: CoarseToFineViT, logits: dict[str, Tensor], labels: Tensor, max_drop: float
     ) -> dict[str, float]:
-        network.threshold = choose_threshold(logits["coarse"], logits["fine"], labels, max_drop)
+        rule = network.exit  # of a calibrated model it may be another than the paper's
+        both = logits["coarse"], logits["fine"]
+        network.threshold = choose_threshold(*both, labels, max_drop, rule.measure, rule.coarse_temperature)
         return {"threshold": network.threshold}
 
     def load(self, network: Any, folder: Path) -> Any:

@@ -13,9 +13,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from cfvit.calibration.overlap import shared_images
-from cfvit.checkpoints import CONFIG_FILE, load
+from cfvit.checkpoints import CONFIG_FILE, classes_of, load
 from cfvit.data import EvalImages
-from cfvit.data.labels import readable_class_names
+from cfvit.data.labels import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
@@ -116,6 +116,13 @@ def compared(
     as_timm_has_it = is_plain_vit(plain)
     other = backbone_of(_plain_vit(plain)) if as_timm_has_it else create_method("plain").build(first.config, plain)
     theirs = f"{other.num_classes} classes and images of {other.image_size[0]} x {other.image_size[1]}"
+    named = other.class_names if as_timm_has_it else classes_of(plain, first.config.backbone)[0]
+    known = first.network.class_names
+    if named and known and (difference := difference_of_classes(known, named)):
+        raise CfvitError(
+            f"{plain} is of other classes than {next(iter(contestants))}: {difference}; give the plain ViT that it was "
+            "made from"
+        )
     for name, each in contestants.items():
         size = each.network.image_size
         ours = f"{each.config.num_classes} classes and images of {size[0]} x {size[1]}"

@@ -76,7 +76,8 @@ class Result:
             below: points that may be lost.
         """
         assert self.holdout is not None and plain.holdout is not None
-        trade = rank_images(self.holdout.logits["coarse"], self.holdout.logits["fine"], self.holdout.labels)
+        both = self.holdout.logits["coarse"], self.holdout.logits["fine"]
+        trade = rank_images(*both, self.holdout.labels, self.rule.measure, self.rule.coarse_temperature)
         try:
             return choose_eta(Accuracy(top1(plain.holdout) - below), trade, self.stages)
         except CfvitError:  # out of reach
