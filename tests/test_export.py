@@ -23,7 +23,6 @@ from conftest import Outcome
 from torch import Tensor
 
 from cfvit import (
-    CfvitError,
     CoarseState,
     CoarseToFineViT,
     Predictor,
@@ -384,11 +383,39 @@ def test_an_exported_model_is_no_model_in_torch(tmp_path: Path, fails: Fails) ->
         load(tmp_path)
 
 
-def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path, fails: Fails) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes() if file.name == EXPORT_FILE else b"")
-    with pytest.raises(CfvitError, match="is damaged"):
+    with fails(f"{tmp_path} is damaged, {read_exported(folder).format} cannot read it: export it again"):
         Predictor(tmp_path)
+    for file in sorted(tmp_path.glob("fine.*")):
+        file.unlink()
+    with fails(f"{tmp_path} has no fine.[a-z]*: export the model again"):
+        Predictor(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "match"),
+    [
+        (("class_names",), ["one"], "class_names do not name"),
+        (("data_config", "mean"), "grey", "mean and std are grey and"),
+        (("data_config", "interpolation"), "cubic", "interpolation is 'cubic', not one of nearest"),
+        (("data_config", "input_size"), [3, 9, 9], r"input_size is \(3, 9, 9\), not"),
+        (("exit", "eta"), 7, r"\(exit: threshold is 7.0: give"),
+        (("format",), None, r"\(format: Input should be"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_told(
+    place: tuple[str, ...], value: Any, match: str, folder: Path, tmp_path: Path, fails: Fails
+) -> None:
+    about = json.loads((folder / EXPORT_FILE).read_text())
+    part = about
+    for name in place[:-1]:
+        part = part[name]
+    part[place[-1]] = value
+    (tmp_path / EXPORT_FILE).write_text(json.dumps(about))
+    with fails(f"{EXPORT_FILE} cannot be used.*{match}.*: export the model again"):
+        read_exported(tmp_path)
 
 
 def test_from_the_command_line(

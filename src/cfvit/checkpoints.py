@@ -29,7 +29,7 @@ from cfvit.inference.engines.exported import is_exported
 from cfvit.modeling import backbones, transformers_vit
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
-from cfvit.modeling.model import CoarseToFineViT, ModelConfig
+from cfvit.modeling.model import CoarseToFineViT, ModelConfig, check_description
 from cfvit.modeling.weights import (
     CONFIG_FILE,
     HUB,
@@ -212,7 +212,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         ) from error
     require_finite(weights, str(folder / WEIGHTS_FILE))
     load_strictly(model, weights, str(folder))
-    _check_attributes(model, folder / CONFIG_FILE)
+    check_description(model, folder / CONFIG_FILE, "save it with cfvit.save")
     record = folder / CALIBRATION_FILE
     if record.exists():
         calibration = read_calibration(record)
@@ -226,23 +226,6 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
                 stacklevel=2,
             )
     return model.eval()
-
-
-def _check_attributes(model: CoarseToFineViT, source: Path) -> None:
-    """Refuses what a saved folder says besides the weights before it can fail in use."""
-    names, size, config = model.class_names, model.image_size, model.data_config
-    unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
-    problem = None
-    if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
-        problem = f"class_names do not name {model.config.num_classes} classes"
-    elif tuple(config.get("input_size", ())) != (3, *size):
-        problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
-    elif model.class_order not in (None, "natural", "torchvision"):
-        problem = f"class_order is {model.class_order!r}, not natural or torchvision"
-    elif unknown:
-        problem = f"data_config has unknown {', '.join(sorted(unknown))}"
-    if problem:
-        raise CfvitError(f"{source} cannot be used ({problem}): save it with cfvit.save")
 
 
 def load_strictly(

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import timm.data
 import torch
+from PIL import Image
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
@@ -376,3 +378,35 @@ def create_model(
         timm_kwargs=timm_kwargs,
     )
     return CoarseToFineViT(config, pretrained_backbone)
+
+
+def check_description(model: Any, source: Path, mend: str) -> None:
+    """Refuses what is said of a model besides its weights before it can fail in use, or be wrong in silence.
+
+    Args:
+        model: with the attributes of a `CoarseToFineViT`.
+        source: the file that says it.
+        mend: what to do about it.
+
+    Raises:
+        CfvitError: names what does not fit.
+    """
+    names, size, config = model.class_names, model.image_size, model.data_config
+    unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
+    channels = [config.get(name, (0.5, 0.5, 0.5)) for name in ("mean", "std")]
+    numbers = [len(values) == 3 and all(isinstance(v, float | int) for v in values) for values in channels]
+    problem = None
+    if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
+        problem = f"class_names do not name {model.config.num_classes} classes"
+    elif tuple(config.get("input_size", ())) != (3, *size):
+        problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
+    elif model.class_order not in (None, "natural", "torchvision"):
+        problem = f"class_order is {model.class_order!r}, not natural or torchvision"
+    elif unknown:
+        problem = f"data_config has unknown {', '.join(sorted(unknown))}"
+    elif not all(numbers):
+        problem = f"mean and std are {channels[0]} and {channels[1]}, not three numbers each"
+    elif config.get("interpolation", "bicubic") not in (known := [each.name.lower() for each in Image.Resampling]):
+        problem = f"interpolation is {config['interpolation']!r}, not one of {', '.join(known)}"
+    if problem:
+        raise CfvitError(f"{source} cannot be used ({problem}): {mend}")

@@ -13,10 +13,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from cfvit.errors import CfvitError, first_line
+from cfvit.errors import CfvitError, first_problem
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Exit
-from cfvit.modeling.model import CoarseState, CoarseToFineViT, ModelConfig
+from cfvit.modeling.model import CoarseState, CoarseToFineViT, ModelConfig, check_description
 
 EXPORT_FILE = "cfvit.json"
 """Says what an exported folder holds."""
@@ -142,13 +142,13 @@ class ExportedEngine:
         self.folder = Path(folder)
         self.model, self.weight = read_exported(self.folder), torch.empty(0)
         kind = graph_kind(self.model.format)
+        paths = [graph_file(self.folder, stage, self.model.format) for stage in ("coarse", "fine")]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise CfvitError(f"{folder} has no {' and no '.join(missing)}: export the model again")
         try:
-            self._coarse, self._fine = (
-                kind(graph_file(self.folder, stage, self.model.format), torch.get_num_threads())
-                for stage in ("coarse", "fine")
-            )
-        except Exception as error:  # each runtime has its own kinds
-            raise CfvitError(f"{folder} is damaged ({first_line(error)}): export the model again") from error
+            self._coarse, self._fine = (kind(path, torch.get_num_threads()) for path in paths)
+        except Exception as error:  # each runtime has its own kinds, which name places in its source
+            raise CfvitError(f"{folder} is damaged, {self.model.format} cannot read it: export it again") from error
 
     def coarse(self, images: Tensor) -> tuple[CoarseState, Tensor]:
         """The coarse stage and its confidence, see `cfvit.inference.engines.Engine`."""
@@ -190,8 +190,7 @@ def read_exported(folder: Path) -> ExportedModel:
             f"{folder} holds no exported model: give a folder of cfvit export, or a model that cfvit.load gives"
         ) from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise CfvitError(f"{path} cannot be used ({where}: {first['msg']}): export the model again") from error
+        raise CfvitError(f"{path} cannot be used ({first_problem(error.errors())}): export the model again") from error
     model.data_config.update({k: tuple(v) for k, v in model.data_config.items() if isinstance(v, list)})
+    check_description(model, path, "export the model again")
     return model
