@@ -36,7 +36,7 @@ from cfvit.benchmark.engines import Engines
 from cfvit.data import open_images
 from cfvit.deploy import export as export_module
 from cfvit.deploy.graphs import stage_graphs
-from cfvit.deploy.quantising import calibration_images, warn_if_slow
+from cfvit.deploy.quantising import calibration_images, warn_if_slow, warn_of_loss
 from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
@@ -44,6 +44,8 @@ from cfvit.inference.engines.exported import (
     ExportedEngine,
     Format,
     Graph,
+    Quantised,
+    Scores,
     graph_file,
     graph_kind,
     read_exported,
@@ -524,6 +526,8 @@ def test_int8_is_told_with_what_it_costs_and_has_an_eta_of_its_own(
     assert found.after.fine - found.after.answered <= max(0, found.before.fine - found.before.answered) + 1e-9
     assert f"coarse {found.after.coarse:.2f}, fine {found.after.fine:.2f}, at eta" in outcome.err[-2]
     assert "nncf" in about.versions
+    few = f"calibrated on {found.calibrated_on} images and scored on {found.scored_on}, which are few"
+    assert sum(few in line for line in outcome.err) == 1
 
     images = _images(model, 8)
     state, _ = engine.coarse(images)
@@ -567,3 +571,23 @@ def test_a_processor_on_which_int8_may_be_slower_is_told(flags: str, slow: bool,
         warnings.simplefilter("always")
         warn_if_slow(tmp_path / "cpuinfo")
     assert ["no VNNI" in str(each.message) for each in caught] == [True] * slow
+
+
+@pytest.mark.parametrize(
+    ("images", "before", "after", "expected"),
+    [
+        (300, (80.0, 78.0), (80.0, 77.5), []),
+        (300, (80.0, 78.0), (80.0, 76.5), ["loses 1.5 points of accuracy at eta, 78.0 to 76.5: give more images"]),
+        (300, (80.0, None), (77.0, None), ["loses 3.0 points of accuracy in the fine stage, 80.0 to 77.0"]),
+        (99, (80.0, 78.0), (80.0, 78.0), ["calibrated on 99 images and scored on 400, which are few: give --data of"]),
+    ],
+)
+def test_what_int8_costs_is_a_warning(
+    images: int, before: tuple[float, float | None], after: tuple[float, float | None], expected: list[str]
+) -> None:
+    scores = [Scores(70.0, fine, None if at is None else 0.5, at, None) for fine, at in (before, after)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_loss(Quantised(images, 400, "accuracy", *scores))
+    assert len(caught) == len(expected)
+    assert all(text in str(each.message) for text, each in zip(expected, caught, strict=True))
