@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfvit import CfvitError
-from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
+from cfvit.deploy.scheduler import FOLLOWING, Answer, RefusedError, Scheduler, StageOptions
 from cfvit.inference.stream import COARSE, FINE
 from cfvit.modeling.batches import Rows
 from cfvit.modeling.exit import goes_on
@@ -230,6 +230,34 @@ def test_eta_falls_under_load_to_its_least_and_is_told(gated: FakeEngine) -> Non
 def test_eta_stays_without_a_least_one(engine: FakeEngine) -> None:
     scheduler = Scheduler(engine, ETA, target_wait=1e-9)
     assert scheduler.submit(images([1]))[0].result(SOON).eta == ETA
+
+
+def test_eta_follows_a_budget_whatever_comes_and_stays_within_its_bounds(engine: FakeEngine) -> None:
+    scheduler = Scheduler(engine, 0.9, coarse=StageOptions(8, 0.0), fine_share=0.2, least_eta=0.05)
+    generator = torch.Generator().manual_seed(0)
+
+    def answered(numbers: list[int], count: int) -> list[Answer]:
+        drawn = [numbers[i] for i in torch.randint(len(numbers), (count,), generator=generator).tolist()]
+        futures = [
+            future for start in range(0, count, 80) for future in _all_done(scheduler, drawn[start : start + 80])
+        ]
+        return [future.result(SOON) for future in futures]
+
+    for numbers in (list(range(101)), HARD, list(range(101))):  # the traffic gets harder, and easier again
+        answers = answered(numbers, 1600)
+        share = sum(answer.stage for answer in answers) / len(answers)
+        assert share == pytest.approx(0.2, abs=1 / (FOLLOWING * len(answers)))
+        assert sum(answer.stage for answer in answers[-800:]) / 800 == pytest.approx(0.2, abs=0.05)
+    surest = [number for number in range(101) if confidence(number) > 0.95]
+    assert {answer.eta for answer in answered(surest, 2000)[-10:]} == {0.9}
+    assert answered([0], 400)[-1].eta == 0.05
+
+
+def _all_done(scheduler: Scheduler, numbers: list[int]) -> list[Future[Answer]]:
+    futures = scheduler.submit(images(numbers))
+    for future in futures:
+        future.result(SOON)
+    return futures
 
 
 def test_both_stages_on_request(engine: FakeEngine) -> None:

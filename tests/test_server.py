@@ -23,11 +23,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import schemathesis
 import torch
 import uvicorn
 from conftest import Outcome
-from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from torch import Tensor
 
@@ -729,6 +727,7 @@ def test_what_is_missing_is_said(cfvit_main: Callable[..., Outcome], monkeypatch
         (["--api-key", "missing.txt"], 2, "cannot be read"),
         (["--port", "70000"], 2, "65535"),
         (["--threshold", "0.3", "--least-eta", "0.9"], 2, "least eta is 0.9, and eta 0.3"),
+        (["--gmacs", "900"], 2, "--gmacs is 900: an image costs between"),
         (["--model", "missing"], 1, "missing"),
         (["--host", "203.0.113.7"], 1, "cannot listen on 203.0.113.7, port 8000 .*: choose another --port or --host"),
     ],
@@ -739,20 +738,3 @@ def test_wrong_options_are_refused(
     outcome = cfvit_main("serve", *([] if "--model" in arguments else ["--model", colour_model]), *arguments)
     assert outcome.status == status
     assert len(outcome.err) == 1 and re.search(match, outcome.err[0])
-
-
-def test_whatever_its_interface_allows_is_answered_as_it_says(predictor: Predictor) -> None:
-    """Requests by the OpenAPI schema and against it. An image is more than bytes, so what fits may be refused."""
-    with listening(predictor, time_limit=SOON, allow_parameters=True, api_key="secret") as port:
-        interface = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
-        refused = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
-        operations = [found.ok() for found in interface.get_all_operations()]
-        assert {f"POST {INFER}", "POST /predict", f"PUT {MODEL}/parameters"} < {each.label for each in operations}
-        for operation in operations:
-
-            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-            @given(case=operation.as_strategy())
-            def check(case: Any) -> None:
-                case.call_and_validate(headers={"Authorization": "Bearer secret"}, excluded_checks=[refused])
-
-            check()

@@ -40,6 +40,9 @@ def serve(
         Eta, Parameter(help="under load eta falls to this, for cheaper answers; by default never")
     ] = None,
     target_wait: Annotated[Seconds, Parameter(help="milliseconds of waiting from which eta falls")] = 500,
+    gmacs: Annotated[
+        float | None, Parameter(help="budget: eta follows the images, at most its own, to this mean cost of an image")
+    ] = None,
     max_waiting: Annotated[Count, Parameter(help="images, and requests, that may wait; others get status 503")] = 128,
     max_images: Annotated[Count, Parameter(help="images of a request")] = 32,
     max_body: Annotated[Count, Parameter(help="megabytes of a request")] = 16,
@@ -86,6 +89,10 @@ def serve(
     )
     if least_eta is not None and least_eta > predictor.threshold:
         raise UsageError(f"least eta is {least_eta:g}, and eta {predictor.threshold:g}: give at most that")
+    macs = predictor.macs
+    if gmacs is not None and not macs.coarse <= 1e9 * gmacs <= macs.both:
+        least, most = macs.coarse / 1e9, macs.both / 1e9
+        raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
     settings = Settings(
         name=name,
         max_body=max_body * 2**20,
@@ -100,6 +107,7 @@ def serve(
         fine=fine,
         least_eta=least_eta,
         target_wait=target_wait / 1e3,
+        gmacs=gmacs,
         browser_runtime=browser_runtime,
     )
     run(predictor, settings, host, port, notice)

@@ -38,6 +38,10 @@ DEFAULTS = {
 """Coarse and fine stage, by device; elsewhere as on a GPU. On a CPU large batches gain little, and others wait."""
 
 
+FOLLOWING = 0.005
+"""By how much eta falls for an image more than expected that goes on, where it follows a budget."""
+
+
 class RefusedError(CfvitError):
     """No place for more images.
 
@@ -94,6 +98,9 @@ class Scheduler:
         least_eta: under load eta falls down to this, so that more images get the cheaper answer. None: it never does.
         target_wait: eta begins to fall when images wait so many seconds for the coarse stage. From there it falls
             in a straight line, and is at ``least_eta`` when they wait twice as long.
+        fine_share: a budget: eta follows the images, between ``least_eta`` (or 0) and ``eta``, so that this share of
+            them goes on. Whatever the images are, n of them that do not drive eta to a bound miss the share by at most
+            ``1 / (FOLLOWING * n)``, as eta is the sum of all misses. None: it does not follow.
         watch: called after each batch with the stage, the number of images and the seconds that it took.
 
     Attributes:
@@ -112,6 +119,7 @@ class Scheduler:
         max_waiting: int = 128,
         least_eta: float | None = None,
         target_wait: float = 0.5,
+        fine_share: float | None = None,
         watch: Callable[[int, int, float], None] = lambda stage, count, seconds: None,
     ) -> None:
         defaults = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
@@ -119,6 +127,7 @@ class Scheduler:
         self.eta = self.eta_now = eta
         self.options = (coarse or defaults[COARSE], fine or defaults[FINE])
         self.max_waiting, self.least_eta, self.target_wait = max_waiting, least_eta, target_wait
+        self.fine_share, self._led = fine_share, eta
         self.waiting, self.draining = 0, False
         self._queues: tuple[dict[_Place, None], dict[_Place, None]] = ({}, {})  # in order, and quick to leave
         self._busy, self._answered = 0.0, 0
@@ -214,13 +223,16 @@ class Scheduler:
                 self._changed.wait(None if soonest == float("inf") else soonest - now)
 
     def _run_coarse(self, places: list[_Place], now: float) -> None:
-        eta = self.eta
+        eta = self.eta if self.fine_share is None else min(self.eta, self._led)
         late = min((now - places[0].since) / self.target_wait - 1, 1.0)
         if self.least_eta is not None and late > 0:
             eta = min(eta, self.least_eta + (eta - self.least_eta) * (1 - late))
         self.eta_now = eta
         state, confidence = self.engine.coarse(self._stacked(places))
         hard = goes_on(confidence, eta).tolist()
+        if self.fine_share is not None:
+            led = self._led + FOLLOWING * (self.fine_share * len(hard) - sum(hard))
+            self._led = min(max(led, self.least_eta or 0.0), self.eta)
         logits, seconds = state.logits.cpu(), time.monotonic() - now
         for i, (place, goes) in enumerate(zip(places, hard, strict=True)):
             place.eta, place.seconds, place.confidence = eta, seconds, float(confidence[i])

@@ -43,7 +43,7 @@ import cfvit
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.deploy import protocol
 from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
-from cfvit.errors import CfvitError, first_line, first_problem
+from cfvit.errors import CfvitError, first_line
 from cfvit.inference.engines.exported import EXPORT_FILE, WEIGHTS_FILE, ExportedEngine
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import COARSE, FINE
@@ -92,6 +92,7 @@ class Settings:
     fine: StageOptions | None = None  # see `Scheduler`
     least_eta: float | None = None  # see `Scheduler`
     target_wait: float = 0.5  # see `Scheduler`
+    gmacs: float | None = None  # mean cost of an image that eta is led to, see ``fine_share`` of `Scheduler`
     # folder of onnxruntime-web, with which the page runs an ONNX export in the browser
     browser_runtime: Path | None = None
 
@@ -150,6 +151,7 @@ class Service:
         self.settings, self.model, self.macs = settings, predictor.model, predictor.macs
         Predictor(predictor.engine, 1.0)(torch.zeros(1, 3, *self.model.image_size))  # the first batches are slow
         self.metrics = Metrics()
+        budget, macs = settings.gmacs, self.macs
         self.scheduler = scheduler or Scheduler(
             predictor.engine,
             predictor.threshold,
@@ -158,6 +160,7 @@ class Service:
             max_waiting=settings.max_waiting,
             least_eta=settings.least_eta,
             target_wait=settings.target_wait,
+            fine_share=None if budget is None else (1e9 * budget - macs.coarse) / macs.fine,
             watch=self.metrics.count_batch,
         )
         self.decoders = ThreadPoolExecutor(settings.decoders, "cfvit-decoder")
@@ -489,6 +492,13 @@ class Door:
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
         return failure(status, message, headers, self.service.scheduler.retry_after() if status == 503 else None)
+
+
+def first_problem(errors: Sequence[Any]) -> str:
+    """What pydantic finds wrong first, and where."""
+    first = errors[0]
+    where = ".".join(map(str, first["loc"]))
+    return ": ".join(part for part in (where, first["msg"].replace("Invalid JSON", "no JSON")) if part)
 
 
 def failure(
