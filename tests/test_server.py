@@ -23,9 +23,11 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import schemathesis
 import torch
 import uvicorn
 from conftest import Outcome
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from torch import Tensor
 
@@ -738,3 +740,20 @@ def test_wrong_options_are_refused(
     outcome = cfvit_main("serve", *([] if "--model" in arguments else ["--model", colour_model]), *arguments)
     assert outcome.status == status
     assert len(outcome.err) == 1 and re.search(match, outcome.err[0])
+
+
+def test_whatever_its_interface_allows_is_answered_as_it_says(predictor: Predictor) -> None:
+    """Requests by the OpenAPI schema and against it. An image is more than bytes, so what fits may be refused."""
+    with listening(predictor, time_limit=SOON, allow_parameters=True, api_key="secret") as port:
+        interface = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+        refused = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
+        operations = [found.ok() for found in interface.get_all_operations()]
+        assert {f"POST {INFER}", "POST /predict", f"PUT {MODEL}/parameters"} < {each.label for each in operations}
+        for operation in operations:
+
+            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @given(case=operation.as_strategy())
+            def check(case: Any) -> None:
+                case.call_and_validate(headers={"Authorization": "Bearer secret"}, excluded_checks=[refused])
+
+            check()

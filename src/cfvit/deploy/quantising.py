@@ -58,6 +58,10 @@ def quantise(graph: Any, inputs: Sequence[Mapping[str, np.ndarray]]) -> Any:
         )
 
 
+FEW_IMAGES = 100
+"""With fewer to find ranges on, or to choose eta on, there is a warning."""
+
+
 def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
     """Images ``[3, H, W]`` to find ranges on, at most `MOST_IMAGES`, and the indices of others; the same in every run.
 
@@ -95,6 +99,7 @@ def quantise_export(
         stages[stage] = quantise(graph, [{name: each[name] for name in names} for each in given])
     write_graphs(stages, folder, about.format)
     found = score(model, ExportedEngine(folder), source, others, len(images))
+    warn_of_loss(found)
     eta = found.after.eta
     write_graphs({**stages, "whole": whole_graph(**stages, eta=eta)}, folder, about.format)
     return replace(about, exit=replace(about.exit, eta=eta), quantised=found)
@@ -158,6 +163,25 @@ def score(
         before=plain,
         after=scores(after, eta),
     )
+
+
+def warn_of_loss(found: Quantised) -> None:
+    """Warns where few images decided, and where the quantised model is more than a point worse, with the figures."""
+    if min(found.calibrated_on, found.scored_on) < FEW_IMAGES:
+        warnings.warn(
+            f"int8 is calibrated on {found.calibrated_on} images and scored on {found.scored_on}, which are few: "
+            f"give --data of {2 * FEW_IMAGES} or more",
+            stacklevel=2,
+        )
+    before, after, where = found.before.answered, found.after.answered, "at eta"
+    if before is None or after is None:
+        before, after, where = found.before.fine, found.after.fine, "in the fine stage"
+    if before - after > 1:
+        warnings.warn(
+            f"int8 loses {before - after:.1f} points of {found.measure} {where}, {before:.1f} to {after:.1f}: "
+            "give more images to calibrate on, or stay with float32",
+            stacklevel=2,
+        )
 
 
 def warn_if_slow(cpuinfo: Path = Path("/proc/cpuinfo")) -> None:

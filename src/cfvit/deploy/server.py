@@ -43,7 +43,7 @@ import cfvit
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.deploy import protocol
 from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
-from cfvit.errors import CfvitError, first_line
+from cfvit.errors import CfvitError, first_line, first_problem
 from cfvit.inference.engines.exported import EXPORT_FILE, WEIGHTS_FILE, ExportedEngine
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import COARSE, FINE
@@ -492,13 +492,6 @@ class Door:
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
         return failure(status, message, headers, self.service.scheduler.retry_after() if status == 503 else None)
-
-
-def first_problem(errors: Sequence[Any]) -> str:
-    """What pydantic finds wrong first, and where."""
-    first = errors[0]
-    where = ".".join(map(str, first["loc"]))
-    return ": ".join(part for part in (where, first["msg"].replace("Invalid JSON", "no JSON")) if part)
 
 
 def failure(
