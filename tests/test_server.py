@@ -29,6 +29,7 @@ import uvicorn
 from conftest import Outcome
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis.checks import CHECKS
 from torch import Tensor
 
 from cfvit import Prediction, Predictor, eval_transform, load, open_image
@@ -38,6 +39,7 @@ from cfvit.plots.explain import explain
 
 MODEL = "/v2/models/colours"
 INFER = f"{MODEL}/infer"
+SLOW = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 SOON = 60.0
 """Seconds after which something that should happen at once has not."""
 
@@ -745,13 +747,13 @@ def test_wrong_options_are_refused(
 def test_whatever_its_interface_allows_is_answered_as_it_says(predictor: Predictor) -> None:
     """Requests by the OpenAPI schema and against it. An image is more than bytes, so what fits may be refused."""
     with listening(predictor, time_limit=SOON, allow_parameters=True, api_key="secret") as port:
-        interface = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
-        refused = schemathesis.checks.CHECKS.get_one("positive_data_acceptance")
+        interface: Any = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+        refused = CHECKS.get_one("positive_data_acceptance")
         operations = [found.ok() for found in interface.get_all_operations()]
         assert {f"POST {INFER}", "POST /predict", f"PUT {MODEL}/parameters"} < {each.label for each in operations}
         for operation in operations:
 
-            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+            @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=SLOW)
             @given(case=operation.as_strategy())
             def check(case: Any) -> None:
                 case.call_and_validate(headers={"Authorization": "Bearer secret"}, excluded_checks=[refused])
