@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cfvit import Predictor, StageMacs, calibrate, count_macs, load
 from cfvit.calibration import Accuracy, Calibration, Saving, Target
-from cfvit.calibration.temperature import fit_mixture, fit_temperature
+from cfvit.calibration.temperature import fit_mixture
 from cfvit.calibration.tradeoff import best_measure
 from cfvit.checkpoints import initialise
 from cfvit.data import EvalImages, eval_loader
@@ -58,7 +58,6 @@ class Step:
         coarse, fine, options = logits["coarse"], logits[self.fine], dict[str, Any]()
         if self.mixed:
             options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, labels)
-            options["coarse_temperature"] = fit_temperature(coarse, labels)
         if self.measured:
             rule = Exit(**options)
             options["measure"] = best_measure(coarse, rule.answer(coarse, fine), labels, rule.coarse_temperature)

@@ -117,7 +117,7 @@ def calibrate(
         bool,
         Parameter(
             negative="",
-            help="the best that the model can: fit temperatures and a mixture of both stages' answers, choose the "
+            help="the best that the model can: fit a mixture of both stages' answers, choose the "
             "measure and, in a model's folder, perhaps a cheaper fine stage",
         ),
     ] = False,

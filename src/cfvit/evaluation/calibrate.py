@@ -86,8 +86,8 @@ def calibrate_model(
         measure: of the confidence; None for the maximum probability, and with ``best`` for the `best_measure`.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
             run, and choose eta on the other half. A class that only one half has is a warning.
-        best: fit the temperatures and how both stages' answers are mixed, and choose the measure. Where the target is a
-            promise, which allows no image to serve both, on such a half; else on the same images as eta.
+        best: fit how both stages' answers are mixed, and choose the measure. Where the target is a promise, which
+            allows no image to serve both, on such a half; else on the same images as eta.
         fine_stages: with ``best``, the model's configuration with other fine stages, to choose among as well.
         allow_missing_classes: go on with a warning if some class has no image.
         training: what the model was trained on, and which of it; None, which becomes a warning, if that is not known.
@@ -143,8 +143,7 @@ def calibrate_model(
         # the classes of all images were checked above
         return calibrate(*way.rows(rows), way.macs, target, allow_missing_classes=True, **more)
 
-    fit = scale_temperatures or best
-    choices = [(way, _fitted_rule(way.rows(fitted), measure, fit, best)) for way in ways]
+    choices = [(way, _fitted_rule(way.rows(fitted), measure, scale_temperatures, best)) for way in ways]
     way, options = (
         choices[0] if len(choices) == 1 else best_choice(choices, lambda each: calibrated(each[0], fitted, each[1]))
     )
