@@ -36,11 +36,14 @@ COMPARATORS = {
     "dvt": ["4x4", "6x6", "8x8"],
     "cf_evit": ["coarse", "fine"],
     "msdnet": [f"exit {number}" for number in range(1, 6)],
+    "ranet": [f"exit {number}" for number in range(1, 9)],
 }
+OF_CONVOLUTIONS = ("msdnet", "ranet")
 
 
 @pytest.fixture
-def config(make_model: Callable[..., CoarseToFineViT]) -> ModelConfig:
+def config(make_model: Callable[..., CoarseToFineViT], monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
+    monkeypatch.setattr("cfvit.methods.ranet.LAYERS", 2)  # of 8, which are 50 million weights
     return make_model().config
 
 
@@ -64,7 +67,7 @@ def test_a_step_of_training_reaches_every_weight(
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARATORS if name != "msdnet"])
+@pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in OF_CONVOLUTIONS])
 def test_without_labels_it_learns_a_teachers_answers(
     name: str, config: ModelConfig, make_images: Callable[..., Tensor]
 ) -> None:
@@ -149,7 +152,7 @@ def test_the_literal_port_is_saved_as_the_model_that_it_is(
     torch.testing.assert_close(load(tmp_path).eval()(images).fine, network(images).fine, rtol=1e-4, atol=1e-4)
 
 
-ON_PLAIN_VITS = [name for name in COMPARATORS if name not in ("cascade", "msdnet")]
+ON_PLAIN_VITS = [name for name in COMPARATORS if name not in ("cascade", *OF_CONVOLUTIONS)]
 
 
 @pytest.mark.parametrize("name", ON_PLAIN_VITS)
@@ -214,7 +217,7 @@ def test_msdnets_exits_cost_what_its_authors_print() -> None:
         assert 0.99 * expected < macs / 1e6 < expected
 
 
-@pytest.mark.parametrize("name", ["dvt", "msdnet"])
+@pytest.mark.parametrize("name", ["dvt", *OF_CONVOLUTIONS])
 def test_an_exit_costs_all_that_ran_before_it(
     name: str, config: ModelConfig, make_images: Callable[..., Tensor]
 ) -> None:
@@ -226,9 +229,25 @@ def test_an_exit_costs_all_that_ran_before_it(
     assert counter.get_total_flops() == 2 * second
 
 
-def test_msdnet_starts_from_scratch(config: ModelConfig, fails: Callable[..., Any]) -> None:
-    with fails("no use for weights of a ViT", UsageError):
-        create_method("msdnet").build(config, "weights.safetensors")
+@pytest.mark.parametrize("name", OF_CONVOLUTIONS)
+def test_networks_of_convolutions_start_from_scratch(name: str, config: ModelConfig, fails: Callable[..., Any]) -> None:
+    with fails(f"{name} has no use for weights of a ViT", UsageError):
+        create_method(name).build(config, "weights.safetensors")
+
+
+def test_a_network_of_ranet_sees_the_one_before_it_alone(
+    config: ModelConfig, make_images: Callable[..., Tensor]
+) -> None:
+    torch.manual_seed(0)
+    method = create_method("ranet")
+    network = method.build(config).eval().requires_grad_(False)
+    images = make_images(network, 2)
+    before = method.answers(network, images)
+    for parameter in network.networks[1].parameters():
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    after = method.answers(network, images)
+    same = [torch.equal(before[name], after[name]) for name in network.exits]
+    assert same == [True, True, *[False] * 6], "the first network's exits know nothing of the second"
 
 
 def test_options_are_those_of_the_method(fails: Callable[..., Any]) -> None:

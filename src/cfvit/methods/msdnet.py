@@ -8,7 +8,7 @@ ViT in it. It is trained from scratch, on images of the size that the backbone w
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -82,11 +82,17 @@ class Layer(nn.Module):
         return after if self.shrink is None else [shrink(own) for shrink, own in zip(self.shrink, after, strict=True)]
 
 
-class MultiScaleDenseNet(MultiExitNetwork):
-    """The network; a stage hands on the maps of its resolutions."""
+class ConvolutionalNetwork(MultiExitNetwork):
+    """A network of convolutions with exits, whose stem makes a map of each resolution.
 
-    def __init__(self, size: tuple[int, int], num_classes: int) -> None:
-        super().__init__([f"exit {number}" for number in range(1, BLOCKS + 1)])
+    Args:
+        size: of the images in pixels.
+        widths: channels of each resolution, the finest first.
+        exits: how many there are.
+    """
+
+    def __init__(self, size: tuple[int, int], widths: list[int], exits: int) -> None:
+        super().__init__([f"exit {number}" for number in range(1, exits + 1)])
         self.image_size, self.class_names = size, None
         self.data_config: dict[str, Any] = {
             "input_size": (3, *size),
@@ -95,9 +101,29 @@ class MultiScaleDenseNet(MultiExitNetwork):
             "interpolation": "bicubic",
             "crop_pct": 0.875,
         }
-        widths = [CHANNELS * factor for factor in FACTORS]
         self.stem = nn.ModuleList([nn.Sequential(convolve(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1))])
         self.stem.extend(convolve(*pair, 3, 2) for pair in pairwise(widths))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The stem's maps of images ``[B, 3, S, S]``, the finest first."""
+        maps = [self.stem[0](images)]
+        for coarser in self.stem[1:]:
+            maps.append(coarser(maps[-1]))
+        return maps
+
+
+def exit_head(channels: int, num_classes: int) -> nn.Sequential:
+    """From maps of the coarsest resolution to logits."""
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    strided = [convolve(channels, channels, 3, 2) for _ in range(2)]
+    return nn.Sequential(*strided, pooled, nn.Linear(channels, num_classes))
+
+
+class MultiScaleDenseNet(ConvolutionalNetwork):
+    """The network; a stage hands on the maps of its resolutions."""
+
+    def __init__(self, size: tuple[int, int], num_classes: int) -> None:
+        super().__init__(size, [CHANNELS * factor for factor in FACTORS], BLOCKS)
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleList()
         width, entering, interval = CHANNELS, FACTORS, BLOCKS * LAYERS // len(FACTORS)
         for block in range(BLOCKS):
@@ -107,20 +133,11 @@ class MultiScaleDenseNet(MultiExitNetwork):
                 layers.append(Layer(width, entering, leaving))
                 width, entering = layers[-1].width, FACTORS[-leaving:]
             self.blocks.append(nn.Sequential(*layers))
-            last = width * FACTORS[-1]
-            pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-            head = nn.Linear(last, num_classes)
-            self.heads.append(nn.Sequential(convolve(last, last, 3, 2), convolve(last, last, 3, 2), pooled, head))
+            self.heads.append(exit_head(width * FACTORS[-1], num_classes))
 
     def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
         """A block on the maps of the one before, or of the stem, and its classifier."""
-        if before is None:
-            maps = [self.stem[0](images)]
-            for coarser in self.stem[1:]:
-                maps.append(coarser(maps[-1]))
-        else:
-            maps = list(before.parts)
-        maps = self.blocks[index](maps)
+        maps = self.blocks[index](self.maps(images) if before is None else list(before.parts))
         return Seen(self.heads[index](maps[-1]), tuple(maps))
 
 
@@ -129,12 +146,13 @@ class MSDNet(MultiExit):
     """All exits learn from the labels or the teacher, from scratch."""
 
     title = "MSDNet"
+    network_class: ClassVar[type[Any]] = MultiScaleDenseNet
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         if weights is not None:
             raise UsageError(f"{self.name} has no use for weights of a ViT: leave out initial_weights")
         height, width = patch_size(config.backbone, **config.timm_kwargs)
         size = (2 * config.grid[0] * height, 2 * config.grid[1] * width)
-        network: Any = MultiScaleDenseNet(size, config.num_classes)
+        network = self.network_class(size, config.num_classes)
         network.class_names = class_names
         return network
