@@ -161,7 +161,8 @@ def compare_methods(
     for size, batch in speeds.items():
         for timed in batch.rows[1:]:  # without timm's model as it is
             ratio = Cell(timed.ratio.value, interval=(timed.ratio.low, timed.ratio.high), sure=timed.telling)
-            cells = {f"images_per_second_{size}": Cell(timed.images_per_second), f"speedup_{size}": ratio}
+            ratios = {} if timed.name == BACKBONE else {f"speedup_{size}": ratio}
+            cells = {f"images_per_second_{size}": Cell(timed.images_per_second), **ratios}
             speed.setdefault(timed.name, {}).update(cells)
     rows = []
     for part, kept in parts.items() if study.kind == "operating_points" else [("", parts[""])]:
