@@ -171,14 +171,13 @@ class Service:
         """Classify images: one as the body, or several as the files of a multipart form."""
         start = time.monotonic()
         answers = await self._answers(request, await self._uploaded(request))
-        macs = self.macs
         predictions = [
             protocol.PredictedImage(
                 label=self.model.label_of(index := int(answer.logits.argmax())),
                 index=index,
                 confidence=answer.confidence,
                 stage=answer.stage,
-                gmacs=(macs.both if answer.stage == FINE else macs.coarse) / 1e9,
+                gmacs=self.macs.expected(answer.stage) / 1e9,
                 eta=answer.eta,
                 milliseconds_waiting=1e3 * answer.waited,
                 milliseconds_computing=1e3 * sum(answer.seconds),
@@ -213,7 +212,7 @@ class Service:
             fine_confidence=answer.confidence,
             eta=eta,
             stage=stage,
-            gmacs=(macs.both if stage == FINE else macs.coarse) / 1e9,
+            gmacs=macs.expected(stage) / 1e9,
             gmacs_coarse=macs.coarse / 1e9,
             gmacs_both=macs.both / 1e9,
             gmacs_plain=macs.backbone / 1e9,
@@ -479,15 +478,12 @@ class Door:
 
     def _refusal(self, limit: str) -> JSONResponse:
         settings = self.service.settings
+        busy, seconds = f"{settings.max_waiting} requests are in work", f"{settings.time_limit:g} s"
         status, message, close = {
             "draining": (503, "the server is ending: ask another one", True),
-            "requests": (
-                503,
-                f"{settings.max_waiting} requests are in work, and no more may be: try again later",
-                False,
-            ),
-            "time": (503, f"not answered within {settings.time_limit:g} s: try again later", False),
-            "body time": (408, f"the body did not come within {settings.time_limit:g} s: send it faster", True),
+            "requests": (503, f"{busy}, and no more may be: try again later", False),
+            "time": (503, f"not answered within {seconds}: try again later", False),
+            "body time": (408, f"the body did not come within {seconds}: send it faster", True),
         }[limit]
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
