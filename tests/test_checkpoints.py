@@ -339,6 +339,39 @@ def test_damaged_folders(damage: Callable[[Path], None], reason: str, folder: Pa
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        *[("mean", value, "mean is") for value in (0.5, [0.5], [0.5, 0.5, "x"], [0.5, 0.5, float("nan")], None)],
+        *[("std", [1.0, 1.0, value], "std is") for value in (0, -1, float("inf"), "1", True)],
+        *[("crop_pct", value, "crop_pct is") for value in (0, -1, float("nan"), [1], 1e30)],
+        *[("interpolation", value, "interpolation is .*: give one of nearest, ") for value in ("hope", 3, {}, None)],
+        ("crop_mode", "left", "crop_mode is 'left': give one of center, squash, border"),
+        *[("input_size", value, "input_size is") for value in (64, None, [3, 1, 1], [1, 64, 64])],
+        ("zoom", 2, "there is no field 'zoom'"),
+        *[("class_names", value, "do not name 7 classes") for value in ("abcdefg", [1] * 7, ["a"] * 6, [None] * 7)],
+    ],
+)
+def test_what_would_mislead_is_refused_on_loading_and_on_saving(
+    name: str, value: Any, reason: str, folder: Path, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    model = load(folder)
+
+    def damaged(config: dict[str, Any]) -> dict[str, Any]:
+        return config | ({name: value} if name in config else {"data_config": config["data_config"] | {name: value}})
+
+    _edit_config(folder, damaged)
+    with fails(f"config.json cannot be used .*{reason}"):
+        load(folder)
+    if name == "class_names":
+        model.class_names = value
+    else:
+        model.data_config[name] = value
+    with fails(f"the model cannot be used .*{reason}.*: correct its attributes to save it"):
+        save(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("method", ["cascade", "dvt", "msdnet"])
 def test_a_run_of_another_method_is_told(method: str, tmp_path: Path, fails: Callable[..., Any]) -> None:
     (tmp_path / "recipe.yaml").write_text(f"backbone: deit_tiny_patch16_224\nmethod: {method}\n")

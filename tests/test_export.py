@@ -400,8 +400,8 @@ def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path, fails: Fails) -> 
     ("place", "value", "match"),
     [
         (("class_names",), ["one"], "class_names do not name"),
-        (("data_config", "mean"), "grey", "mean and std are grey and"),
-        (("data_config", "interpolation"), "cubic", "interpolation is 'cubic', not one of nearest"),
+        (("data_config", "mean"), "grey", "mean is 'grey': give"),
+        (("data_config", "interpolation"), "cubic", "interpolation is 'cubic': give one of nearest"),
         (("data_config", "input_size"), [3, 9, 9], r"input_size is \(3, 9, 9\), not"),
         (("exit", "eta"), 7, r"\(exit: threshold is 7.0: give"),
         (("format",), None, r"\(format: Input should be"),

@@ -57,6 +57,7 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
     """
     if dtype is not None and not (dtype.is_floating_point and dtype.itemsize > 1):
         raise CfvitError(f"weights cannot be stored as {dtype}: give torch.bfloat16, torch.float16 or torch.float32")
+    check_description(model, "the model", "correct its attributes to save it")
     folder = Path(folder)
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     known = getattr(model.backbone, "pretrained_cfg", {})  # a class of one's own may have none

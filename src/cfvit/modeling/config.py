@@ -160,6 +160,26 @@ class ModelConfig:
         return self.coarse_grid if isinstance(self.coarse_grid, tuple) else (self.coarse_grid, self.coarse_grid)
 
 
+_Finite = Annotated[float, Field(allow_inf_nan=False)]
+_Positive = Annotated[_Finite, Field(gt=0)]
+
+
+@configuration
+class Preprocessing:
+    """How images are prepared for a model: timm's keys of ``data_config``.
+
+    Raises:
+        UsageError: a key that is missing or unknown, or a value out of its range, with what is allowed.
+    """
+
+    input_size: tuple[Literal[3], int, int]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    mean: tuple[_Finite, _Finite, _Finite]
+    std: tuple[_Positive, _Positive, _Positive]
+    crop_pct: Annotated[_Positive, Field(le=2)]
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+
 @configuration
 class Objective:
     """What training minimises: the weight of each term, 0 to leave it out (see `cfvit.modeling.losses`)."""

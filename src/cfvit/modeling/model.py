@@ -16,7 +16,6 @@ from typing import Any, Literal, NamedTuple
 
 import timm.data
 import torch
-from PIL import Image
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
@@ -25,7 +24,7 @@ from cfvit.errors import CfvitError, UsageError
 from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.batches import Rows, check_images
-from cfvit.modeling.config import ModelConfig, Reuse, Selection
+from cfvit.modeling.config import ModelConfig, Preprocessing, Reuse, Selection
 from cfvit.modeling.exit import Exit, confidence_of
 from cfvit.modeling.tokens import (
     accumulate_attention,
@@ -380,33 +379,29 @@ def create_model(
     return CoarseToFineViT(config, pretrained_backbone)
 
 
-def check_description(model: Any, source: Path, mend: str) -> None:
+def check_description(model: Any, source: str | Path, mend: str) -> None:
     """Refuses what is said of a model besides its weights before it can fail in use, or be wrong in silence.
 
     Args:
         model: with the attributes of a `CoarseToFineViT`.
-        source: the file that says it.
+        source: the file that says it, or the model itself.
         mend: what to do about it.
 
     Raises:
         CfvitError: names what does not fit.
     """
-    names, size, config = model.class_names, model.image_size, model.data_config
-    unknown = set(config) - {"input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode"}
-    channels = [config.get(name, (0.5, 0.5, 0.5)) for name in ("mean", "std")]
-    numbers = [len(values) == 3 and all(isinstance(v, float | int) for v in values) for values in channels]
+    names, size, classes = model.class_names, model.image_size, model.config.num_classes
+    words = isinstance(names, list) and all(isinstance(name, str) for name in names)
     problem = None
-    if names is not None and not (isinstance(names, list) and len(names) == model.config.num_classes):
-        problem = f"class_names do not name {model.config.num_classes} classes"
-    elif tuple(config.get("input_size", ())) != (3, *size):
-        problem = f"input_size is {config.get('input_size')}, not {(3, *size)}"
+    try:
+        Preprocessing(**model.data_config)
+    except UsageError as error:
+        problem = str(error)
+    if names is not None and not (words and len(names) == classes):
+        problem = f"class_names do not name {classes} classes"
+    elif model.data_config.get("input_size") != (3, *size):
+        problem = f"input_size is {model.data_config.get('input_size')}, not {(3, *size)}"
     elif model.class_order not in (None, "natural", "torchvision"):
         problem = f"class_order is {model.class_order!r}, not natural or torchvision"
-    elif unknown:
-        problem = f"data_config has unknown {', '.join(sorted(unknown))}"
-    elif not all(numbers):
-        problem = f"mean and std are {channels[0]} and {channels[1]}, not three numbers each"
-    elif config.get("interpolation", "bicubic") not in (known := [each.name.lower() for each in Image.Resampling]):
-        problem = f"interpolation is {config['interpolation']!r}, not one of {', '.join(known)}"
     if problem:
         raise CfvitError(f"{source} cannot be used ({problem}): {mend}")
