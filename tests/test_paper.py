@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import Outcome
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cfvit import CoarseToFineViT, load, save
 from cfvit.benchmark.conditions import conditions_of
@@ -708,6 +708,34 @@ def test_runs_of_any_methods_are_set_side_by_side(
     for name in ("table3", "fig5"):
         _require_picture(tmp_path / "out" / f"{name}.png")
         assert f"the runs in {rivals} as they were given" in (tmp_path / "out" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "content", ['"abc"', "5", "{}", "[1, 2, 3]", "[", '["red", "blue"]', '["red", "green", "blue"]']
+)
+def test_a_run_whose_classes_are_damaged_is_refused(
+    content: str, rivals: Path, fails: Callable[..., AbstractContextManager[None]]
+) -> None:
+    for name in ("cf_vit", "evit"):
+        if name == "evit" and content.count('"') == 6:
+            continue  # as many other names, of which its weights know nothing
+        (rivals / name / "class_names.json").write_text(content)
+        with fails("is no folder of cfvit train, or damaged|names other classes|does not fit its recipe: head.bias is"):
+            open_run(rivals / name)
+
+
+def test_a_run_of_weights_that_are_no_numbers_or_too_few_is_refused(
+    rivals: Path, fails: Callable[..., AbstractContextManager[None]]
+) -> None:
+    path = rivals / "dvt" / "model.safetensors"
+    weights = load_file(path)
+    first, *others = weights
+    save_file({**weights, first: weights[first].float() * float("nan")}, path)
+    with fails(f"{first} holds values that are not finite"):
+        open_run(path.parent)
+    save_file({name: weights[name] for name in others}, path)
+    with fails(f"does not fit its recipe: missing {first}"):
+        open_run(path.parent)
 
 
 def test_figure_1a_of_a_plain_vit_of_timms(

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.files import atomic_write
+from cfvit.modeling.backbones import require_fit
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
-from cfvit.modeling.weights import WEIGHTS_FILE
+from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,12 @@ class Method(ABC):
             CfvitError: a folder that is damaged or holds another network.
         """
         try:
-            network.load_state_dict(load_file(folder / WEIGHTS_FILE))
-        except (OSError, SafetensorError, RuntimeError) as error:
+            weights = load_file(folder / WEIGHTS_FILE)
+        except (OSError, SafetensorError) as error:
             raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
+        require_finite(weights, str(folder / WEIGHTS_FILE))
+        require_fit(network.state_dict(), weights, f"{folder} does not fit its recipe")
+        network.load_state_dict(weights)
         return network.eval()
 
     def save(self, network: Any, folder: Path) -> None:

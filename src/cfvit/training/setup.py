@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
+from cfvit.calibration.records import parse_record
 from cfvit.checkpoints import classes_of, is_coarse_to_fine
 from cfvit.data import DataSource, EvalImages, TrainImages, has_validation_split, open_data, open_images, split_holdout
 from cfvit.data.cache import hold
@@ -179,7 +179,7 @@ def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
         CfvitError: the folder is damaged, or holds no run.
     """
     try:
-        class_names = json.loads((folder / CLASSES_FILE).read_text())
+        class_names = parse_record(list[str], (folder / CLASSES_FILE).read_text(), CLASSES_FILE)
     except (OSError, ValueError) as error:
         raise CfvitError(
             f"{folder} is no folder of cfvit train, or damaged ({first_line(error)}): give one with {RECIPE_FILE}, "
@@ -191,6 +191,8 @@ def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
     if recipe.crop_pct is not None:
         network.data_config["crop_pct"] = recipe.crop_pct
     network = method.load(network, folder)
+    if network.class_names not in (None, class_names):
+        raise CfvitError(f"{folder} names other classes in {CLASSES_FILE} than with the weights: train it again")
     network.class_names = class_names
     return recipe, method, network
 
