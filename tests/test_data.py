@@ -509,6 +509,8 @@ def test_aligned_classes_follow_the_model(make_colours: Callable[..., Path], fai
     assert [again.class_names[again.read(i)[1]] for i in range(3)] == [source.class_names[i] for i in range(3)]
     with fails("class 'green' of the data is not among the model's 2 classes"):
         source.aligned(["red", "blue"])
+    with fails("class 'red' of the data is the name of several of the model's classes"):
+        source.aligned(["red", "blue", "green", "red"])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import re
 import unicodedata
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -51,14 +52,21 @@ class DataSource:
         """The same images with class indices that follow ``class_names``. The forms of Unicode do not matter.
 
         Raises:
-            CfvitError: a class that is not among them.
+            CfvitError: a class that is not among them, or is there twice.
         """
+        counts = Counter(unicodedata.normalize("NFC", name) for name in class_names)
         places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(class_names)}
         unknown = [name for name in self.class_names if unicodedata.normalize("NFC", name) not in places]
         if unknown:
             raise CfvitError(
                 f"class {unknown[0]!r} of the data is not among the model's {len(class_names)} classes "
                 f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"
+            )
+        twice = [name for name in self.class_names if counts[unicodedata.normalize("NFC", name)] > 1]
+        if twice:
+            raise CfvitError(
+                f"class {twice[0]!r} of the data is the name of several of the model's classes: give these "
+                "names of their own in model.class_names and save the model again"
             )
         moved = [places[unicodedata.normalize("NFC", name)] for name in self.class_names]
         targets = moved if self.targets is None else [moved[target] for target in self.targets]
