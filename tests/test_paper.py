@@ -724,6 +724,12 @@ def test_a_run_whose_classes_are_damaged_is_refused(
             open_run(rivals / name)
 
 
+def test_a_run_of_classes_that_are_no_unicode_is_opened(rivals: Path) -> None:
+    names = ["\udcff", "green", "red"]  # as Python reads a folder of the one byte 0xff
+    (rivals / "evit" / "class_names.json").write_text(json.dumps(names))
+    assert open_run(rivals / "evit")[2].class_names == names
+
+
 def test_a_run_of_weights_that_are_no_numbers_or_too_few_is_refused(
     rivals: Path, fails: Callable[..., AbstractContextManager[None]]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import os
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -23,7 +24,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from cfvit.calibration.records import parse_record
 from cfvit.checkpoints import classes_of, is_coarse_to_fine
 from cfvit.data import DataSource, EvalImages, TrainImages, has_validation_split, open_data, open_images, split_holdout
 from cfvit.data.cache import hold
@@ -179,7 +179,9 @@ def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
         CfvitError: the folder is damaged, or holds no run.
     """
     try:
-        class_names = parse_record(list[str], (folder / CLASSES_FILE).read_text(), CLASSES_FILE)
+        class_names = json.loads((folder / CLASSES_FILE).read_text())  # names of folders need not be Unicode
+        if not (isinstance(class_names, list) and all(isinstance(name, str) for name in class_names)):
+            raise ValueError(f"{CLASSES_FILE} is no list of names")
     except (OSError, ValueError) as error:
         raise CfvitError(
             f"{folder} is no folder of cfvit train, or damaged ({first_line(error)}): give one with {RECIPE_FILE}, "
