@@ -79,7 +79,10 @@ def train(
         _require_same_data(images, model.class_names, checkpoint, out, process)
         trained = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
-            trained.load_state_dict(checkpoint)
+            try:
+                trained.load_state_dict(checkpoint)
+            except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+                raise CfvitError(f"{out} has a damaged {CHECKPOINT_FILE} ({first_line(error)}): train anew") from error
         if process.leads and not resume:
             with atomic_write(out / CLASSES_FILE) as file:
                 file.write_text(json.dumps(model.class_names) + "\n")
