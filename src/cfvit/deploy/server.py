@@ -656,14 +656,14 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
     """
     app = create_app(predictor, settings)
     service = app.state.service
-    config = uvicorn.Config(app, log_config=LOGGING, access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
-    config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]  # behind it Python tells the address once more
         raise CfvitError(f"cannot listen on {host}, port {port} ({reason}): choose another --port or --host") from error
+    config = uvicorn.Config(app, log_config=LOGGING, access_log=False, server_header=False)
+    config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
+    config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
     told = {"host": host, "port": listener.getsockname()[1], "model": settings.name, "eta": service.scheduler.eta}
     log.info("serving", extra={"fields": told})
     Server(config, service, notice).run([listener])
