@@ -23,16 +23,12 @@ if TYPE_CHECKING:
 Made = typing.TypeVar("Made")
 
 
-def _percent(hint: Any, tokens: Sequence[Any]) -> float:
-    return float(tokens[0].value.removesuffix("%"))
-
-
 def _share(hint: Any, tokens: Sequence[Any]) -> float:
     text = tokens[0].value
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
-Percent = Parameter(converter=_percent)
+Percent = Parameter(converter=lambda hint, tokens: float(tokens[0].value.removesuffix("%")))
 Share = Parameter(converter=_share)
 
 

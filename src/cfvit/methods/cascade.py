@@ -7,7 +7,7 @@ relationships.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from cfvit.methods.plain import Plain, single_answer_loss
 from cfvit.modeling.backbones import create_backbone
 from cfvit.modeling.batches import Rows
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.exit import Exit
+from cfvit.modeling.exit import Exit, HasExit
 from cfvit.modeling.model import CoarseToFineOutput
 from cfvit.modeling.tokens import coarse_image
 from cfvit.modeling.weights import Weights
@@ -51,7 +51,7 @@ def resized(large: Any, config: ModelConfig, size: tuple[int, int], trained: boo
     return small
 
 
-class CascadeOfViTs(nn.Module):
+class CascadeOfViTs(HasExit, nn.Module):
     """Two ViTs without shared weights, in the form of a coarse stage, at half the image's side, and a fine stage."""
 
     def __init__(self, config: ModelConfig, small: Any, large: Any) -> None:
@@ -61,15 +61,6 @@ class CascadeOfViTs(nn.Module):
         self.data_config: dict[str, Any] = large.data_config
         self.class_names: list[str] | None = large.class_names
         self.exit = Exit()
-
-    @property
-    def threshold(self) -> float | None:
-        """The eta of `exit`, or None."""
-        return self.exit.eta
-
-    @threshold.setter
-    def threshold(self, eta: float | None) -> None:
-        self.exit = replace(self.exit, eta=eta)
 
     def coarse(self, images: Tensor) -> SmallAnswer:
         """The small network's answer to images of ``image_size`` or ``coarse_size``."""

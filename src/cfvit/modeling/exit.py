@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -122,3 +122,18 @@ class Exit:
     def fine(self, logits: Tensor) -> Tensor:
         """Confidence of what `answer` gives, ``[B, classes] -> [B]``."""
         return confidence_of(logits, self.measure, self.fine_temperature)
+
+
+class HasExit:
+    """A network with an exit between its stages."""
+
+    exit: Exit
+
+    @property
+    def threshold(self) -> float | None:
+        """The calibrated eta, ``exit.eta``, or None. Setting it keeps the measure and the temperatures."""
+        return self.exit.eta
+
+    @threshold.setter
+    def threshold(self, eta: float | None) -> None:
+        self.exit = replace(self.exit, eta=eta)

@@ -10,7 +10,7 @@ The two stages meet in a `CoarseState`; nothing is kept on the module between ca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from cfvit.modeling import backbones
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.batches import Rows, check_images
 from cfvit.modeling.config import ModelConfig, Preprocessing, Reuse, Selection
-from cfvit.modeling.exit import Exit, confidence_of
+from cfvit.modeling.exit import Exit, HasExit, confidence_of
 from cfvit.modeling.tokens import (
     accumulate_attention,
     child_positions,
@@ -114,7 +114,7 @@ class FeatureReuse(nn.Module):
         return self.mlp(self.norm(tokens))
 
 
-class CoarseToFineViT(nn.Module):
+class CoarseToFineViT(HasExit, nn.Module):
     """A ViT that reads an image coarsely, and again with its informative cells split 2 x 2.
 
     Build one with `create_model` or `cfvit.load`. ``backbone`` is timm's model at the full image
@@ -174,15 +174,6 @@ class CoarseToFineViT(nn.Module):
         self.class_names: list[str] | None = None
         self.class_order: Literal["natural", "torchvision"] | None = None
         self.exit = Exit()
-
-    @property
-    def threshold(self) -> float | None:
-        """The calibrated eta, ``exit.eta``, or None. Setting it keeps the measure and the temperatures."""
-        return self.exit.eta
-
-    @threshold.setter
-    def threshold(self, eta: float | None) -> None:
-        self.exit = replace(self.exit, eta=eta)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters for optimisers to leave undecayed: positions and extra tokens."""
