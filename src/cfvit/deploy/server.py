@@ -612,15 +612,6 @@ class JsonLines(logging.Formatter):
         return json.dumps({**told, **getattr(record, "fields", {})})
 
 
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"json": {"()": JsonLines}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "json"}},
-    "loggers": {name: {"handlers": ["stderr"], "level": "INFO"} for name in ("cfvit.serve", "uvicorn")},
-}
-
-
 class Server(uvicorn.Server):
     """Ends in order on SIGTERM or Ctrl-C: readiness fails, what is inside is answered, and then the socket closes.
 
@@ -661,7 +652,15 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
     except OSError as error:
         reason = str(error.strerror).partition(" (")[0]  # behind it Python tells the address once more
         raise CfvitError(f"cannot listen on {host}, port {port} ({reason}): choose another --port or --host") from error
-    config = uvicorn.Config(app, log_config=LOGGING, access_log=False, server_header=False)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for logger in (
+        log,
+        logging.getLogger("uvicorn"),
+    ):  # not by a configuration, which closes handlers of other libraries
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
     config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
     config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
     told = {"host": host, "port": listener.getsockname()[1], "model": settings.name, "eta": service.scheduler.eta}
