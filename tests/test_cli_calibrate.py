@@ -244,6 +244,8 @@ def test_the_best_that_a_model_can_is_stored_and_used(
     right = (prediction.logits.argmax(dim=-1) == images[2]).double().mean()
     assert 100 * right == pytest.approx(chosen.accuracy.value)
     assert cfvit.count_macs(loaded).expected(chosen.fine_share.value) / 1e9 == pytest.approx(chosen.gmacs.value)
+    assert run_calibrate(cfvit_main, model, colours, *flags, "--best").status == 0
+    assert load(model).config == loaded.config, "cheaper than the stage of the training, not than the last choice"
 
 
 def test_what_a_promise_is_about_is_fitted_on_other_images(cfvit_main: Cli, model: Path, colours: Path) -> None:

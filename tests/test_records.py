@@ -21,7 +21,7 @@ from cfvit import Calibration, CoarseToFineViT, load, save
 from cfvit.calibration.records import read_calibration, write_calibration
 from cfvit.checkpoints import apply_calibration, weights_digest
 
-OTHER = "calibration.json was made with other weights than this model's: calibrate this model, "
+OTHER = "calibration.json was made with other weights or another fine stage than this model's: calibrate this model, "
 
 
 def _changed(model: Path, change: Callable[[Tensor], Tensor]) -> None:
@@ -51,6 +51,15 @@ def test_a_calibration_of_other_weights_is_a_warning(cfvit_main: Cli, model: Pat
     outcome = cfvit_main("eval", "--data", colours, "--against", kept, "--model", model, *QUICK)
     assert (outcome.status, len(outcome.err)) == (0, 1)
     assert OTHER in outcome.err[0]
+
+
+def test_a_calibration_of_another_fine_stage_is_a_warning(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    assert run_calibrate(cfvit_main, model, colours, "--max-drop", 1).status == 0
+    config = json.loads((model / "config.json").read_text())
+    config["model"]["informative_ratio"] = 0.4
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=re.escape(OTHER)):
+        load(model)
 
 
 def test_the_same_weights_in_another_precision_or_an_older_calibration_are_no_warning(

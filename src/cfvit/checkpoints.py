@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, astuple
+from dataclasses import asdict, astuple, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,16 @@ def save_exit(exit: Exit, folder: Path, model: ModelConfig | None = None) -> Non
     config = json.loads((folder / CONFIG_FILE).read_text())
     if model is not None:
         fine = {"informative_ratio": model.informative_ratio, "fine_merged": model.fine_merged}
-        config["model"] = {**config["model"], **fine}
+        was = {name: config["model"].get(name, 0) for name in fine}
+        if fine != was:
+            config["trained"] = config.get("trained", was)
+            config["model"] |= fine
     _write_config(folder, {**config, "exit": asdict(exit)})
+
+
+def trained_config(model: CoarseToFineViT, folder: Path) -> ModelConfig:
+    """The configuration of a saved model with the fine stage that it was trained with, whatever was chosen since."""
+    return replace(model.config, **json.loads((folder / CONFIG_FILE).read_text()).get("trained", {}))
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -101,7 +109,7 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def weights_digest(model: CoarseToFineViT) -> str:
-    """16 hexadecimal digits that another model's weights hardly ever give: a SHA-256 of them by name.
+    """16 hexadecimal digits that another model's weights or fine stage hardly ever give: a SHA-256 of them by name.
 
     Of their values as float32, so that neither the device nor a precision that loses nothing matters. The
     blocks' matrices are left out, which would slow down loading: training changes the norms and biases too.
@@ -113,6 +121,9 @@ def weights_digest(model: CoarseToFineViT) -> str:
         values = tensor.detach().float() if tensor.is_floating_point() else tensor
         digest.update(name.encode())
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    fine = (model.config.informative_ratio, model.config.fine_merged)
+    if fine != (0.5, 0):  # the paper's leaves digests as they were before there were others
+        digest.update(repr(fine).encode())
     return digest.hexdigest()[:16]
 
 
@@ -120,7 +131,7 @@ def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, sour
     """A warning if a calibration was made with other weights than this model's."""
     if calibration.origin and calibration.origin.weights not in ("", weights_digest(model)):
         warnings.warn(
-            f"{source} was made with other weights than this model's: calibrate this model, "
+            f"{source} was made with other weights or another fine stage than this model's: calibrate this model, "
             "unless it is a copy whose answers are nearly the same",
             stacklevel=2,
         )

@@ -140,7 +140,7 @@ def calibrate(
     wanted = target.chosen()
     path = _calibration_path(model, out)
     from cfvit.calibration.records import write_calibration
-    from cfvit.checkpoints import save_exit
+    from cfvit.checkpoints import save_exit, trained_config
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
@@ -163,7 +163,7 @@ def calibrate(
         measure=checked,
         scale_temperatures=temperature_scaling,
         best=best,
-        fine_stages=fine_stages_of(network) if best and out is None else (),
+        fine_stages=fine_stages_of(network, trained_config(network, path.parent)) if best and out is None else (),
         allow_missing_classes=allow_missing_classes,
         training=_training_images(model, train_data),
     )

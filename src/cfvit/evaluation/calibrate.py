@@ -154,7 +154,8 @@ def calibrate_model(
         doubts.append(NOT_COMPARED)
     calibration = calibrated(way, kept, options)
     now, fitted_on = datetime.now(UTC).isoformat(timespec="seconds"), len(labels) - len(kept)
-    origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(model))
+    network.config = way.config
+    origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(network))
     warnings = (*calibration.warnings, *doubts)
     return replace(calibration, origin=origin, warnings=warnings), way.config, unreadable
 
@@ -194,17 +195,17 @@ def best_choice(choices: Sequence[Choice], calibrated: Callable[[Choice], Calibr
     return max(found, key=lambda each: each[0])[1]
 
 
-def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
-    """The model's configuration with cheaper fine stages, without training: fewer cells split, more tokens merged."""
-    config, cells = model.config, model.grid[0] * model.grid[1]
+def fine_stages_of(model: CoarseToFineViT, trained: ModelConfig) -> list[ModelConfig]:
+    """Other fine stages than the model has now: that of its training, with fewer cells split or more tokens merged."""
+    cells = model.grid[0] * model.grid[1]
     found = []
     for ratio in (1.0, 0.8, 0.6):
-        split = num_informative(ratio * config.informative_ratio, cells)
+        split = num_informative(ratio * trained.informative_ratio, cells)
         merging = 0 if anatomy.refuses_merging(model.backbone) else round(MERGED_SHARE * (cells + 3 * split))
         for more in sorted({0, merging}):
-            share, merged = round(ratio * config.informative_ratio, 3), config.fine_merged + more
-            found.append(replace(config, informative_ratio=share, fine_merged=merged))
-    return found[1:]
+            share, merged = round(ratio * trained.informative_ratio, 3), trained.fine_merged + more
+            found.append(replace(trained, informative_ratio=share, fine_merged=merged))
+    return [config for config in found if config != model.config]
 
 
 def _halved(labels: Tensor, names: Sequence[object]) -> tuple[Tensor, Tensor, list[str]]:
