@@ -784,7 +784,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1))
     peers = {row.name.split(", ")[0] for row in bench.batches[0].rows} - {*NAMES[:6]}
-    assert peers == {"cascade of two ViTs", "MSDNet"}
+    assert peers == {"cascade of two ViTs", "MSDNet", "RANet"}
     refused = {note.split(": ")[0] for note in bench.notes if note.startswith("without ")}
     assert {"without EViT", "without literal port", "without ToMe"} <= refused
 
