@@ -381,6 +381,8 @@ def test_authors_files_are_calibrated_into_a_file(cfvit_main: Cli, authors_file:
         (["--max-drop", "-1"], "drop is -1.0"),
         (["--latency-ms", "nan"], "latency is nan|nan.*--latency-ms"),
         (["--risk", "1"], "share of the risk is 1.0"),
+        (["--risk", "%"], "'%' is no number: give one such as 10%"),
+        (["--saving", "most"], "'most' is no number: give one such as 10%"),
         (["--risk", "0.1", "--confidence", "1"], "confidence of the risk is 1.0"),
         (["--risk", "0.1", "--method", "luck"], "method of the risk is 'luck'"),
         (["--saving", "1", "--confidence", "0.9"], "--confidence belongs to --risk and --saving is given"),

@@ -23,12 +23,20 @@ if TYPE_CHECKING:
 Made = typing.TypeVar("Made")
 
 
-def _share(hint: Any, tokens: Sequence[Any]) -> float:
+def _percent(hint: Any, tokens: Sequence[Any]) -> float:
     text = tokens[0].value
-    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+    try:
+        return float(text.removesuffix("%"))
+    except ValueError:
+        raise ValueError(f"{text!r} is no number: give one such as 10%") from None
 
 
-Percent = Parameter(converter=lambda hint, tokens: float(tokens[0].value.removesuffix("%")))
+def _share(hint: Any, tokens: Sequence[Any]) -> float:
+    number = _percent(hint, tokens)
+    return number / 100 if tokens[0].value.endswith("%") else number
+
+
+Percent = Parameter(converter=_percent)
 Share = Parameter(converter=_share)
 
 

@@ -72,7 +72,7 @@ def _usage_error(error: ValidationError, names: list[str]) -> CfvitError:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"choose among {', '.join(names)}" if names else "leave it out"
         return UsageError(f"there is no field {name!r}: {f'did you mean {near[0]!r}?' if near else hint}")
-    if first["type"] == "missing_argument":
+    if first["type"] in ("missing", "missing_argument"):
         return UsageError(f"{name} is missing: give it")
     context = {key: str(value).replace("'", "").replace(" or ", ", ") for key, value in context.items()}
     allowed = _ALLOWED.get(first["type"], first["msg"].removeprefix("Input should be ")).format(**context)
