@@ -226,6 +226,7 @@ class Service:
         body = await request.body()
 
         def read() -> tuple[protocol.InferRequest, list[Tensor] | list[bytes]]:
+            """What is asked for, and the images; apart, because it takes a thread some time."""
             if length is not None and not (length.isdecimal() and len(length) < 12 and int(length) <= len(body)):
                 raise CfvitError(f"Inference-Header-Content-Length is {length!r}: give the bytes of the JSON")
             end = len(body) if length is None else int(length)

@@ -30,7 +30,8 @@ def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
 
     def replay(*parts: Any) -> Any:
         known: dict[str, Callable[..., Any] | None] = vars(of_thread)
-        kind = str([(tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors_of(parts)])
+        mode = torch.is_inference_mode_enabled()  # what is kept in it cannot be written to without
+        kind = str([mode, *((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors_of(parts))])
         if kind not in known:
             known[kind] = None
             return run(*parts)
@@ -40,6 +41,7 @@ def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
     filled = in_sizes(replay, SIZES)
 
     def call(images: Tensor, *more: Any) -> Any:
+        """Answers a batch, by a recording where one is possible."""
         as_it_is = (
             not images.is_cuda
             or not 0 < len(images) <= SIZES[-1]
