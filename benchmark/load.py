@@ -30,8 +30,7 @@ from torch import Tensor
 
 from cfvit import Predictor, load
 from cfvit.deploy.server import Settings, serve
-from cfvit.inference.engines.exported import read_exported
-from cfvit.inference.engines.onnx import OnnxGraph
+from cfvit.inference.engines.exported import open_graph, read_exported
 
 QUEUES = {  # options of the two-stage servers
     "two queues": ["--coarse-batch", "8", "--fine-batch", "4", "--fine-wait", "20"],
@@ -52,7 +51,7 @@ class PlainEngine:
 
     def __init__(self, folder: Path) -> None:
         self.model, self.weight = read_exported(folder), torch.empty(0)
-        self._run = OnnxGraph(folder / "plain.onnx", torch.get_num_threads())
+        self._run = open_graph(folder, "plain", "onnx", torch.get_num_threads())
 
     def coarse(self, images: Tensor) -> tuple[Any, Tensor]:
         logits = torch.from_numpy(self._run({"images": images.numpy()})["logits"])

@@ -17,7 +17,7 @@ from cfvit.benchmark.names import EngineName
 from cfvit.data.datasets import DataSource
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.compiling import compiled
-from cfvit.inference.engines.exported import ExportedEngine, Format, graph_file, graph_kind
+from cfvit.inference.engines.exported import ExportedEngine, Format, open_graph
 from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.engines.recording import recorded
 from cfvit.methods.base import create_method
@@ -77,7 +77,7 @@ class Engines:
             graph = quantise(graph, [{"x": image[None].numpy()} for image in images])
         with TemporaryDirectory() as folder:
             write_graphs({"plain": graph}, Path(folder), format)
-            run = graph_kind(format)(graph_file(Path(folder), "plain", format), torch.get_num_threads())
+            run = open_graph(Path(folder), "plain", format, torch.get_num_threads())
         return lambda images: torch.from_numpy(run({"x": images.numpy()})["logits"])
 
 

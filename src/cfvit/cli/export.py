@@ -40,7 +40,6 @@ def export(
     if int8 != (data is not None):
         raise UsageError("--int8 quantises by the images of --data: give both, or neither")
     require_writable(folder / "cfvit.json")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleaned up
 
     from cfvit.data import open_images
     from cfvit.deploy.export import TOLERANCE
@@ -54,7 +53,11 @@ def export(
         except CfvitError as error:
             images = open_images(data)
             say(f"cfvit: scored by agreement with the fine stage in torch, not by labels: {error}")
-    about = write(network, folder, format=format, int8=images)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleaned up
+    try:
+        about = write(network, folder, format=format, int8=images)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if found := about.quantised:
         say(f"int8, by {found.calibrated_on} images; {found.measure} in % on {found.scored_on} others:")
         for title, scores in (("in torch", found.before), ("in int8", found.after)):

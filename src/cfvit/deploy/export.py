@@ -28,8 +28,7 @@ from cfvit.inference.engines.exported import (
     ExportedModel,
     Format,
     Graph,
-    graph_file,
-    graph_kind,
+    open_graph,
 )
 from cfvit.modeling import lvvit
 from cfvit.modeling.cost import count_macs
@@ -159,7 +158,7 @@ def compare(model: CoarseToFineViT, folder: Path, images: Tensor | None = None) 
         images: compared on besides random ones, rough and smooth.
     """
     engine = ExportedEngine(folder)
-    whole = graph_kind(engine.model.format)(graph_file(folder, "whole", engine.model.format))
+    whole = open_graph(folder, "whole", engine.model.format)
     generator = torch.Generator().manual_seed(0)
     rough = torch.randn(max(BATCHES), 3, *model.image_size, generator=generator)
     smooth = nn.functional.interpolate(rough[..., ::16, ::16], model.image_size, mode="bicubic")
