@@ -24,8 +24,7 @@ from torch import Tensor
 
 from cfvit import Predictor, StageMacs, calibrate, count_macs, load
 from cfvit.calibration import Accuracy, Calibration, Saving, Target
-from cfvit.calibration.temperature import fit_mixture
-from cfvit.calibration.tradeoff import best_measure
+from cfvit.calibration.tradeoff import best_measure, fit_mixture
 from cfvit.checkpoints import initialise
 from cfvit.data import EvalImages, eval_loader
 from cfvit.errors import CfvitError

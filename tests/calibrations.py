@@ -17,7 +17,7 @@ from torch import Tensor
 import cfvit
 from cfvit import Calibration, CoarseToFineViT, StageMacs, calibrate, load, save
 from cfvit.calibration import GmacsBudget
-from cfvit.calibration.records import write_calibration
+from cfvit.calibration.calibrated import write_calibration
 from cfvit.checkpoints import save_exit
 from cfvit.data import EvalImages, open_data
 from cfvit.evaluation.calibrate import NOT_COMPARED

@@ -35,10 +35,9 @@ from cfvit.calibration import (
     check_drift,
     rank_images,
 )
-from cfvit.calibration.binomial import images_needed, paired_difference, share_estimate
-from cfvit.calibration.choice import TESTED, choose_eta, require_reachable
-from cfvit.calibration.records import parse_record
-from cfvit.calibration.temperature import fit_mixture, fit_temperature
+from cfvit.calibration.calibrated import parse_record
+from cfvit.calibration.targets import TESTED, choose_eta, require_reachable
+from cfvit.calibration.tradeoff import fit_mixture, fit_temperature, images_needed, paired_difference, share_estimate
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
 MACS = StageMacs(coarse=1_000_000_000, fine=3_000_000_000, backbone=5_000_000_000)

@@ -30,8 +30,8 @@ from cfvit.calibration import (
     Target,
     rank_images,
 )
-from cfvit.calibration.records import parse_record, read_calibration
-from cfvit.calibration.temperature import fit_mixture, fit_temperature
+from cfvit.calibration.calibrated import parse_record, read_calibration
+from cfvit.calibration.tradeoff import fit_mixture, fit_temperature
 from cfvit.data import eval_transform, find_images, open_image
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency

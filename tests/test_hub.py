@@ -20,7 +20,7 @@ os.environ["USE_TF"] = os.environ["USE_FLAX"] = "0"
 import transformers
 
 import cfvit
-from cfvit.calibration.records import write_calibration
+from cfvit.calibration.calibrated import write_calibration
 from cfvit.calibration.targets import Saving
 from cfvit.checkpoints import save_exit
 from cfvit.deploy.hub import model_card

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from calibrations import Cli, error, run_calibrate
 
-from cfvit.calibration.overlap import shared_images
-from cfvit.calibration.records import read_calibration
+from cfvit.calibration.calibrated import read_calibration
+from cfvit.calibration.images import shared_images
 from cfvit.data import open_data, split_holdout
 from cfvit.evaluation.calibrate import NOT_COMPARED
 from cfvit.training.recipe import DIGITS

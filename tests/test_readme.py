@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from cfvit import StageMacs, calibrate
 from cfvit.calibration import Saving
-from cfvit.calibration.records import write_calibration
+from cfvit.calibration.calibrated import write_calibration
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

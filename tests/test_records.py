@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cfvit import Calibration, CoarseToFineViT, load, save
-from cfvit.calibration.records import read_calibration, write_calibration
+from cfvit.calibration.calibrated import read_calibration, write_calibration
 from cfvit.checkpoints import apply_calibration, weights_digest
 
 OTHER = "calibration.json was made with other weights or another fine stage than this model's: calibrate this model, "

@@ -4,10 +4,7 @@
 images in use. A model takes over its `Exit`: ``model.exit = calibration.exit``.
 """
 
-from cfvit.calibration.binomial import Estimate
-from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, Origin, calibrate
-from cfvit.calibration.choice import choose_threshold
-from cfvit.calibration.drift import Drift, check_drift
+from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, Drift, Origin, calibrate, check_drift
 from cfvit.calibration.targets import (
     Accuracy,
     Drop,
@@ -18,5 +15,6 @@ from cfvit.calibration.targets import (
     SelectiveRisk,
     StageLatency,
     Target,
+    choose_threshold,
 )
-from cfvit.calibration.tradeoff import TradeOff, rank_images
+from cfvit.calibration.tradeoff import Estimate, TradeOff, rank_images

@@ -1,35 +1,43 @@
-"""A threshold with what it promises: `calibrate` makes a `Calibration` from logits, labels and a target."""
+"""A threshold with what it promises: made from logits, kept in ``calibration.json``, compared with images in use."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Annotated, get_args
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
 
 import numpy as np
-import torch
-from pydantic import Field
+import scipy
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from cfvit.calibration.binomial import Estimate, images_needed, paired_difference, share_estimate
-from cfvit.calibration.choice import STARTS, choose_eta
+from cfvit.calibration.images import ADD_CLASSES, check_images, check_logits, missing_classes
 from cfvit.calibration.targets import (
+    STARTS,
     Drop,
     Promise,
     SelectiveRisk,
     StageLatency,
     Target,
+    choose_eta,
     count_images,
 )
-from cfvit.calibration.tradeoff import TradeOff, rank_images
-from cfvit.errors import CfvitError
+from cfvit.calibration.tradeoff import Estimate, TradeOff, images_needed, paired_difference, rank_images, share_estimate
+from cfvit.errors import CfvitError, first_line
+from cfvit.files import atomic_write
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import Exit, Measure, is_number
+from cfvit.modeling.exit import Exit, Measure, goes_on, is_number
 
-ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
+CALIBRATION_FILE = "calibration.json"
+"""The record of a calibration beside a model's weights."""
+
 NO_PROMISE = "none for other images: eta was chosen on the very images that the figures are of"
-_NAMED_CLASSES = 5
-_QUANTILES = 101
+_FEW, _SHOWN, _QUANTILES = 100, 40, 101
+
+Record = TypeVar("Record")
 
 
 @dataclass(frozen=True)
@@ -184,9 +192,6 @@ def calibrate(
         raise CfvitError(f"{missing}: {ADD_CLASSES}")
     rule = Exit(measure, coarse_temperature, fine_temperature, coarse_weight=coarse_weight)
     fine = rule.answer(coarse, fine)
-    if not isinstance(target, get_args(get_args(Target)[0])):
-        kinds = ", ".join(kind.__name__ for kind in get_args(get_args(Target)[0]))
-        raise CfvitError(f"target is {target!r}: give one of {kinds}")
     if not (is_number(level) and 0 < level < 1):
         raise CfvitError(f"level is {level!r}: give a probability between 0 and 1, such as 0.95")
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
@@ -218,76 +223,17 @@ def calibrate(
     )
 
 
-def check_logits(logits: Tensor, stage: str) -> None:
-    """Refuses logits that are not ``[n, classes]``, are of no image, or are not finite.
-
-    Raises:
-        CfvitError: says which image is the first that is not finite.
-    """
-    if not isinstance(logits, Tensor):
-        raise CfvitError(f"{stage} logits are a {type(logits).__name__}: give a tensor of floats [images, classes]")
-    if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
-        kind = str(logits.dtype).removeprefix("torch.")
-        raise CfvitError(f"{stage} logits are {kind} of shape {list(logits.shape)}: give floats [images, classes]")
-    if len(logits) == 0:
-        raise CfvitError(f"{stage} logits are of no image: give at least one")
-    if not logits.isfinite().all():
-        bad = (~logits.isfinite()).any(dim=1).nonzero().flatten()
-        raise CfvitError(
-            f"{stage} logits of {len(bad)} of {len(logits)} images are not finite, image {int(bad[0])} first: "
-            "leave these out, or run the model in float32"
-        )
-
-
-def missing_classes(present: Collection[int], names: Sequence[object], images: int) -> str:
-    """A clause that tells which classes, by ``names``, have none of the images; empty if there is none.
-
-    ``present`` has the indices of those that have.
-    """
-    there = set(present)
-    missing = [repr(name) for index, name in enumerate(names) if index not in there]
-    if len(missing) < 2:
-        return f"class {missing[0]} has none of the {count_images(images)}" if missing else ""
-    others = len(missing) - _NAMED_CLASSES
-    named = f"{', '.join(missing[:_NAMED_CLASSES])}{f' and {others} more' if others > 0 else ''}"
-    return f"classes {named} have none of the {count_images(images)}"
-
-
-def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
-    """Refuses logits that cannot be used, and labels that do not fit them.
-
-    Raises:
-        CfvitError: says what is wrong with which of them.
-    """
-    check_logits(coarse, "coarse")
-    check_logits(fine, "fine")
-    if not isinstance(labels, Tensor):
-        raise CfvitError(f"labels are a {type(labels).__name__}: give a tensor of class indices [images]")
-    if coarse.shape != fine.shape or labels.shape != coarse.shape[:1]:
-        shapes = f"{list(coarse.shape)}, {list(fine.shape)} and {list(labels.shape)}"
-        raise CfvitError(f"coarse logits, fine logits and labels are {shapes}: give [n, classes] twice and [n]")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        kind = str(labels.dtype).removeprefix("torch.")
-        raise CfvitError(f"labels are {kind}: give class indices as whole numbers")
-    classes = coarse.shape[1]
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if len(outside):
-        raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
-
-
 def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, missing: str) -> list[str]:
-    found = []
-    sequences = len(STARTS) if isinstance(target, SelectiveRisk) else 1
-    if isinstance(target, Promise) and trade.images < (
-        needed := images_needed(target.share, 1 - (1 - target.confidence) / sequences)
-    ):
-        found.append(
-            f"{count_images(trade.images)} are too few to promise this of a threshold below 1: "
-            f"at least {needed} are needed"
-        )
+    found, images = [], count_images(trade.images)
+    if isinstance(target, Promise):
+        sequences = len(STARTS) if isinstance(target, SelectiveRisk) else 1
+        needed = images_needed(target.share, 1 - (1 - target.confidence) / sequences)
+        if trade.images < needed:
+            few = f"{images} are too few to promise this of a threshold below 1"
+            found.append(f"{few}: at least {needed} are needed")
     if isinstance(target, Drop) and 0 < target.points < 100 / trade.images:
         found.append(
-            f"one of {count_images(trade.images)} is {100 / trade.images:.2g} points, "
+            f"one of {images} is {100 / trade.images:.2g} points, "
             f"so a drop of {target.points:g} cannot be told from 0: use more images"
         )
     if trade.ranked[0] == trade.ranked[-1] and trade.images > 1:
@@ -303,3 +249,142 @@ def _warnings(target: Target, trade: TradeOff, eta: float, macs: StageMacs, miss
     if missing:
         found.append(f"{missing}, so nothing is known of them")
     return found
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Images in use against the calibration images, by the coarse stage alone."""
+
+    drifted: bool  # whether one of the two tests rejects "drawn alike" at half of ``alpha``
+    sentence: str  # what was found and what to do
+    images: int  # how many were compared
+    alpha: float  # how often an alarm is false, at most
+    expected_fine_share: float  # share that goes on, in calibration and now, in [0, 1]
+    fine_share: float  # share that goes on, in calibration and now, in [0, 1]
+    fine_share_p: float  # p-value of Fisher's exact test that the two are of one kind
+    expected_confidence: float  # the coarse stage's median, in calibration (at the stored quantiles) and now
+    confidence: float  # the coarse stage's median, in calibration (at the stored quantiles) and now
+    # between both distributions of the confidence, in [0, 1] (Kolmogorov and Smirnov, at the stored quantiles)
+    distance: float
+    distance_p: float  # its p-value, too high rather than too low
+
+
+def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 0.01) -> Drift:
+    """Compares images in use with the calibration images: do as many go on, and is the confidence alike?
+
+    That both are alike is no proof that accuracy is. Ask once for a batch of images, or divide
+    ``alpha`` by the number of times that you will ask.
+
+    Args:
+        coarse_logits: of images in use, ``[m, classes]``.
+        alpha: how often an alarm may be false, in (0, 1).
+
+    Raises:
+        CfvitError: logits that are not finite, of no image, or of other classes; alpha out of range.
+    """
+    check_logits(coarse_logits, "coarse")
+    if coarse_logits.shape[1] != calibration.classes:
+        raise CfvitError(
+            f"logits of {coarse_logits.shape[1]} classes, calibrated on {calibration.classes}: give the same model's"
+        )
+    if not (is_number(alpha) and 0 < alpha < 1):
+        raise CfvitError(f"alpha is {alpha!r}: give a probability between 0 and 1, such as 0.01")
+    confidence = calibration.exit.coarse(coarse_logits).cpu()
+    count, before = len(confidence), calibration.images
+    gone_on = int(goes_on(confidence, calibration.threshold).sum())
+    expected = round(calibration.fine_share.value * before)
+    table = [[expected, before - expected], [gone_on, count - gone_on]]
+    tails = [scipy.stats.fisher_exact(table, side).pvalue for side in ("less", "greater")]
+    share_p = float(min(1.0, 2 * min(tails)))
+    values = np.array(calibration.profile.values, dtype=np.float32)
+    shares = np.searchsorted(confidence.sort().values.numpy(), values, side="right") / count
+    distance = float(np.abs(shares - np.array(calibration.profile.shares)).max())
+    root = math.sqrt(before * count / (before + count))
+    corrected = (root + 0.12 + 0.11 / root) * distance  # for few images (Stephens, 1970)
+    distance_p = float(scipy.stats.kstwobign.sf(corrected))
+    usual, now = calibration.fine_share.value, gone_on / count
+
+    def rounded(p_value: float) -> str:
+        return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
+
+    if share_p < alpha / 2:
+        how = f"{now / usual:.2g} times as many images go on as in" if usual else "images go on, unlike in"
+        change = f"{100 * now:.3g}% instead of {100 * usual:.3g}%"
+        sentence = f"{how} the calibration set ({change}, {rounded(share_p)}): recalibrate"
+    elif distance_p < alpha / 2:
+        sentence = (
+            "about as many images go on, but confidence is distributed otherwise than in the calibration set "
+            f"(distance {distance:.2f}, {rounded(distance_p)}): recalibrate"
+        )
+    else:
+        few = f", as far as {count} can tell" if count < _FEW else ""
+        sentence = f"looks like the calibration set ({rounded(min(share_p, distance_p))}){few}"
+    return Drift(
+        drifted=min(share_p, distance_p) < alpha / 2,
+        sentence=sentence,
+        images=count,
+        alpha=alpha,
+        expected_fine_share=usual,
+        fine_share=now,
+        fine_share_p=share_p,
+        expected_confidence=calibration.profile.median,
+        confidence=float(confidence.median()),
+        distance=distance,
+        distance_p=distance_p,
+    )
+
+
+def parse_record(kind: type[Record], text: str, name: str) -> Record:
+    """A dataclass from the JSON of its fields.
+
+    Args:
+        name: what to call it in an error.
+
+    Raises:
+        CfvitError: no JSON, a missing or unknown key, a value of another type or out of range.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True, extra="forbid")
+    except ValidationError as error:
+        first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error", "")
+    where = ".".join(map(str, (name, *first["loc"])))
+    match first["type"]:
+        case "missing":
+            problem = f"{where} is missing"
+        case "unexpected_keyword_argument":
+            problem = f"{where} is unknown"
+        case "value_error":
+            problem = f"{where}: {cause}"
+        case "json_invalid":
+            problem = f"{name} is no JSON ({cause})"
+        case _:
+            got = " ".join(repr(first["input"]).split())
+            problem = f"{where} is {got if len(got) <= _SHOWN else f'{got[: _SHOWN - 3]}...'}: {first['msg']}"
+    raise CfvitError(problem)
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Writes a calibration as JSON, for `read_calibration`.
+
+    Raises:
+        CfvitError: the file cannot be written; it is then as it was.
+    """
+    with atomic_write(path) as file:
+        file.write_text(json.dumps(asdict(calibration), indent=2, allow_nan=False) + "\n")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """A stored calibration, by its file or by the folder of a calibrated model.
+
+    Raises:
+        CfvitError: no such file, not JSON, or a key that is missing, unknown or of a wrong value.
+    """
+    path = path / CALIBRATION_FILE if path.is_dir() else path
+    mend = "remove it and calibrate again" if path.name == CALIBRATION_FILE else "name a file of cfvit calibrate"
+    try:
+        return parse_record(Calibration, path.read_text(), "calibration")
+    except FileNotFoundError as error:
+        raise CfvitError(f"no calibration at {path}: make one with cfvit calibrate") from error
+    except (OSError, ValueError) as error:
+        raise CfvitError(f"{path} cannot be used ({first_line(error)}): {mend}") from error

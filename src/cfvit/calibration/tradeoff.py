@@ -1,22 +1,77 @@
-"""All thresholds at once: images ranked by confidence, and how many answers are right behind each."""
+"""All thresholds at once: images ranked by confidence, right answers behind each, temperatures, and intervals."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
+import scipy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from cfvit.calibration.binomial import Estimate, share_estimate
+from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Measure, confidence_of, goes_on
 
 NO_ANSWER = -1
 """In the place of a class: the logits are not finite, which is never right."""
 
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.1, 10.0
+_HALVINGS = 16
 _MOST_DIGITS = 9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure of the calibration images, and the interval that holds it for images of their kind."""
+
+    value: float  # as counted
+    low: float  # ends of the confidence interval
+    high: float  # ends of the confidence interval
+
+    def __post_init__(self) -> None:
+        if not self.low <= self.value <= self.high:
+            raise CfvitError(f"an estimate of {self.value} is outside its interval: calibrate again")
+
+    def mapped(self, change: Callable[[float], float]) -> Estimate:
+        """The estimate of a quantity that rises or falls with this one."""
+        ends = sorted((change(self.low), change(self.high)))
+        return Estimate(change(self.value), ends[0], ends[1])
+
+
+def share_estimate(hits: int, count: int, level: float) -> Estimate:
+    """A share with Clopper and Pearson's exact interval, all in [0, 1].
+
+    Args:
+        level: probability with which the interval holds the true share, such as 0.95.
+    """
+    interval = scipy.stats.binomtest(hits, count).proportion_ci(level, method="exact")
+    return Estimate(hits / count, float(interval.low), float(interval.high))
+
+
+def paired_difference(more: int, less: int, count: int, level: float) -> Estimate:
+    """The difference of two shares of the same images, in [-1, 1].
+
+    Bonett and Price, "Adjusted Wald confidence interval for a difference of binomial proportions
+    based on paired data", 2012.
+
+    Args:
+        more, less: images that only the first share counts, and that only the second one does.
+    """
+    first, second = (more + 1) / (count + 2), (less + 1) / (count + 2)
+    difference = first - second
+    width = scipy.stats.norm.ppf((1 + level) / 2) * math.sqrt((first + second - difference**2) / (count + 2))
+    value = (more - less) / count
+    return Estimate(value, max(-1.0, min(value, difference - width)), min(1.0, max(value, difference + width)))
+
+
+def images_needed(share: float, confidence: float) -> int:
+    """How many images, none of them counted, show with this confidence that a share is at most ``share``."""
+    return math.ceil(math.log(1 - confidence) / math.log1p(-share))
 
 
 def answers_of(logits: Tensor) -> Tensor:
@@ -136,3 +191,52 @@ def best_measure(coarse: Tensor, answers: Tensor, labels: Tensor, temperature: f
         temperature: of the coarse stage's confidence.
     """
     return max(get_args(Measure), key=lambda each: rank_images(coarse, answers, labels, each, temperature).right.mean())
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature at which the softmax of ``logits / temperature`` has the least cross entropy.
+
+    Guo et al., "On Calibration of Modern Neural Networks", ICML 2017. The loss is convex in the
+    inverse temperature, so its slope is bisected. Answers that are all right have no least: the
+    result stays within [0.1, 10]. For a promise of `Risk`, fit it on other images than those that
+    the threshold is chosen on.
+
+    Args:
+        logits: ``[n, classes]``, finite.
+        labels: class indices ``[n]``.
+    """
+    logits = logits.float()
+    truth = logits.gather(1, labels[:, None].long()).double().mean()
+    low, high = math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        expected = ((logits / math.exp(middle)).softmax(dim=-1) * logits).sum(dim=-1).double().mean()
+        # too sharp a softmax expects higher logits than the labels have
+        low, high = (middle, high) if expected > truth else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def fit_mixture(coarse: Tensor, fine: Tensor, labels: Tensor) -> tuple[float, float]:
+    """The mixture of both stages' answers with the least cross entropy, for images that both have seen.
+
+    A product of experts with a temperature for each, ``softmax(a * coarse + b * fine)``: the loss is convex in the two.
+
+    Args:
+        coarse, fine: logits ``[n, classes]``, finite.
+        labels: class indices ``[n]``.
+
+    Returns:
+        ``coarse_weight`` and ``fine_temperature`` of a `cfvit.modeling.exit.Exit`: ``a / (a + b)``, ``1 / (a + b)``.
+    """
+    logits = torch.stack([coarse, fine]).double()
+    truth = logits.gather(2, labels.long().expand(2, -1)[..., None])[..., 0]
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        """The cross entropy and its gradient: what logits are expected under the mixture, less those of the labels."""
+        mixed = torch.tensordot(torch.from_numpy(weights), logits, 1)
+        expected = (mixed.softmax(dim=-1) * logits).sum(dim=-1)
+        return F.cross_entropy(mixed, labels.long()).item(), (expected - truth).mean(dim=-1).numpy()
+
+    bounds = [(0, 1 / LOWEST_TEMPERATURE), (1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE)]
+    a, b = scipy.optimize.minimize(loss, np.array([0.0, 1.0]), jac=True, bounds=bounds).x.tolist()
+    return a / (a + b), 1 / (a + b)

@@ -147,7 +147,7 @@ def calibrate(
     """
     wanted = target.chosen()
     path = _calibration_path(model, out)
-    from cfvit.calibration.records import write_calibration
+    from cfvit.calibration.calibrated import write_calibration
     from cfvit.checkpoints import save_exit, trained_config
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.evaluation.metrics import labelled_images
@@ -198,7 +198,7 @@ def _as_usage(make: Callable[[], Made]) -> Made:
 
 def _calibration_path(model: str, out: Path | None) -> Path:
     """Where to write, which is a new file or a former calibration."""
-    from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
+    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
 
     if out is None:
         if Path(model).is_dir():

@@ -125,7 +125,7 @@ def _write_report(
     calibration: Path | None,
 ) -> None:
     """The report of an evaluation, with the record of the model's eta where that is of this very eta."""
-    from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
+    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
     from cfvit.plots.report import write_report
 
     kept = calibration or Path(name)
@@ -149,7 +149,7 @@ def _check_drift(
 ) -> int:
     from rich.table import Table
 
-    from cfvit.calibration.records import read_calibration
+    from cfvit.calibration.calibrated import read_calibration
     from cfvit.checkpoints import warn_of_other_weights
     from cfvit.data import open_images
     from cfvit.evaluation.calibrate import check_drift_of

@@ -1,21 +1,7 @@
 """Reading images and data sets."""
 
-from cfvit.data.datasets import (
-    DataSource,
-    StoredImages,
-    has_validation_split,
-    open_data,
-    open_images,
-    split_holdout,
-)
-from cfvit.data.images import (
-    IMAGE_SUFFIXES,
-    MAX_ASPECT,
-    MAX_PIXELS,
-    ImageError,
-    eval_transform,
-    open_image,
-)
+from cfvit.data.datasets import DataSource, StoredImages, has_validation_split, open_data, open_images, split_holdout
+from cfvit.data.images import IMAGE_SUFFIXES, MAX_ASPECT, MAX_PIXELS, ImageError, eval_transform, open_image
 from cfvit.data.loading import (
     FAILURES_IN_A_ROW,
     UNREADABLE,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from cfvit.calibration.records import CALIBRATION_FILE, read_calibration
+from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
 from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import fill_template

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration import Drop, TradeOff, rank_images
-from cfvit.calibration.choice import choose_eta
+from cfvit.calibration.targets import choose_eta
 from cfvit.data import UNREADABLE, DataSource, EvalImages, eval_loader, progress_bar
 from cfvit.deploy.graphs import silent, whole_graph, write_graphs
 from cfvit.errors import CfvitError

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
-from cfvit.calibration.calibrated import ADD_CLASSES, check_images, missing_classes
-from cfvit.calibration.choice import Budget, require_reachable
-from cfvit.calibration.overlap import refuse_training_images
-from cfvit.calibration.targets import Promise
-from cfvit.calibration.temperature import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE, fit_mixture, fit_temperature
-from cfvit.calibration.tradeoff import best_measure
+from cfvit.calibration.images import ADD_CLASSES, check_images, missing_classes, refuse_training_images
+from cfvit.calibration.targets import Budget, Promise, require_reachable
+from cfvit.calibration.tradeoff import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    best_measure,
+    fit_mixture,
+    fit_temperature,
+)
 from cfvit.checkpoints import weights_digest
 from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError

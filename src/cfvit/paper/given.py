@@ -12,7 +12,7 @@ import timm
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from cfvit.calibration.overlap import shared_images
+from cfvit.calibration.images import shared_images
 from cfvit.checkpoints import CONFIG_FILE, classes_of, load
 from cfvit.data import EvalImages
 from cfvit.data.labels import difference_of_classes, readable_class_names

@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cfvit.calibration.binomial import share_estimate
-from cfvit.calibration.calibrated import missing_classes
+from cfvit.calibration.images import missing_classes
+from cfvit.calibration.tradeoff import share_estimate
 from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.evaluation.metrics import Collected, SweepPoint
 from cfvit.evaluation.timing import threshold_for_share, time_in_turn

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cfvit.benchmark.conditions import Conditions
 from cfvit.calibration import Accuracy, rank_images
-from cfvit.calibration.choice import choose_eta
+from cfvit.calibration.targets import choose_eta
 from cfvit.checkpoints import WEIGHTS_FILE
 from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line

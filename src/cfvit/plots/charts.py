@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cfvit.calibration.binomial import share_estimate
-from cfvit.calibration.tradeoff import Operation, TradeOff
+from cfvit.calibration.tradeoff import Operation, TradeOff, share_estimate
 from cfvit.evaluation.breakdown import LEVEL, Reliability, spread
 from cfvit.modeling.cost import StageMacs
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import cfvit
 from cfvit.calibration import Calibration, rank_images
-from cfvit.calibration.calibrated import missing_classes
+from cfvit.calibration.images import missing_classes
 from cfvit.calibration.tradeoff import NO_ANSWER
 from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.breakdown import (

@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
-from cfvit.calibration.records import parse_record
+from cfvit.calibration.calibrated import parse_record
 from cfvit.data import DataSource, ImageError, TrainImages
 from cfvit.data.labels import difference_of_classes
 from cfvit.errors import CfvitError, first_line
