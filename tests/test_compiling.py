@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cfvit import CoarseToFineViT, Predictor
 from cfvit.inference.engines import packing
-from cfvit.inference.engines.compiling import compiled, in_sizes
+from cfvit.inference.engines.pytorch import compiled, in_sizes
 from cfvit.modeling.exit import Exit
 
 pytestmark = pytest.mark.usefixtures("packing_pays")

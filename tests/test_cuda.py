@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
 from cfvit.deploy.scheduler import Scheduler, StageOptions
-from cfvit.inference.engines.pytorch import TorchEngine
-from cfvit.inference.engines.recording import recorded
+from cfvit.inference.engines.pytorch import TorchEngine, recorded
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe
 

@@ -16,10 +16,9 @@ from torch import Tensor
 from cfvit.benchmark.names import EngineName
 from cfvit.data.datasets import DataSource
 from cfvit.inference.engines import Engine
-from cfvit.inference.engines.compiling import compiled
 from cfvit.inference.engines.exported import ExportedEngine, Format, open_graph
 from cfvit.inference.engines.packing import accelerate
-from cfvit.inference.engines.recording import recorded
+from cfvit.inference.engines.pytorch import compiled, recorded
 from cfvit.methods.base import create_method
 from cfvit.modeling.model import CoarseToFineViT
 

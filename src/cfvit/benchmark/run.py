@@ -17,8 +17,8 @@ from cfvit.benchmark.report import Bench
 from cfvit.data.datasets import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
-from cfvit.inference.engines.compiling import COMPILATIONS
 from cfvit.inference.engines.packing import accelerate
+from cfvit.inference.engines.pytorch import COMPILATIONS
 from cfvit.modeling.model import CoarseToFineViT
 
 

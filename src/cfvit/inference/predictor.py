@@ -40,11 +40,10 @@ class Predictor:
         threshold: eta in [0, 1]; by default the model's calibrated one. Either is compared with the
             confidence that ``model.exit`` measures, the highest softmax probability unless the
             model was calibrated for another.
-        compile: None for what suits the device and costs no waiting: packed layers on a CPU
-            (`cfvit.inference.engines.packing`), CUDA graphs of small batches on a GPU
-            (`cfvit.inference.engines.recording`); True for ``torch.compile`` of both stages, for any number of images
-            (`cfvit.inference.engines.compiling`); False for the model as it is. The answers are the same up to
-            rounding.
+        compile: None for what suits the device and costs no waiting: packed layers on a CPU, CUDA graphs of small
+            batches on a GPU (`cfvit.inference.engines.packing`, `cfvit.inference.engines.pytorch.recorded`); True for
+            ``torch.compile`` of both stages, for any number of images (`cfvit.inference.engines.pytorch.compiled`);
+            False for the model as it is. The answers are the same up to rounding.
 
     Attributes:
         model: what was taken of the model, in evaluation mode; shares the memory of its weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
+import timeit
 from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -178,10 +178,5 @@ def _trial() -> tuple[nn.Linear, Tensor]:
         return nn.Linear(384, 1536, **exact), torch.randn(1024, 384, **exact)
 
 
-def _quickest(call: Callable[[], object], times: int = 8) -> float:
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+def _quickest(call: Callable[[], object]) -> float:
+    return min(timeit.repeat(call, number=1, repeat=8))
