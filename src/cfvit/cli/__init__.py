@@ -1,15 +1,4 @@
 """The command line. Each command is a thin layer over the library; torch is loaded when needed."""
 
-from cfvit.cli import (  # each adds its commands
-    bench,
-    calibrate,
-    demo,
-    evaluate,
-    export,
-    models,
-    predict,
-    reproduce,
-    serve,
-    train,
-)
+from cfvit.cli import bench, calibrate, deploy, evaluate, models, predict, train  # each adds its commands
 from cfvit.cli.application import app, main

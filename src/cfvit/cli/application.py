@@ -1,16 +1,22 @@
-"""The command line as a whole: its name, its help, and how it ends."""
+"""The command line as a whole: its name, its help, how it ends, and how commands write.
+
+Answers go to standard output, everything else to standard error.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import re
 import sys
 import typing
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 
 from cyclopts import App, CycloptsError
 
 import cfvit
-from cfvit.cli.output import say, warnings_said
 from cfvit.errors import CfvitError, UsageError
 
 app = App(
@@ -28,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        with warnings_said():
+        with _warnings_said():
             status = app([word for word in words if word != "--debug"], result_action="return_value")
         sys.stdout.flush()
     except (CycloptsError, UsageError) as error:
@@ -50,3 +56,70 @@ def _fail(error: Exception, status: int, debug: bool, cause: Exception | None = 
         raise cause or error
     say(f"cfvit: {' '.join(str(error).split())}")
     sys.exit(status)
+
+
+@contextlib.contextmanager
+def _warnings_said() -> Iterator[None]:
+    """Gives each warning a line on standard error, once and at once, without the place in the code that Python adds."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: typing.Any, **__: typing.Any) -> None:
+        if (text := f"cfvit: {' '.join(str(message).split())}") not in said:
+            said.add(text)
+            say(text)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
+
+
+def say(text: str) -> None:
+    """A line on standard error, which leaves standard output to the answers."""
+    _write_line(text, sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """A line on standard output."""
+    _write_line(text, sys.stdout)
+
+
+def _write_line(text: str, stream: typing.TextIO) -> None:
+    """A single line; control characters and those that the stream cannot show, as in odd file names, are escaped."""
+    encoding = stream.encoding or "utf-8"
+    text = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def print_json(**values: object) -> None:
+    """An object on a line of standard output."""
+    print_line(json.dumps(values))
+
+
+def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
+    """A table at its full width, however narrow the terminal: a shortened name is of no use."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, box=None, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=1000).print(table)
+
+
+def report_unreadable(names: Sequence[str]) -> None:
+    """A line on standard error for each image that was left out."""
+    for name in names:
+        say(f"cfvit: {name} cannot be read and is not counted")
+
+
+def eta_text(value: float) -> str:
+    """Three digits, or as many more as tell it from 1, which no image would pass."""
+    digits = 3
+    while value < 1 == float(f"{value:.{digits}g}"):
+        digits += 1
+    return f"{value:.{digits}g}"
+
+
+def saving_text(spent: float, plain: float) -> str:
+    """What is spent against the plain backbone's cost, in words."""
+    return f"{1 - spent / plain:.0%} saved" if spent <= plain else f"{spent / plain - 1:.0%} more"

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from cfvit.benchmark.names import EngineName
-from cfvit.cli.application import app
-from cfvit.cli.output import print_json, say, show
-from cfvit.cli.parameters import DEFAULT_MODEL, Json, Share
+from cfvit.cli.application import app, print_json, print_table, say
+from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Positive, Share, several
 from cfvit.errors import UsageError
 from cfvit.modeling.config import read_grid
 
@@ -28,37 +26,36 @@ def bench(
     model: Annotated[
         str | None, Parameter(help=f"as of predict; by default {DEFAULT_MODEL}", show_default=False)
     ] = None,
-    backbone: Annotated[
-        str | None, Parameter(help="instead of a model, one on this timm ViT with random weights")
-    ] = None,
-    coarse_grid: Annotated[
-        str | None, Parameter(help="with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7")
-    ] = None,
-    batch_sizes: Annotated[
-        tuple[int, ...], Parameter(validator=Number(gte=1), help="images per call", consume_multiple=True, negative="")
-    ] = (1, 8, 32),
-    fine_share: Annotated[
-        tuple[Share, ...],
-        Parameter(help="shares of images that go on to the fine stage, forced", consume_multiple=True, negative=""),
-    ] = (0.24, 0.51),
-    engine: Annotated[
-        tuple[EngineName, ...],
-        Parameter(help="what runs the model; timm's model in torch always runs", consume_multiple=True, negative=""),
-    ] = ("torch",),
-    peers: Annotated[bool, Parameter(help="time ToMe, EViT, a cascade and the paper's early exit as well")] = True,
-    data: Annotated[
-        str | None, Parameter(help="real images as well, at the model's own eta, with and without decoding")
-    ] = None,
-    precision: Annotated[Literal["float32", "bfloat16"], Parameter(help="of weights and images")] = "float32",
-    rounds: Annotated[int, Parameter(validator=Number(gte=1), help="timed calls of each, at most")] = 100,
-    seconds: Annotated[float, Parameter(validator=Number(gt=0), help="for each batch size, about")] = 20,
-    out: Annotated[Path | None, Parameter(help="folder for bench.json, bench.md and bench.png")] = None,
+    backbone: str | None = None,
+    coarse_grid: str | None = None,
+    batch_sizes: Annotated[tuple[Count, ...], several] = (1, 8, 32),
+    fine_share: Annotated[tuple[Share, ...], several] = (0.24, 0.51),
+    engine: Annotated[tuple[EngineName, ...], several] = ("torch",),
+    peers: bool = True,
+    data: str | None = None,
+    precision: Literal["float32", "bfloat16"] = "float32",
+    rounds: Count = 100,
+    seconds: Positive = 20,
+    out: Path | None = None,
     json: Json = False,
 ) -> None:
     """Time the plain backbone, both stages, the predictor and its peers in turn, on random and on real images.
 
     Each ratio has its interval from paired rounds, and beside it the ratio of the MACs. A ratio is marked ? if the
     machine was too noisy.
+
+    Args:
+        backbone: instead of a model, one on this timm ViT with random weights
+        coarse_grid: with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7
+        batch_sizes: images per call
+        fine_share: shares of images that go on to the fine stage, forced
+        engine: what runs the model; timm's model in torch always runs
+        peers: time ToMe, EViT, a cascade and the paper's early exit as well
+        data: real images as well, at the model's own eta, with and without decoding
+        precision: of weights and images
+        rounds: timed calls of each, at most
+        seconds: for each batch size, about
+        out: folder for bench.json, bench.md and bench.png
     """
     if backbone is None and coarse_grid is not None:
         raise UsageError("--coarse-grid is a model's own: give it with --backbone")
@@ -67,7 +64,7 @@ def bench(
     import torch
 
     from cfvit.benchmark.measure import Plan
-    from cfvit.benchmark.report import summary, write_report
+    from cfvit.benchmark.report import write_report
     from cfvit.benchmark.run import run_bench
     from cfvit.checkpoints import load
     from cfvit.data.datasets import open_images
@@ -83,10 +80,11 @@ def bench(
         network = load(model or DEFAULT_MODEL)
     else:
         network = create_model(backbone, coarse_grid=read_grid(coarse_grid or 7))
-    found: list[Bench] = []
+    measured: Bench | None = None
 
     def keep(batch: Batch, so_far: Bench) -> None:
-        found[:] = [so_far]
+        nonlocal measured
+        measured = so_far
         if out is not None:
             write_report(so_far, out)
         if not json:
@@ -94,41 +92,40 @@ def bench(
 
     try:
         with join_processes() as process:
-            found[:] = [
-                run_bench(
-                    network.to(process.device, getattr(torch, precision)),
-                    batch_sizes,
-                    Plan(engine, fine_share, rounds, seconds),
-                    name=backbone or model or DEFAULT_MODEL,
-                    command=shlex.join(["cfvit", *sys.argv[1:]]),
-                    random_weights=backbone is not None,
-                    peers=peers,
-                    source=None if data is None else open_images(data),
-                    watch=keep,
-                )
-            ]
+            measured = run_bench(
+                network.to(process.device, getattr(torch, precision)),
+                batch_sizes,
+                Plan(engine, fine_share, rounds, seconds),
+                name=backbone or model or DEFAULT_MODEL,
+                command=shlex.join(["cfvit", *sys.argv[1:]]),
+                random_weights=backbone is not None,
+                peers=peers,
+                source=None if data is None else open_images(data),
+                watch=keep,
+            )
     finally:  # after a failure as well
-        for measured in found:
-            if json:
-                print_json(**summary(measured))
-                for row in (row for batch in (*measured.batches, *measured.real) for row in batch.rows):
-                    print_json(**row.to_dict())
-            for sentence in measured.sentences:
-                say(sentence)
-            if out is not None:
-                write_report(measured, out)
-                say(f"written to {out}")
+        if measured is not None:
+            _print_end(measured, out, json)
 
 
 def _print_batch(batch: Batch) -> None:
-    from rich.table import Table
-
     from cfvit.benchmark.report import COLUMNS, PEERS_COLUMNS, PEERS_TITLE, cells, heading, peers_comparison
 
-    beside = peers_comparison(batch)
-    tables = [(COLUMNS, heading(batch), [cells(row) for row in batch.rows]), (PEERS_COLUMNS, PEERS_TITLE, beside)]
-    for columns, title, rows in tables[: 1 + bool(beside)]:
-        table = Table(*columns, title=title, box=None, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        show(table)
+    print_table(COLUMNS, map(cells, batch.rows), heading(batch))
+    if beside := peers_comparison(batch):
+        print_table(PEERS_COLUMNS, beside, PEERS_TITLE)
+
+
+def _print_end(measured: Bench, out: Path | None, json: bool) -> None:
+    """All rows if as JSON, what a reader has to know besides, and where the report is."""
+    from cfvit.benchmark.report import summary, write_report
+
+    if json:
+        print_json(**summary(measured))
+        for row in (row for batch in (*measured.batches, *measured.real) for row in batch.rows):
+            print_json(**row.to_dict())
+    for sentence in measured.sentences:
+        say(sentence)
+    if out is not None:
+        write_report(measured, out)
+        say(f"written to {out}")

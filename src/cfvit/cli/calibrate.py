@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from cyclopts import Parameter
 
-from cfvit.cli.application import app
-from cfvit.cli.output import print_json, print_line, report_unreadable, say, show
-from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, Json, Model, Workers, load_model
+from cfvit.cli.application import app, print_json, print_line, print_table, report_unreadable, say
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, Flag, Json, Model, Workers, load_model
 from cfvit.errors import CfvitError, UsageError
 from cfvit.training.recipe import load_recipe
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Target
     from cfvit.data import DataSource
-
-Made = typing.TypeVar("Made")
 
 
 def _percent(hint: Any, tokens: Sequence[Any]) -> float:
@@ -36,105 +32,78 @@ def _share(hint: Any, tokens: Sequence[Any]) -> float:
     return number / 100 if tokens[0].value.endswith("%") else number
 
 
-Percent = Parameter(converter=_percent)
-Share = Parameter(converter=_share)
+Percent = Annotated[float, Parameter(converter=_percent)]
+Share = Annotated[float, Parameter(converter=_share)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TargetFlags:
-    """What `calibrate` can be asked for: one target, and the details of the two risks."""
+class TargetFlags(TypedDict, total=False):
+    """What `calibrate` can be asked for: one target, and the details of the two risks.
 
-    gmacs: Annotated[float | None, Parameter(help="target: a mean cost of at most this many GMACs an image")] = None
-    saving: Annotated[
-        float | None,
-        Percent,
-        Parameter(help="target: save at least this share of the plain ViT's MACs, for example 60%"),
-    ] = None
-    latency_ms: Annotated[
-        float | None, Parameter(help="target: a mean time of at most this an image, measured on this machine")
-    ] = None
-    accuracy: Annotated[
-        float | None, Percent, Parameter(help="target: at least this top-1 accuracy at the lowest cost")
-    ] = None
-    max_drop: Annotated[
-        float | None, Percent, Parameter(help="target: lose at most these points of accuracy against the fine stage")
-    ] = None
-    risk: Annotated[
-        float | None,
-        Share,
-        Parameter(help="target: promise that at most this share of answers gets worse, for example 0.01 or 1%"),
-    ] = None
-    selective_risk: Annotated[
-        float | None,
-        Share,
-        Parameter(help="target: promise that at most this share of the coarse stage's answers is wrong, as in 10%"),
-    ] = None
-    confidence: Annotated[
-        float | None, Share, Parameter(help="for both risks: probability that the promise is kept; by default 95%")
-    ] = None
-    method: Annotated[
-        str | None, Parameter(help="for --risk: upper_bound or fixed_sequence; by default upper_bound")
-    ] = None
+    Attributes:
+        gmacs: target: a mean cost of at most this many GMACs an image
+        saving: target: save at least this share of the plain ViT's MACs, for example 60%
+        latency_ms: target: a mean time of at most this an image, measured on this machine
+        accuracy: target: at least this top-1 accuracy at the lowest cost
+        max_drop: target: lose at most these points of accuracy against the fine stage
+        risk: target: promise that at most this share of answers gets worse, for example 0.01 or 1%
+        selective_risk: target: promise that at most this share of the coarse stage's answers is wrong, as in 10%
+        confidence: for both risks: probability that the promise is kept; by default 95%
+        method: for --risk: upper_bound or fixed_sequence; by default upper_bound
+    """
 
-    def chosen(self) -> Target:
-        """The one target that is given.
-
-        Raises:
-            UsageError: none or several, or a value that is never allowed.
-        """
-        from cfvit import calibration
-
-        details = {name: getattr(self, name) for name in ("confidence", "method") if getattr(self, name) is not None}
-        kinds: dict[str, tuple[float | None, Callable[[Any], Target]]] = {
-            "--gmacs": (self.gmacs, calibration.GmacsBudget),
-            "--saving": (self.saving, calibration.Saving),
-            "--latency-ms": (self.latency_ms, calibration.LatencyBudget),
-            "--accuracy": (self.accuracy, calibration.Accuracy),
-            "--max-drop": (self.max_drop, calibration.Drop),
-            "--risk": (self.risk, lambda share: calibration.Risk(share, **details)),
-            "--selective-risk": (self.selective_risk, lambda share: calibration.SelectiveRisk(share, **details)),
-        }
-        given = [name for name, (value, _) in kinds.items() if value is not None]
-        if len(given) != 1:
-            problem = f"{' and '.join(given)} are given" if given else "no target is given"
-            raise UsageError(f"{problem}: give one of {', '.join(kinds)}")
-        taken = {"--risk": ("confidence", "method"), "--selective-risk": ("confidence",)}.get(given[0], ())
-        if foreign := [name for name in details if name not in taken]:
-            raise UsageError(f"--{foreign[0]} belongs to --risk and {given[0]} is given: leave it out")
-        value, make = kinds[given[0]]
-        return _as_usage(lambda: make(value))
+    gmacs: float
+    saving: Percent
+    latency_ms: float
+    accuracy: Percent
+    max_drop: Percent
+    risk: Share
+    selective_risk: Share
+    confidence: Share
+    method: str
 
 
-NO_TARGET = TargetFlags()
+def _chosen(flags: TargetFlags) -> Target:
+    """The one target that is given.
+
+    Raises:
+        UsageError: none or several.
+        CfvitError: a value that is never allowed.
+    """
+    from cfvit import calibration
+
+    kinds = {
+        "gmacs": calibration.GmacsBudget,
+        "saving": calibration.Saving,
+        "latency_ms": calibration.LatencyBudget,
+        "accuracy": calibration.Accuracy,
+        "max_drop": calibration.Drop,
+        "risk": calibration.Risk,
+        "selective_risk": calibration.SelectiveRisk,
+    }
+    names = {kind: f"--{kind.replace('_', '-')}" for kind in kinds}
+    given = [kind for kind in kinds if kind in flags]
+    if len(given) != 1:
+        problem = f"{' and '.join(names[kind] for kind in given)} are given" if given else "no target is given"
+        raise UsageError(f"{problem}: give one of {', '.join(names.values())}")
+    details = {name: value for name, value in flags.items() if name not in kinds}
+    taken = {"risk": ("confidence", "method"), "selective_risk": ("confidence",)}.get(given[0], ())
+    if foreign := [name for name in details if name not in taken]:
+        raise UsageError(f"--{foreign[0]} belongs to --risk and {names[given[0]]} is given: leave it out")
+    return kinds[given[0]](flags[given[0]], **details)
 
 
 @app.command
 def calibrate(
     *,
-    data: Annotated[str, Parameter(help="images that the model was not trained on and will not be scored on")],
+    data: str,
     model: Model = DEFAULT_MODEL,
-    target: Annotated[TargetFlags, Parameter(name="*")] = NO_TARGET,
-    measure: Annotated[
-        str | None, Parameter(help="of confidence: max_probability, the default, margin, entropy or energy")
-    ] = None,
-    best: Annotated[
-        bool,
-        Parameter(
-            negative="",
-            help="the best that the model can: fit a mixture of both stages' answers, choose the "
-            "measure and, in a model's folder, perhaps a cheaper fine stage",
-        ),
-    ] = False,
-    temperature_scaling: Annotated[
-        bool, Parameter(negative="", help="fit temperatures on a random half, choose eta on the other")
-    ] = False,
-    out: Annotated[Path | None, Parameter(help="write this .json file, and not into the model's folder")] = None,
-    allow_missing_classes: Annotated[
-        bool, Parameter(negative="", help="go on if some class has no image, with a warning")
-    ] = False,
-    train_data: Annotated[
-        str | None, Parameter(help="data that the model was trained on; by default from its recipe.yaml")
-    ] = None,
+    target: Annotated[TargetFlags | None, Parameter(name="*")] = None,
+    measure: str | None = None,
+    best: Flag = False,
+    temperature_scaling: Flag = False,
+    out: Path | None = None,
+    allow_missing_classes: Flag = False,
+    train_data: str | None = None,
     json: Json = False,
     batch_size: BatchSize = 64,
     workers: Workers = 2,
@@ -144,19 +113,31 @@ def calibrate(
     Writes eta into the config.json of the model's folder, and a record of what was asked and found beside it, as
     calibration.json. Training images among the images are refused. If a target is out of reach, the message
     names the nearest value that is not.
+
+    Args:
+        data: images that the model was not trained on and will not be scored on
+        measure: of confidence: max_probability, the default, margin, entropy or energy
+        best: the best that the model can: fit a mixture of both stages' answers, choose the measure and, in a model's
+            folder, perhaps a cheaper fine stage
+        temperature_scaling: fit temperatures on a random half, choose eta on the other
+        out: write this .json file, and not into the model's folder
+        allow_missing_classes: go on if some class has no image, with a warning
+        train_data: data that the model was trained on; by default from its recipe.yaml
     """
-    wanted = target.chosen()
-    path = _calibration_path(model, out)
     from cfvit.calibration.calibrated import write_calibration
     from cfvit.checkpoints import save_exit, trained_config
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
-    from cfvit.processes import Process, best_device
 
     checked: Any = measure
-    _as_usage(lambda: Exit(checked or "max_probability"))
+    try:
+        wanted = _chosen(target or {})
+        Exit(checked or "max_probability")
+    except CfvitError as error:  # it was given on the command line
+        raise UsageError(str(error)) from error
+    path = _calibration_path(model, out)
     require_writable(path)
     network = load_model(model, None)
     source = labelled_images(network, data)
@@ -165,7 +146,6 @@ def calibrate(
         source,
         data,
         wanted,
-        Process(0, 1, best_device()),
         batch_size=batch_size,
         workers=workers,
         measure=checked,
@@ -186,14 +166,6 @@ def calibrate(
         say(f"fine stage: informative_ratio {config.informative_ratio:g}, fine_merged {config.fine_merged}")
     say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
     return int(bool(unreadable))
-
-
-def _as_usage(make: Callable[[], Made]) -> Made:
-    """The value, with a `CfvitError` turned into a `UsageError`: it was given on the command line."""
-    try:
-        return make()
-    except CfvitError as error:
-        raise UsageError(str(error)) from error
 
 
 def _calibration_path(model: str, out: Path | None) -> Path:
@@ -240,24 +212,26 @@ def _print_calibration(calibration: Calibration, as_json: bool) -> None:
     if as_json:
         print_json(**dataclasses.asdict(calibration))
         return
-    from rich.table import Table
-
-    head = f"eta {calibration.threshold:.9g}, {calibration.measure}, {calibration.images} images"
-    table = Table("", "value", f"{calibration.level:.0%} interval", title=head, box=None, title_justify="left")
     on = calibration.fine_share
     exits = dataclasses.replace(on, value=1 - on.value, low=1 - on.high, high=1 - on.low)
-    rows = [
+    figures = [
         ("accuracy %", calibration.accuracy, ".2f"),
         ("drop, points", calibration.drop, ".2f"),
         ("exit share", exits, ".1%"),
         ("GMACs", calibration.gmacs, ".3f"),
         ("saving %", calibration.saving, ".1f"),
-        *([] if calibration.latency is None else [("ms an image", calibration.latency, ".2f")]),
-        *([] if calibration.wrong_exits is None else [("wrong exits", calibration.wrong_exits, ".1%")]),
+        ("ms an image", calibration.latency, ".2f"),
+        ("wrong exits", calibration.wrong_exits, ".1%"),
     ]
-    for name, figure, form in rows:
-        table.add_row(name, f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}")
-    show(table)
+    print_table(
+        ("", "value", f"{calibration.level:.0%} interval"),
+        [
+            (name, f"{figure.value:{form}}", f"{figure.low:{form}} to {figure.high:{form}}")
+            for name, figure, form in figures
+            if figure is not None
+        ],
+        f"eta {calibration.threshold:.9g}, {calibration.measure}, {calibration.images} images",
+    )
     temperatures = (calibration.coarse_temperature, calibration.fine_temperature)
     if temperatures != (1, 1):
         others = calibration.origin.temperature_images if calibration.origin else 0

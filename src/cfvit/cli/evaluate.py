@@ -7,27 +7,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
-from cfvit.cli.application import app
-from cfvit.cli.output import eta_text, print_json, print_line, report_unreadable, saving_text, say, show
-from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, is_exported, load_model
+from cfvit.cli.application import (
+    app,
+    eta_text,
+    print_json,
+    print_line,
+    print_table,
+    report_unreadable,
+    saving_text,
+    say,
+)
+from cfvit.cli.parameters import (
+    DEFAULT_MODEL,
+    BatchSize,
+    CalibrationFile,
+    Json,
+    Share,
+    Workers,
+    is_exported,
+    load_model,
+    several,
+)
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
-    from cfvit.data import DataSource
-    from cfvit.evaluation.metrics import Evaluation, Scores
-    from cfvit.modeling.model import CoarseToFineViT
+    from cfvit.evaluation.metrics import Scores
 
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 REPORT_FILE = "report.html"
-Data = Annotated[str, Parameter(help="image folder, tar, or timm data set (hfds/..., torch/...)")]
 
 
 @app.command(name="eval")
 def evaluate(
     *,
-    data: Data,
+    data: str,
     model: Annotated[
         str | None,
         Parameter(
@@ -36,21 +50,10 @@ def evaluate(
         ),
     ] = None,
     calibration: CalibrationFile = None,
-    against: Annotated[
-        Path | None,
-        Parameter(help="compare with the images of this calibration.json, or of this model's; needs no labels"),
-    ] = None,
-    plain: Annotated[
-        str | None,
-        Parameter(help="the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own"),
-    ] = None,
-    report: Annotated[
-        Path | None, Parameter(help="folder for report.html: curve, reliability, classes and examples on one page")
-    ] = None,
-    thresholds: Annotated[
-        tuple[float, ...],
-        Parameter(validator=Number(gte=0, lte=1), help="values of eta to report", consume_multiple=True, negative=""),
-    ] = DEFAULT_THRESHOLDS,
+    against: Path | None = None,
+    plain: str | None = None,
+    report: Path | None = None,
+    thresholds: Annotated[tuple[Share, ...], several] = DEFAULT_THRESHOLDS,
     json: Json = False,
     batch_size: BatchSize = 64,
     workers: Workers = 2,
@@ -61,24 +64,31 @@ def evaluate(
     With --against: whether images in use, with or without classes, still look like those that eta was
     chosen on; the exit status is 0 in both cases. Under torchrun the images are shared among the
     processes, each counted once.
+
+    Args:
+        data: image folder, tar, or timm data set (hfds/..., torch/...)
+        against: compare with the images of this calibration.json, or of this model's; needs no labels
+        plain: the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own
+        report: folder for report.html: curve, reliability, classes and examples on one page
+        thresholds: values of eta to report
     """
+    name = model or (str(against) if against is not None and against.is_dir() else DEFAULT_MODEL)
     if against is not None:
         if report is not None or calibration is not None or plain is not None:
             raise UsageError(
                 "--against needs neither labels nor eta: give --report, --calibration, --plain in a call of their own"
             )
-        chosen = model or (str(against) if against.is_dir() else DEFAULT_MODEL)
-        return _check_drift(load_model(chosen, calibration), data, against, batch_size, workers, json)
+        return _check_drift(name, data, against, batch_size, workers, json)
+    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
     from cfvit.evaluation.metrics import Evaluation, evaluate_method, evaluate_model, labelled_images
     from cfvit.inference.engines.exported import ExportedEngine
     from cfvit.inference.engines.packing import accelerate
     from cfvit.methods.base import create_method
     from cfvit.modeling.model import CoarseToFineViT
-    from cfvit.plots.report import require_report
+    from cfvit.plots.report import require_report, write_report
     from cfvit.processes import join_processes
     from cfvit.training.setup import CLASSES_FILE, open_run
 
-    name = model or DEFAULT_MODEL
     engine: Any
     method, config = None, cast(Any, None)
     if is_exported(name, report=report, calibration=calibration, plain=plain):
@@ -103,114 +113,86 @@ def evaluate(
         else:
             result = evaluate_method(method, network, source, batch_size, workers, process, base)
         if process.leads:
-            _print_evaluation(result, as_json=json)
-            report_unreadable(result.unreadable)
-            for stage in (stage for stage in result.stages if stage.not_finite):
-                say(
-                    f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
-                    "numbers and count as wrong: check the weights"
-                )
+            _print_evaluation(result, json)
             if report is not None and isinstance(result, Evaluation):
-                _write_report(report / REPORT_FILE, engine, result, source, name, data, calibration)
+                kept = calibration or Path(name)
+                record = read_calibration(kept) if (kept / CALIBRATION_FILE).is_file() or kept.is_file() else None
+                write_report(
+                    report / REPORT_FILE,
+                    model=engine,
+                    collected=result.collected,
+                    source=source,
+                    macs=result.macs,
+                    threshold=engine.threshold,
+                    model_name=name,
+                    data_name=data,
+                    calibration=record if record is not None and record.exit == engine.exit else None,
+                )
+                say(f"the report is {report / REPORT_FILE}")
     return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
 
 
-def _write_report(
-    path: Path,
-    model: CoarseToFineViT,
-    result: Evaluation,
-    source: DataSource,
-    name: str,
-    data: str,
-    calibration: Path | None,
-) -> None:
-    """The report of an evaluation, with the record of the model's eta where that is of this very eta."""
-    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
-    from cfvit.plots.report import write_report
+def _print_evaluation(result: Scores, json: bool) -> None:
+    from cfvit.evaluation.metrics import Evaluation
 
-    kept = calibration or Path(name)
-    record = read_calibration(kept) if kept.is_file() or (kept / CALIBRATION_FILE).is_file() else None
-    write_report(
-        path,
-        model=model,
-        collected=result.collected,
-        source=source,
-        macs=result.macs,
-        threshold=cast(float, model.threshold),  # `evaluate` has refused a model without
-        model_name=name,
-        data_name=data,
-        calibration=record if record is not None and record.exit == model.exit else None,
-    )
-    say(f"the report is {path}")
+    sweep = result.sweep if isinstance(result, Evaluation) else []
+    if json:
+        for stage in result.stages:
+            values = {name: value for name, value in dataclasses.asdict(stage).items() if value is not None}
+            print_json(**{name: value for name, value in values.items() if name != "not_finite" or value})
+        for point in sweep:
+            print_json(**dataclasses.asdict(point))
+    else:
+        compared = any(stage.agreement is not None for stage in result.stages)
+        rows = []
+        for stage in result.stages:
+            agreement = [] if stage.agreement is None else [f"{stage.agreement:.1f}"]
+            rows.append([stage.stage, f"{stage.top1:.2f}", f"{stage.top5:.2f}", f"{stage.gmacs:.3f}", *agreement])
+        columns = ("stage", "top-1 %", "top-5 %", "GMACs", *["answers as the plain ViT %"] * compared)
+        print_table(columns, rows, f"{result.images} images")
+        if isinstance(result, Evaluation):
+            rows = []
+            for point in sweep:
+                mark = " (the model's)" if point.threshold == result.calibrated else ""
+                cost = (f"{point.gmacs:.3f}", saving_text(point.gmacs, result.backbone_gmacs))
+                name = f"{eta_text(point.threshold)}{mark}"
+                rows.append([name, f"{point.accuracy:.2f}", f"{point.exit_share:.1%}", *cost])
+            print_line("")
+            print_table(("eta", "top-1 %", "exit share", "GMACs", "against plain"), rows)
+    report_unreadable(result.unreadable)
+    for stage in (stage for stage in result.stages if stage.not_finite):
+        say(
+            f"cfvit: {stage.not_finite} of {result.images} answers of the {stage.stage} stage are not finite "
+            "numbers and count as wrong: check the weights"
+        )
 
 
-def _check_drift(
-    network: CoarseToFineViT, data: str, against: Path, batch_size: int, workers: int, as_json: bool
-) -> int:
-    from rich.table import Table
-
+def _check_drift(name: str, data: str, against: Path, batch_size: int, workers: int, json: bool) -> int:
     from cfvit.calibration.calibrated import read_calibration
     from cfvit.checkpoints import warn_of_other_weights
     from cfvit.data import open_images
     from cfvit.evaluation.calibrate import check_drift_of
     from cfvit.processes import join_processes
 
-    before = read_calibration(against)
+    network, before = load_model(name, None), read_calibration(against)
     source = open_images(data)
     with join_processes() as process:
         drift, unreadable = check_drift_of(network, source, before, batch_size, workers, process)
         if not process.leads:
             return int(bool(unreadable))
-    if as_json:
+    if json:
         print_json(**dataclasses.asdict(drift))
     else:
-        table = Table(f"eta {eta_text(before.threshold)}", "calibration", "now", "p", box=None)
-        table.add_row("images", str(before.images), str(drift.images), "")
-        exits = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
-        table.add_row("exit share", *exits, f"{drift.fine_share_p:.2g}")
+        shares = (f"{1 - share:.1%}" for share in (drift.expected_fine_share, drift.fine_share))
         medians = (f"{value:.3f}" for value in (drift.expected_confidence, drift.confidence))
-        table.add_row("median confidence", *medians, f"{drift.distance_p:.2g}")
-        show(table)
+        rows = [
+            ("images", str(before.images), str(drift.images), ""),
+            ("exit share", *shares, f"{drift.fine_share_p:.2g}"),
+            ("median confidence", *medians, f"{drift.distance_p:.2g}"),
+        ]
+        print_table((f"eta {eta_text(before.threshold)}", "calibration", "now", "p"), rows)
         print_line(drift.sentence)
     report_unreadable(unreadable)
     if not against.is_dir():  # a folder's record was checked when the model was loaded
         warn_of_other_weights(network, before, against)
     return int(bool(unreadable))
-
-
-def _print_evaluation(result: Scores, as_json: bool) -> None:
-    from rich.table import Table
-
-    from cfvit.evaluation.metrics import Evaluation
-
-    sweep = result.sweep if isinstance(result, Evaluation) else []
-    if as_json:
-        for stage in result.stages:
-            values = {name: value for name, value in dataclasses.asdict(stage).items() if value is not None}
-            print_json(**{name: value for name, value in values.items() if name != "not_finite" or value})
-        for point in sweep:
-            print_json(**dataclasses.asdict(point))
-        return
-
-    compared = any(stage.agreement is not None for stage in result.stages)
-    columns = ("stage", "top-1 %", "top-5 %", "GMACs", *["answers as the plain ViT %"] * compared)
-    stages = Table(*columns, title=f"{result.images} images", box=None, title_justify="left")
-    for stage in result.stages:
-        figures = [f"{stage.top1:.2f}", f"{stage.top5:.2f}", f"{stage.gmacs:.3f}"]
-        stages.add_row(stage.stage, *figures, *([] if stage.agreement is None else [f"{stage.agreement:.1f}"]))
-    show(stages)
-    if not isinstance(result, Evaluation):
-        return
-    trade = Table("eta", "top-1 %", "exit share", "GMACs", "against plain", box=None)
-    for point in result.sweep:
-        mark = " (the model's)" if point.threshold == result.calibrated else ""
-        cost = saving_text(point.gmacs, result.backbone_gmacs)
-        trade.add_row(
-            f"{eta_text(point.threshold)}{mark}",
-            f"{point.accuracy:.2f}",
-            f"{point.exit_share:.1%}",
-            f"{point.gmacs:.3f}",
-            cost,
-        )
-    print_line("")
-    show(trade)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from cfvit.cli.application import app
-from cfvit.cli.output import print_json, say, show
-from cfvit.cli.parameters import Json, Share, read_options
+from cfvit.cli.application import app, print_json, print_line, print_table, say
+from cfvit.cli.parameters import Flag, Json, Share, read_options
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
@@ -38,20 +36,7 @@ COSTED_BACKBONES = (
 
 
 @app.command
-def convert(
-    source: Annotated[
-        Path,
-        Parameter(
-            help="one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2; "
-            "with --to timm any model, also a saved folder or a bundled name"
-        ),
-    ],
-    folder: Annotated[Path, Parameter(help="where to write config.json and model.safetensors")],
-    /,
-    *,
-    to: Annotated[Literal["cfvit", "timm"], Parameter(help="timm: write the plain ViT alone")] = "cfvit",
-    overwrite: Annotated[bool, Parameter(negative="", help="replace a model that is there")] = False,
-) -> None:
+def convert(source: Path, folder: Path, /, *, to: Literal["cfvit", "timm"] = "cfvit", overwrite: Flag = False) -> None:
     """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder; or a model into timm's.
 
     The source is only read. Both stages of a model of transformers begin with its weights. The coarse stage is of use
@@ -59,6 +44,13 @@ def convert(
 
     With --to timm the folder gets the plain ViT of a coarse-to-fine model, as timm.create_model("local-dir:FOLDER")
     and transformers' pipeline("image-classification", "FOLDER") read it.
+
+    Args:
+        source: one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2; with --to timm any
+            model, also a saved folder or a bundled name
+        folder: where to write config.json and model.safetensors
+        to: timm: write the plain ViT alone
+        overwrite: replace a model that is there
     """
     import yaml
 
@@ -99,20 +91,18 @@ def convert(
 @app.command
 def models() -> None:
     """List the bundled models with their size and cost."""
-    from rich.table import Table
-
     from cfvit.checkpoints import bundled_models, load
     from cfvit.modeling.cost import count_macs
 
-    table = Table("name", "backbone", "classes", "image", "eta", "GMACs coarse", "both", "plain", box=None)
+    rows = []
     for name in bundled_models():
         model = load(name)
         macs = count_macs(model)
         eta = "-" if model.threshold is None else f"{model.threshold:.2f}"
         costs = (f"{cost / 1e9:.2f}" for cost in (macs.coarse, macs.both, macs.backbone))
         size = "x".join(map(str, model.image_size))
-        table.add_row(name, model.config.backbone, str(model.config.num_classes), size, eta, *costs)
-    show(table)
+        rows.append([name, model.config.backbone, str(model.config.num_classes), size, eta, *costs])
+    print_table(("name", "backbone", "classes", "image", "eta", "GMACs coarse", "both", "plain"), rows)
 
 
 @app.command
@@ -122,21 +112,22 @@ def cost(
     ] = COSTED_BACKBONES,
     /,
     *,
-    coarse_grid: Annotated[str, Parameter(help="side of the coarse grid in cells, or ROWSxCOLUMNS")] = "7",
-    fine_share: Annotated[
-        tuple[Share, ...],
-        Parameter(help="shares of images that go on, to give the mean cost for", consume_multiple=True),
-    ] = (0.24, 0.5),
-    method: Annotated[str | None, Parameter(help="tell what this method of cfvit train would cost instead")] = None,
-    method_options: Annotated[
-        dict[str, str] | None, Parameter(help="options of the method; by default those of its paper")
-    ] = None,
+    coarse_grid: str = "7",
+    fine_share: Annotated[tuple[Share, ...], Parameter(consume_multiple=True)] = (0.24, 0.5),
+    method: str | None = None,
+    method_options: dict[str, str] | None = None,
     json: Json = False,
 ) -> None:
     """Tell what backbones would cost in two stages, before any training: parameters and GMACs of an image.
 
     The output is a Markdown table; nothing is downloaded or computed, only counted. With --method: what an image costs
     at each operating point of that method, cheapest first, and at the last one as gmacs.
+
+    Args:
+        coarse_grid: side of the coarse grid in cells, or ROWSxCOLUMNS
+        fine_share: shares of images that go on, to give the mean cost for
+        method: tell what this method of cfvit train would cost instead
+        method_options: options of the method; by default those of its paper
     """
     import torch
 
@@ -162,7 +153,7 @@ def cost(
         rows.append([name, size, f"{parameters / 1e6:.1f}", *(f"{cost / 1e9:.2f}" for cost in costs)])
     if not json:
         for row in (columns, ["---"] * len(columns), *rows):
-            sys.stdout.write(f"| {' | '.join(row)} |\n")
+            print_line(f"| {' | '.join(row)} |")
 
 
 def _print_cost_of_method(
@@ -174,7 +165,8 @@ def _print_cost_of_method(
 
     chosen, plain = create_method(method, options=options), create_method("plain")
     if not json:
-        sys.stdout.write("| backbone | method | operating point | GMACs | plain |\n| --- | --- | --- | --- | --- |\n")
+        print_line("| backbone | method | operating point | GMACs | plain |")
+        print_line("| --- | --- | --- | --- | --- |")
     for name in backbones:
         config = ModelConfig(backbone=name, coarse_grid=grid)
         with torch.device("meta"):
@@ -185,4 +177,4 @@ def _print_cost_of_method(
             print_json(method=method, backbone=name, gmacs=dearest, backbone_gmacs=whole / 1e9, points=points)
         else:
             for point, gmacs in points.items():
-                sys.stdout.write(f"| {name} | {chosen.title} | {point} | {gmacs:.2f} | {whole / 1e9:.2f} |\n")
+                print_line(f"| {name} | {chosen.title} | {point} | {gmacs:.2f} | {whole / 1e9:.2f} |")

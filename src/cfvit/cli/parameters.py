@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,28 +11,29 @@ from cyclopts.validators import Number
 
 from cfvit.errors import UsageError
 from cfvit.modeling.config import field_help
-from cfvit.training.recipe import Recipe, read_value
+from cfvit.training.recipe import Recipe, load_recipe, read_value
 
 if TYPE_CHECKING:
     from cfvit.inference.predictor import Predictor
     from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_MODEL = "deit_tiny_imagenet"
-Threshold = Annotated[
-    float | None,
-    Parameter(
-        validator=Number(gte=0, lte=1),
-        help="eta, the confidence at which the coarse answer is given; by default the model's",
-    ),
-]
-Model = Annotated[str, Parameter(help="saved folder, authors' .pth, or a bundled name (see cfvit models)")]
-CalibrationFile = Annotated[
-    Path | None, Parameter(name="--calibration", help="use this calibration.json instead of the model's own eta")
-]
-Json = Annotated[bool, Parameter(negative="", help="one JSON object per line on stdout, nothing else there")]
-BatchSize = Annotated[int, Parameter(validator=Number(gte=1), help="images per batch")]
-Workers = Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")]
+Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
+Positive = Annotated[float, Parameter(validator=Number(gt=0))]
+NotNegative = Annotated[float, Parameter(validator=Number(gte=0))]
+Flag = Annotated[bool, Parameter(negative="")]
+several = Parameter(consume_multiple=True, negative="")
+
+Model = Annotated[str, Parameter(help="saved folder, authors' .pth, or a bundled name (see cfvit models)")]
+Threshold = Annotated[
+    Share | None, Parameter(help="eta, the confidence at which the coarse answer is given; by default the model's")
+]
+CalibrationFile = Annotated[Path | None, Parameter(help="use this calibration.json instead of the model's own eta")]
+Json = Annotated[Flag, Parameter(help="one JSON object per line on stdout, nothing else there")]
+BatchSize = Annotated[Count, Parameter(help="images per batch")]
+Workers = Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")]
+RecipeFile = Annotated[Path | None, Parameter(help="YAML of recipe fields, such as a run's recipe.yaml")]
 
 
 def load_model(model: str, calibration: Path | None) -> CoarseToFineViT:
@@ -57,10 +57,11 @@ def is_exported(model: str, **for_torch: object) -> bool:
     """
     from cfvit.inference.engines.exported import is_exported
 
+    exported = is_exported(model)
     given = [name.replace("_", "-") for name, value in for_torch.items() if value]
-    if given and is_exported(model):
+    if exported and given:
         raise UsageError(f"--{given[0]} is for models in torch, and {model} is an exported one: leave it out")
-    return is_exported(model)
+    return exported
 
 
 def load_predictor(model: str, threshold: float | None, calibration: Path | None) -> Predictor:
@@ -77,35 +78,28 @@ OPEN_FIELDS = ("timm_kwargs", "method_options")
 """Fields of a recipe that hold names with values, given as ``--timm-kwargs.NAME VALUE``."""
 
 
-def _overrides_class() -> type:
-    """All fields of a recipe as optional flags, so that only those given override it."""
+def _fields_of_a_recipe() -> dict[str, Any]:
+    """All of them as flags, with their help."""
     words: dict[str, Any] = {"coarse_grid": str, "data": list[str]} | dict.fromkeys(OPEN_FIELDS, dict[str, str])
     hints = typing.get_type_hints(Recipe) | words
-    flags = []
-    for name, text in field_help(Recipe).items():
-        if name not in Recipe.follows:
-            flag = Parameter(help=text, show_default=False, consume_multiple=name == "data", negative_iterable="")
-            flags.append((name, Annotated[hints[name] | None, flag], None))
-    return dataclasses.make_dataclass(
-        "Overrides",
-        flags,
-        kw_only=True,
-        frozen=True,
-        namespace={"__module__": __name__},  # cyclopts takes a class of module "types" for a built-in
-    )
+    return {
+        name: Annotated[hints[name], Parameter(help=text, consume_multiple=name == "data", negative_iterable="")]
+        for name, text in field_help(Recipe).items()
+        if name not in Recipe.follows
+    }
 
 
 if TYPE_CHECKING:
-    Overrides = Recipe
+    Fields = dict[str, Any]
 else:
-    Overrides = _overrides_class()
-NO_OVERRIDES = Overrides()
+    Fields = typing.TypedDict("Fields", _fields_of_a_recipe(), total=False)
+Overrides = Annotated[Fields | None, Parameter(name="*", group="Recipe fields")]
 
 
-def given_fields(overrides: Overrides) -> dict[str, Any]:
-    """The fields of a recipe that were given as flags."""
-    given = {name: value for name, value in dataclasses.asdict(overrides).items() if value is not None}
-    return given | {name: read_options(given[name]) for name in OPEN_FIELDS if name in given}
+def read_recipe(name: str, config: Path | None, overrides: Fields | None) -> Recipe:
+    """The recipe of this name, changed by a file and then by the fields that were given as flags."""
+    given = dict(overrides or {})
+    return load_recipe(name, config, given | {key: read_options(given[key]) for key in OPEN_FIELDS if key in given})
 
 
 def read_options(words: dict[str, str]) -> dict[str, Any]:

@@ -1,37 +1,45 @@
-"""``cfvit train`` and ``cfvit token-labels``."""
+"""``cfvit train``, ``token-labels``, ``reproduce`` and ``demo``: the commands that train, or learn from training."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
-from cfvit.cli.application import app
-from cfvit.cli.output import print_json, say
-from cfvit.cli.parameters import NO_OVERRIDES, BatchSize, Json, Overrides, Workers, given_fields
+from cfvit.cli.application import app, print_json, say
+from cfvit.cli.parameters import BatchSize, Count, Flag, Json, Overrides, RecipeFile, Workers, read_recipe, several
 from cfvit.errors import UsageError
-from cfvit.training.recipe import RECIPES, load_recipe
+from cfvit.training.recipe import RECIPES
+
+if TYPE_CHECKING:
+    from cfvit.paper.rows import Made
+    from cfvit.paper.studies import Study
 
 
 @app.command
 def train(
     *,
-    out: Annotated[Path | None, Parameter(help="folder for the model, its log and its checkpoint")] = None,
+    out: Path | None = None,
     recipe: Annotated[str, Parameter(help=f"where to start from: {', '.join(RECIPES)}")] = "deit",
-    config: Annotated[Path | None, Parameter(help="YAML of recipe fields, such as a run's recipe.yaml")] = None,
-    resume: Annotated[bool, Parameter(negative="", help="continue the run in --out from its last checkpoint")] = False,
-    print_recipe: Annotated[bool, Parameter(negative="", help="print the final recipe as YAML and stop")] = False,
-    overrides: Annotated[Overrides, Parameter(name="*", group="Recipe fields")] = NO_OVERRIDES,
+    config: RecipeFile = None,
+    resume: Flag = False,
+    print_recipe: Flag = False,
+    overrides: Overrides = None,
 ) -> None:
     """Train a coarse-to-fine model, or with --method plain the plain ViT, by a recipe.
 
     Needs --data and --out. The recipe is overridden by --config, and that by the flags below;
     --print-recipe shows what results. Run it under torchrun for several GPUs or machines.
+
+    Args:
+        out: folder for the model, its log and its checkpoint
+        resume: continue the run in --out from its last checkpoint
+        print_recipe: print the final recipe as YAML and stop
     """
-    final = load_recipe(recipe, config, given_fields(overrides))
+    final = read_recipe(recipe, config, overrides)
     if print_recipe:
         sys.stdout.write(final.to_yaml())
         return
@@ -46,11 +54,11 @@ def train(
 @app.command
 def token_labels(
     *,
-    data: Annotated[str, Parameter(help="training images: image folder or tar")],
-    teacher: Annotated[str, Parameter(help="timm model trained on the same classes, or local-dir:FOLDER")],
-    out: Annotated[Path, Parameter(help="folder for the label maps, one sub-folder per class")],
-    weights: Annotated[Path | None, Parameter(help="the teacher's weights, a file; by default timm's own")] = None,
-    size: Annotated[int, Parameter(validator=Number(gte=1), help="places on a side of a label map")] = 18,
+    data: str,
+    teacher: str,
+    out: Path,
+    weights: Path | None = None,
+    size: Count = 18,
     batch_size: BatchSize = 32,
     workers: Workers = 2,
     json: Json = False,
@@ -59,6 +67,13 @@ def token_labels(
 
     Maps that are there are kept, so that a run that was stopped can be called again. A file that
     cannot be read is reported; the others still get their maps, and the exit status is 1 at the end.
+
+    Args:
+        data: training images: image folder or tar
+        teacher: timm model trained on the same classes, or local-dir:FOLDER
+        out: folder for the label maps, one sub-folder per class
+        weights: the teacher's weights, a file; by default timm's own
+        size: places on a side of a label map
     """
     from cfvit.data import open_data
     from cfvit.processes import best_device
@@ -80,3 +95,87 @@ def token_labels(
         f"cfvit train --recipe lvvit --token-labels {out} ... learns from them"
     )
     return int(bool(counts.unreadable))
+
+
+@app.command
+def reproduce(
+    name: str,
+    /,
+    *,
+    recipe: Annotated[str, Parameter(help=f"by which all runs are trained: {', '.join(RECIPES)}")] = "deit",
+    config: RecipeFile = None,
+    model: str | None = None,
+    runs: Path | None = None,
+    plain: str | None = None,
+    calibration_data: str | None = None,
+    part: tuple[Path, ...] = (),
+    out: Path = Path("reproduction"),
+    seeds: Annotated[tuple[int, ...] | None, several] = None,
+    budget: str | None = None,
+    speed: bool = True,
+    json: Json = False,
+    overrides: Overrides = None,
+) -> None:
+    """Make a table or figure of the paper on your own data, beside the paper's own figures.
+
+    Needs --data. Trains the runs that are not there yet, each once; writes NAME.csv, NAME.png and NAME.md with what
+    was run. The same command goes on where it was stopped. Runs that do not fit into the budget are left out and named.
+
+    Args:
+        name: table1 ... table8, fig1a, fig1b, fig5 ... fig9, or all
+        model: train nothing: a saved folder, .pth or bundled name; for fig1a and fig1b also a timm ViT
+        runs: for table3, fig5 or all: train nothing, set the runs in this folder, of any methods, side by side
+        plain: for table2 of a model, or with --runs: the plain ViT to compare with, a file of weights or a timm ViT
+        calibration_data: with --plain: images that eta is chosen on; --data is only scored
+        part: with --plain: file that names a class on each line, for rows of these classes alone
+        out: folder for tables, pictures and runs
+        seeds: repeat each run with these; by default the recipe's
+        budget: time for training, such as 2h, 90m or 300s
+        speed: whether table2, or --runs, measures images per second
+    """
+    from cfvit.paper.studies import find_studies
+
+    find_studies(name)
+    final = read_recipe(recipe, config, overrides)
+    chosen = (final.seed,) if seeds is None else tuple(dict.fromkeys(seeds))
+    if not chosen or min(chosen) < 0:
+        problem = "--seeds has no number" if not chosen else f"seed {min(chosen)} is below 0"
+        raise UsageError(f"{problem}: give numbers from 0, as in --seeds 0 1 2")
+    from cfvit.paper.runs import parse_budget
+    from cfvit.paper.write import Request, as_json, print_table, reproduce
+
+    def show(study: Study, made: Made) -> None:
+        for row in made.rows if json else ():
+            print_json(**as_json(study, row))
+        if not json:
+            print_table(study, made)
+
+    request = Request(
+        name=name,
+        recipe=final,
+        recipe_name=recipe,
+        out=out,
+        seeds=chosen,
+        budget=None if budget is None else parse_budget(budget),
+        model=model,
+        runs=runs,
+        plain=plain,
+        calibration_data=calibration_data,
+        parts=part,
+        speed=speed,
+        command=shlex.join(["cfvit", *sys.argv[1:]]),
+    )
+    reproduce(request, show, say)
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), epochs: Count | None = None) -> None:
+    """Train on handwritten digits, compare with the plain ViT, classify two photos: some minutes on a CPU.
+
+    Args:
+        out: folder for the pictures
+        epochs: shorter or longer training
+    """
+    from cfvit.cli.digits_demo import run_demo
+
+    run_demo(out, epochs)

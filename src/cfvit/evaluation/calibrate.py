@@ -34,7 +34,7 @@ from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit, Measure
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative
-from cfvit.processes import Process
+from cfvit.processes import Process, best_device
 
 Images = tuple[Tensor, Tensor, Tensor]
 Choice = TypeVar("Choice")
@@ -68,7 +68,6 @@ def calibrate_model(
     source: DataSource,
     data: str,
     target: Target,
-    process: Process,
     *,
     batch_size: int,
     workers: int,
@@ -110,6 +109,7 @@ def calibrate_model(
             raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
     require_classes(range(len(names)) if source.targets is None else source.targets, len(source))
+    process = Process(0, 1, best_device())
     network = frozen(model.eval().to(process.device))
     network.exit = Exit()  # the stages' own answers
     costs: list[tuple[ModelConfig, StageMacs, StageLatency | None]] = []

@@ -1,0 +1,189 @@
+"""``cfvit export`` and ``cfvit serve``: a model as graphs for other engines, and behind HTTP."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.validators import Number
+
+from cfvit.cli.application import app, eta_text, say
+from cfvit.cli.parameters import (
+    DEFAULT_MODEL,
+    CalibrationFile,
+    Count,
+    Flag,
+    NotNegative,
+    Positive,
+    Share,
+    Threshold,
+    load_model,
+    load_predictor,
+)
+from cfvit.errors import CfvitError, UsageError
+from cfvit.files import require_writable
+
+
+@app.command
+def export(
+    model: str,
+    folder: Path,
+    /,
+    *,
+    format: Literal["onnx", "openvino"] = "onnx",
+    int8: Flag = False,
+    data: str | None = None,
+    calibration: CalibrationFile = None,
+) -> None:
+    """Write a model as graphs that run without torch, and compare them with torch.
+
+    Both stages are written as a graph each, and together in a third one with eta as an input. Then predict and eval
+    take the folder as --model. Graphs that do not agree with torch are not written.
+
+    With --int8, at most 300 images of DATA serve to quantise. On the others both stages are scored before and after,
+    and eta is chosen anew.
+
+    Args:
+        model: saved folder, authors' .pth, or a bundled name (see cfvit models)
+        folder: where to write the graphs, cfvit.json and example.py
+        format: of the graphs
+        int8: quantise to eight-bit integers, by images of --data
+        data: for --int8: images in use, with or without classes, not of the training
+    """
+    if int8 != (data is not None):
+        raise UsageError("--int8 quantises by the images of --data: give both, or neither")
+    require_writable(folder / "cfvit.json")
+
+    from cfvit.data import open_images
+    from cfvit.deploy.export import TOLERANCE
+    from cfvit.deploy.export import export as write
+    from cfvit.evaluation.metrics import labelled_images
+
+    network, images = load_model(model, calibration), None
+    if data is not None:
+        try:
+            images = labelled_images(network, data)
+        except CfvitError as error:
+            images = open_images(data)
+            say(f"cfvit: scored by agreement with the fine stage in torch, not by labels: {error}")
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleaned up
+    try:
+        about = write(network, folder, format=format, int8=images)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if found := about.quantised:
+        say(f"int8, by {found.calibrated_on} images; {found.measure} in % on {found.scored_on} others:")
+        for title, scores in (("in torch", found.before), ("in int8", found.after)):
+            line = f"  {title:8}  coarse {scores.coarse:.2f}, fine {scores.fine:.2f}"
+            if scores.eta is not None:
+                line += f", at eta {eta_text(scores.eta)} {scores.answered:.2f} with {scores.fine_share:.1%} fine"
+            say(line)
+    agreed = f"{'before quantising ' if about.quantised else ''}differs from torch by {about.difference:.1e}"
+    say(f"{about.config.backbone} is in {folder}: {agreed} (allowed {TOLERANCE:g})")
+
+
+@app.command
+def serve(
+    *,
+    model: str = DEFAULT_MODEL,
+    threshold: Threshold = None,
+    calibration: CalibrationFile = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000,
+    name: str | None = None,
+    coarse_batch: Count | None = None,
+    coarse_wait: NotNegative | None = None,
+    fine_batch: Count | None = None,
+    fine_wait: NotNegative | None = None,
+    least_eta: Share | None = None,
+    target_wait: Positive = 500,
+    gmacs: float | None = None,
+    max_waiting: Count = 128,
+    max_images: Count = 32,
+    max_body: Count = 16,
+    max_pixels: Count = 50,
+    time_limit: Positive = 30,
+    notice: NotNegative = 1,
+    decoders: Count = 4,
+    api_key: Path | None = None,
+    allow_parameters: Flag = False,
+    browser_runtime: Path | None = None,
+) -> None:
+    """Answer images over HTTP, until SIGTERM or Ctrl-C.
+
+    POST an image to /predict, or a request of the Open Inference Protocol to /v2/models/NAME/infer.
+
+    Args:
+        model: saved folder, exported folder, authors' .pth, or a bundled name (see cfvit models)
+        host: address to listen on; 0.0.0.0 for all of this machine's
+        name: of the model in addresses; by default as --model is called
+        coarse_batch: images in a batch of the coarse stage, at most
+        coarse_wait: milliseconds that an image waits for others, at most
+        fine_batch: the same for the fine stage
+        fine_wait: the same for the fine stage
+        least_eta: under load eta falls to this, for cheaper answers; by default never
+        target_wait: milliseconds of waiting from which eta falls
+        gmacs: budget: eta follows the images, at most its own, to this mean cost of an image
+        max_waiting: images, and requests, that may wait; others get status 503
+        max_images: images of a request
+        max_body: megabytes of a request
+        max_pixels: megapixels of an image
+        time_limit: seconds for a request, its body included
+        notice: seconds from SIGTERM in which new requests get status 503
+        decoders: threads that decode images
+        api_key: file of a key that clients must send; or put it in CFVIT_API_KEY
+        allow_parameters: let clients change eta
+        browser_runtime: dist/ of onnxruntime-web: the page can run an ONNX export in the browser
+    """
+    try:
+        from cfvit.deploy.scheduler import DEFAULTS, StageOptions
+        from cfvit.deploy.server import Settings
+        from cfvit.deploy.server import serve as run
+    except ImportError as error:
+        raise CfvitError(f"serving needs {error.name}: install cfvit[serve]") from error
+
+    name = name or Path(model).name or "cfvit"
+    if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+        raise UsageError(f"--name {name!r} stands in addresses: give letters, digits, and . _ - between them")
+    try:
+        key = os.environ.get("CFVIT_API_KEY") if api_key is None else api_key.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--api-key {api_key} cannot be read ({error}): give a text file") from error
+    if key == "":
+        raise UsageError("the API key is empty: put it into the file, or into CFVIT_API_KEY")
+    predictor = load_predictor(model, threshold, calibration)
+    if least_eta is not None and least_eta > predictor.threshold:
+        raise UsageError(f"least eta is {least_eta:g}, and eta {predictor.threshold:g}: give at most that")
+    least, most = predictor.macs.coarse / 1e9, predictor.macs.both / 1e9
+    if gmacs is not None and not least <= gmacs <= most:
+        raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
+    given = ((coarse_batch, coarse_wait), (fine_batch, fine_wait))
+    coarse, fine = (
+        StageOptions(batch or default.batch, default.wait if wait is None else wait / 1e3)
+        for (batch, wait), default in zip(
+            given, DEFAULTS.get(predictor.engine.weight.device.type, DEFAULTS["cuda"]), strict=True
+        )
+    )
+    settings = Settings(
+        name=name,
+        max_body=max_body * 2**20,
+        max_pixels=max_pixels * 1_000_000,
+        max_images=max_images,
+        max_waiting=max_waiting,
+        time_limit=time_limit,
+        decoders=decoders,
+        api_key=key,
+        allow_parameters=allow_parameters,
+        coarse=coarse,
+        fine=fine,
+        least_eta=least_eta,
+        target_wait=target_wait / 1e3,
+        gmacs=gmacs,
+        browser_runtime=browser_runtime,
+    )
+    run(predictor, settings, host, port, notice)
