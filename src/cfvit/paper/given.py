@@ -54,9 +54,11 @@ def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     network = backbone_of(model)
     method, answering = (create_method("plain"), network) if plain else (create_method("cf_vit"), model)
     scored = score(lambda batch: method.answers(answering, batch), recipe, images)
-    whole = Result(method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
+    whole = Result(method, method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
     seen = Collected({}, scored.labels, scored.indices, [])  # Figure 1 needs to know which images can be read alone
-    backbone = Result(create_method("plain").macs(network), seen, None, lambda: (network, images))
+    backbone = Result(
+        create_method("plain"), create_method("plain").macs(network), seen, None, lambda: (network, images)
+    )
     return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
 
 
@@ -160,7 +162,9 @@ def compared(
             Collected({at: scored.logits[f"{name}/{at}"] for at in macs}, scored.labels, scored.indices, [])
             for scored in both
         ]
-        results[name] = [Result(macs, own[0], own[1], lambda net=each.network: (net, images[0]), rule=rule)]
+        results[name] = [
+            Result(each.method, macs, own[0], own[1], lambda net=each.network: (net, images[0]), rule=rule)
+        ]
     return results, parts
 
 

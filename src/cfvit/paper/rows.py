@@ -21,7 +21,6 @@ from cfvit.evaluation.metrics import Collected, SweepPoint
 from cfvit.evaluation.timing import threshold_for_share, time_in_turn
 from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.predictor import Predictor
-from cfvit.modeling.exit import goes_on
 from cfvit.paper.patches import attention_pictures, score_highest_lowest
 from cfvit.paper.runs import Result, top1
 from cfvit.paper.studies import DEFAULT, FAMILIES, LARGER_GRID, PLAIN, STUDIES, Published, Study, Variant
@@ -366,8 +365,7 @@ def _comparison(study: Study, sources: Sources) -> Made:
             eta = point.threshold(result, plain)
             if eta is not None:
                 logits = shown.validation.logits
-                hard = goes_on(shown.rule.coarse(logits["coarse"]), eta)
-                answers = torch.where(hard, logits["fine"].argmax(-1), logits["coarse"].argmax(-1))
+                answers = torch.where(shown.goes_on(eta), logits["fine"].argmax(-1), logits["coarse"].argmax(-1))
                 saving = 100 * (1 - shown.at([eta])[0].gmacs / MEASURES["gmacs"](plain))
                 row = replace(row, cells={**row.cells, **paired(answers, base, listed), "saving": Cell(saving)})
             elif point.eta is None:
@@ -491,8 +489,7 @@ def _curves(study: Study, sources: Sources) -> Made:
 
 def count_right(result: Result, eta: float) -> tuple[int, int]:
     """How many validation images are answered right at the coarse and at the fine stage at an eta (Fig. 8)."""
-    logits, labels = result.validation.logits, result.validation.labels
-    hard = goes_on(result.rule.coarse(logits["coarse"]), eta)
+    logits, labels, hard = result.validation.logits, result.validation.labels, result.goes_on(eta)
     coarse, fine = (logits[stage].argmax(-1) == labels for stage in ("coarse", "fine"))
     return int((coarse & ~hard).sum()), int((fine & hard).sum())
 
@@ -563,7 +560,7 @@ def _examples(study: Study, sources: Sources) -> Made:
     result = sources.of(DEFAULT)[0]
     model, images = result.open()
     scored, eta = result.validation, FALLBACK_ETA if model.threshold is None else model.threshold
-    hard = goes_on(result.rule.coarse(scored.logits["coarse"]), eta)
+    hard = result.goes_on(eta)
     rows, sheets = [], {}
     for stage, answered in (("coarse", ~hard), ("fine", hard)):
         right = (scored.logits[stage].argmax(-1) == scored.labels) & answered

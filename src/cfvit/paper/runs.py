@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from cfvit.data import EvalImages, eval_loader, progress_bar
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import Collected, SweepPoint, collect, sweep, top_k_accuracy
 from cfvit.files import atomic_write
-from cfvit.methods.base import create_method
+from cfvit.methods.base import Method, create_method
 from cfvit.modeling.cost import StageMacs, count_macs
-from cfvit.modeling.exit import Exit
+from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.paper.studies import DEFAULT, RunSpec
 from cfvit.processes import Process, best_device
@@ -35,23 +36,18 @@ from cfvit.training import loop
 from cfvit.training.log import LOG_FILE
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe, load_recipe
-from cfvit.training.setup import Data, Splits, autocast, open_splits, prepare, steps_per_epoch
+from cfvit.training.setup import Data, autocast, prepare, steps_per_epoch
 
 RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
 TRIAL_STEPS = 4
 """Steps by which the time of a training is estimated if no other run tells it."""
 
 
-def unprepared(recipe: Recipe) -> Recipe:
-    """The recipe without what only costs time where nothing is trained; without labels the first weights teach."""
-    lighter: dict[str, Any] = {"initial_weights": None, "initial_share": 0.0} if recipe.uses_labels else {}
-    return recipe.replace({**lighter, "hold_decoded": False})
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
     """A trained network that a study can report: its cost and its answers."""
 
+    method: Method
     macs: Mapping[str, int]  # of an image by operating point; ``fine_in_paper`` is the fine stage as the paper counts
     validation: Collected  # answers to the images that it is scored on, by operating point, cheapest first
     holdout: Collected | None  # answers to the images that eta is chosen on, None if there are none
@@ -63,6 +59,10 @@ class Result:
     def stages(self) -> StageMacs:
         """The cost of both stages."""
         return StageMacs(coarse=self.macs["coarse"], fine=self.macs["fine"] - self.macs["coarse"], backbone=0)
+
+    def goes_on(self, eta: float) -> Tensor:
+        """Which validation images the fine stage answers, ``[n]`` of bool."""
+        return goes_on(self.rule.coarse(self.validation.logits["coarse"]), eta)
 
     def at(self, etas: Sequence[float]) -> list[SweepPoint]:
         """Accuracy and cost on the validation images at each eta."""
@@ -118,7 +118,7 @@ class Record:
     epochs: int  # that are trained in this folder; of a forked run, those after the fork
     conditions: dict[str, str]  # see `Conditions`
     forked_from: str | None = None  # folder of the run whose first epochs it shares
-    done: float = 0.0  # epochs, with a fraction, that took ``seconds``; 0 if another command trained the run
+    done: float = 0.0  # epochs that were trained by this command, with a fraction
     seconds: float = 0.0  # time of the training and the scoring
     epoch_seconds: float | None = None  # time of an epoch by the steps of the last call, without its start
     finished: bool = False  # whether the run is trained and scored
@@ -133,11 +133,7 @@ class Record:
 
 
 def read_record(folder: Path) -> Record | None:
-    """What ``run.json`` says, None if there is none.
-
-    Raises:
-        CfvitError: it is damaged.
-    """
+    """What ``run.json`` says, None if there is none. A damaged one raises `CfvitError`."""
     try:
         return Record(**json.loads((folder / RECORD_FILE).read_text()))
     except FileNotFoundError:
@@ -170,52 +166,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-class Budget:
-    """The time until the last training has to end: seconds from now, or None for no end."""
-
-    def __init__(self, seconds: float | None) -> None:
-        self.deadline = None if seconds is None else time.monotonic() + seconds
-
-    def fits(self, seconds: float) -> bool:
-        """Whether so much is left."""
-        return self.deadline is None or time.monotonic() + seconds < self.deadline
-
-    def is_over(self) -> bool:
-        """Whether nothing is left."""
-        return not self.fits(0.0)
-
-
-class Clock:
-    """Times the steps of a training, which asks it after each of them whether to stop."""
-
-    def __init__(self, stops: Callable[[], bool]) -> None:
-        self.stops, self.started, self.ends = stops, time.monotonic(), list[float]()
-
-    def __call__(self) -> bool:
-        self.ends.append(time.monotonic())
-        return self.stops()
-
-    @property
-    def pace(self) -> float | None:
-        """Seconds of a step without the first one, which waits for data and compilers; None after a single step."""
-        return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if len(self.ends) > 1 else None
-
-
-def time_left(record: Record, others: Iterable[Record]) -> float | None:
+def time_left(record: Record, others: Sequence[Record]) -> float | None:
     """Seconds until a run is trained; None if neither the run nor another one tells.
 
-    By its own pace if it was begun. Else by the time of an epoch of runs of the same method and grid, or else of
-    all runs; of several the longest counts.
+    By its own pace, else by the slowest run of the same method and grid, else by the slowest of all.
     """
-    pace = record.epoch_seconds
-    if pace is None:
-        alike, known = [0.0], [0.0]
-        for other in others:
-            epoch = other.seconds / other.done if other.finished and other.done else other.epoch_seconds or 0.0
-            known.append(epoch)
-            alike += [epoch] if (other.method, other.grid) == (record.method, record.grid) else []
-        pace = max(alike) or max(known) or None
-    return None if pace is None else pace * (record.epochs - record.done)
+    alike = [other for other in others if (other.method, other.grid) == (record.method, record.grid)]
+    for known in ([record], alike, others):
+        if paces := [each.epoch_seconds for each in known if each.epoch_seconds is not None]:
+            return max(paces) * (record.epochs - record.done)
+    return None
 
 
 # Training and scoring
@@ -226,6 +186,7 @@ class Runs:
 
     Args:
         base: the recipe that all of them change.
+        budget: seconds from now until the last training has to end; None for no end.
         train_images: how many images there are to train on.
         say: receives a line for each run that is trained.
     """
@@ -234,13 +195,18 @@ class Runs:
         self,
         base: Recipe,
         folder: Path,
-        budget: Budget,
+        budget: float | None,
         train_images: int,
         conditions: Conditions,
         say: Callable[[str], object],
     ) -> None:
-        self.base, self.folder, self.budget, self.conditions, self.say = base, folder, budget, conditions, say
+        self.base, self.folder, self.conditions, self.say = base, folder, conditions, say
+        self.deadline = math.inf if budget is None else time.monotonic() + budget
         self.steps = steps_per_epoch(base, train_images, 1)
+
+    def time_is_up(self) -> bool:
+        """Whether nothing is left of the budget."""
+        return time.monotonic() >= self.deadline
 
     def make(self, spec: RunSpec, seed: int) -> Run | Missing:
         """The run, first trained and scored if it is not there, unless the time left is too short.
@@ -274,18 +240,11 @@ class Runs:
         return read_run(recipe, folder)
 
     def finished(self) -> list[Run]:
-        """All finished runs in the folder, also of earlier calls. One without its recipe is left out and named."""
-        found = []
-        for folder in sorted(self.folder.glob("*-seed*")):
-            record = read_record(folder)
-            if record is None or not record.finished:
-                continue
-            path = folder / loop.RECIPE_FILE
-            if path.is_file():
-                found.append(read_run(load_recipe("deit", path), folder))
-            else:
-                self.say(f"{folder} has no {path.name} and is left out: remove it, or put its recipe back")
-        return found
+        """All finished runs in the folder, also of earlier calls."""
+        folders = sorted(path.parent for path in self.folder.glob(f"*-seed*/{loop.RECIPE_FILE}"))
+        records = [(folder, read_record(folder)) for folder in folders]
+        done = [folder for folder, record in records if record is not None and record.finished]
+        return [read_run(load_recipe("deit", folder / loop.RECIPE_FILE), folder) for folder in done]
 
     def _train(self, recipe: Recipe, folder: Path) -> Missing | None:
         """Trains a run as far as the budget allows; None if it is trained."""
@@ -297,42 +256,31 @@ class Runs:
         record = read_record(folder) or self._new_record(recipe, folder, fork)
         others = [each for each in map(read_record, self.folder.glob("*-seed*")) if each is not None]
         seconds = time_left(record, others)
-        if seconds is None and self.budget.deadline is not None and not self.budget.is_over():
+        if seconds is None and time.monotonic() < self.deadline < math.inf:
             self.say(f"{folder.name}: {TRIAL_STEPS} steps are tried, to estimate its time")
-            pace = self._try_steps(recipe)
+            with tempfile.TemporaryDirectory() as trial:
+                stopped, steps, pace = _timed(unprepared(recipe), Path(trial), lambda steps: steps >= TRIAL_STEPS)
+            if stopped and steps < TRIAL_STEPS:
+                raise Stopped(f"stopped in {folder.name}: the same command again begins it")
             seconds = None if pace is None else pace * self.steps * record.epochs
-        if not self.budget.fits(seconds or 0.0):
+        if time.monotonic() + (seconds or 0.0) >= self.deadline:
             return Missing(folder.name, "does not fit into the budget", seconds)
         begun = f"{'resumed' if resume else 'trained'}{'' if fork is None else f', begun as {fork.name}'}"
         about = "" if seconds is None else f", about {duration(seconds)}"
         self.say(f"{folder.name}: {record.epochs} epochs, {begun}{about}")
-        clock, stopped = Clock(self.budget.is_over), False
-        try:
-            train(recipe, folder, resume=resume, fork=fork, stop=clock)
-        except Stopped:
-            stopped = True
+        started = time.monotonic()
+        stopped, steps, pace = _timed(recipe, folder, lambda steps: self.time_is_up(), resume=resume, fork=fork)
         record = replace(
             record,
-            seconds=record.seconds + time.monotonic() - clock.started,
-            done=min(record.epochs, record.done + len(clock.ends) / self.steps) if stopped else float(record.epochs),
-            epoch_seconds=record.epoch_seconds if clock.pace is None else clock.pace * self.steps,
+            seconds=record.seconds + time.monotonic() - started,
+            done=min(record.epochs, record.done + steps / self.steps) if stopped else float(record.epochs),
+            epoch_seconds=record.epoch_seconds if pace is None else pace * self.steps,
         )
         record.write(folder)
-        if stopped and not self.budget.is_over():  # by a signal: whoever sent it wants the whole command to end
+        if stopped and not self.time_is_up():  # by a signal: whoever sent it wants the whole command to end
             raise Stopped(f"stopped in {folder.name}: the same command again goes on from there")
         reason = "was stopped by the budget and can be resumed"
         return Missing(folder.name, reason, time_left(record, others)) if stopped else None
-
-    def _try_steps(self, recipe: Recipe) -> float | None:
-        """Seconds of a step by the first few of a training, in a folder that is removed; None if they are too few."""
-        clock = Clock(lambda: len(clock.ends) >= TRIAL_STEPS)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                train(unprepared(recipe), Path(folder), stop=clock)
-            except Stopped:
-                if len(clock.ends) < TRIAL_STEPS:  # by a signal
-                    raise
-        return clock.pace
 
     def _new_record(self, recipe: Recipe, folder: Path, fork: Path | None = None) -> Record:
         shared = 0 if fork is None else round(recipe.all_cells_share * recipe.epochs)
@@ -344,11 +292,10 @@ class Runs:
     def _score(self, recipe: Recipe, folder: Path) -> None:
         """Runs the model over hold-out and validation images, and keeps its answers and its record."""
         started = time.monotonic()
-        images, network = restore(recipe, folder)
-        method = create_method(recipe.method, recipe, recipe.method_options)
+        images, method, network = restore(recipe, folder)
         tensors, counts = {}, {"train": len(images.train)}
         for name, dataset in (("holdout", images.holdout), ("validation", images.validation)):
-            assert dataset is not None  # `require_splits` has refused data without
+            assert dataset is not None  # data without are refused before anything is trained
             scored = score(lambda batch: method.answers(network, batch), recipe, dataset)
             counts[name] = len(scored.labels)
             tensors |= {f"{name}.logits.{i}.{at}": x.contiguous() for i, (at, x) in enumerate(scored.logits.items())}
@@ -361,6 +308,27 @@ class Runs:
         if isinstance(network, CoarseToFineViT):
             macs["fine_in_paper"] = count_macs(network).both_in_paper
         replace(record, seconds=seconds, finished=True, images=counts, macs=macs).write(folder)
+
+
+def _timed(recipe: Recipe, folder: Path, stops: Callable[[int], bool], **how: Any) -> tuple[bool, int, float | None]:
+    """Trains until ``stops``, asked with the number of steps, says so.
+
+    Returns:
+        Whether it was stopped, the number of steps, and the seconds of one without the first, which waits for data and
+        compilers; None after a single step.
+    """
+    ends: list[float] = []
+
+    def stop() -> bool:
+        ends.append(time.monotonic())
+        return stops(len(ends))
+
+    try:
+        train(recipe, folder, stop=stop, **how)
+        stopped = False
+    except Stopped:
+        stopped = True
+    return stopped, len(ends), (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
 
 
 def _changed_fields(recipe: Recipe, other: Recipe) -> list[str]:
@@ -391,7 +359,7 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
     try:
         tensors = load_file(folder / SCORES_FILE)
         parts = []
-        for name in ("holdout", "validation"):
+        for name in ("validation", "holdout"):
             keys = sorted(key for key in tensors if key.startswith(f"{name}.logits."))
             logits = {key.rpartition(".")[2]: tensors[key] for key in keys}
             parts.append(Collected(logits, tensors[f"{name}.labels"], tensors[f"{name}.indices"], []))
@@ -399,30 +367,27 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
         raise CfvitError(f"{folder / SCORES_FILE} is damaged: remove {folder / RECORD_FILE} to score again") from error
 
     def reopen() -> tuple[Any, EvalImages]:
-        images, network = restore(recipe, folder)
-        if images.validation is None:
-            raise CfvitError(f"{recipe.data[0]} has no validation images any more: name some with --val-data")
+        images, _, network = restore(recipe, folder)
+        assert images.validation is not None
         return network, images.validation
 
+    method = create_method(recipe.method, recipe, recipe.method_options)
     own: dict[str, Any] = {"recipe": recipe, "folder": folder, "record": record}
-    return Run(record.macs, parts[1], parts[0], reopen, record.seed, **own)
+    return Run(method, record.macs, parts[0], parts[1], reopen, record.seed, **own)
 
 
-def require_splits(recipe: Recipe) -> Splits:
-    """The images of a recipe. Data without hold-out or validation images are refused before anything is trained."""
-    splits = open_splits(recipe)
-    if not splits.held:
-        raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
-    if splits.validation is None:
-        raise CfvitError(f"{recipe.data[0]} has no validation images: name some with --val-data")
-    return splits
+def unprepared(recipe: Recipe) -> Recipe:
+    """The recipe without what only costs time where nothing is trained; without labels the first weights teach."""
+    lighter: dict[str, Any] = {"initial_weights": None, "initial_share": 0.0} if recipe.uses_labels else {}
+    return recipe.replace({**lighter, "hold_decoded": False})
 
 
-def restore(recipe: Recipe, folder: Path) -> tuple[Data, Any]:
-    """The images and the network of a trained run, if the folder and the data are still what they were."""
+def restore(recipe: Recipe, folder: Path) -> tuple[Data, Method, Any]:
+    """The images, the method and the network of a trained run, if folder and data are still what they were."""
     process = Process(0, 1, best_device())
     images, network = prepare(unprepared(recipe), process)
-    return images, create_method(recipe.method, recipe, recipe.method_options).load(network, folder).to(process.device)
+    method = create_method(recipe.method, recipe, recipe.method_options)
+    return images, method, method.load(network, folder).to(process.device)
 
 
 def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, images: EvalImages) -> Collected:

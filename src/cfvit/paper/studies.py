@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib import resources
 from typing import Any, Literal
 
 import yaml
+from pydantic.dataclasses import dataclass
 
 from cfvit.errors import UsageError
 from cfvit.training.recipe import Recipe
@@ -51,11 +52,8 @@ class RunSpec:
         if not base.uses_labels and self.changes.keys() & PAPERS_LOSS.keys():
             raise UsageError(f"{self.name} learns from labels, and the recipe has none: choose another recipe")
         sides = [max(1, round(self.grid_scale * side)) for side in base.grid]
-        given = {
-            "coarse_grid": sides[0] if sides[0] == sides[1] else tuple(sides),
-            "seed": seed,
-            "eval_interval": base.epochs,
-        }
+        grid = sides[0] if sides[0] == sides[1] else tuple(sides)
+        given = {"coarse_grid": grid, "seed": seed, "eval_interval": base.epochs}
         return base.replace({**papers_method(base), **given, **self.changes})
 
 
@@ -86,9 +84,9 @@ RUNS: Mapping[str, RunSpec] = {
 class Published:
     """A row that the paper prints."""
 
-    name: str  # in Tables 2 and 3 the method, or CF-ViT's eta
     place: str  # where it stands in the paper
-    values: Mapping[str, float]  # what is printed, by measure: see `cfvit.paper.rows.HEADINGS`
+    values: dict[str, float]  # what is printed, by measure: see `cfvit.paper.rows.HEADINGS`
+    name: str = ""  # in Tables 2 and 3 the method, or CF-ViT's eta
     family: str = ""  # one of `FAMILIES` in Tables 2 and 3
 
 
@@ -101,16 +99,14 @@ class Variant:
     published: Published | None = None
 
 
-Kind = Literal["ablation", "operating_points", "comparison", "curves", "patches", "attention", "counts", "examples"]
-
-
 @dataclass(frozen=True)
 class Study:
     """A table or figure of the paper."""
 
     name: str  # on the command line
     title: str
-    kind: Kind  # how its rows are made from the runs
+    # how its rows are made from the runs
+    kind: Literal["ablation", "operating_points", "comparison", "curves", "patches", "attention", "counts", "examples"]
     variants: tuple[Variant, ...]  # what is compared
     measures: tuple[str, ...] = ()  # columns of an ablation, see `cfvit.paper.rows.MEASURES`
     etas: tuple[float | str, ...] = ()  # of the operating points: numbers, "parity", or "near parity"
@@ -127,33 +123,9 @@ class Study:
         return next((row for row in self.published if (row.family, row.name) == (family, name)), None)
 
 
-def _published(entry: Mapping[str, Any]) -> Published:
-    words = ("family", "row", "label", "run", "place")
-    values = {name: float(value) for name, value in entry.items() if name not in words}
-    return Published(entry.get("row") or entry["label"], entry["place"], values, entry.get("family", ""))
-
-
-_CONTENT: Mapping[str, Any] = yaml.safe_load(
-    resources.files("cfvit.paper").joinpath("studies.yaml").read_text(encoding="utf-8")
-)
+_CONTENT: Mapping[str, Any] = yaml.safe_load(resources.files("cfvit.paper").joinpath("studies.yaml").read_text("utf-8"))
 PAPER, SETTING = str(_CONTENT["title"]), str(_CONTENT["setting"])
-
-STUDIES: Mapping[str, Study] = {
-    name: Study(
-        name=name,
-        title=entry["title"],
-        kind=entry["kind"],
-        variants=tuple(
-            Variant(each["label"], each["run"], _published(each) if "place" in each else None)
-            for each in entry["variants"]
-        ),
-        measures=tuple(entry.get("measures", ())),
-        etas=tuple(entry.get("etas", ())),
-        published=tuple(map(_published, entry.get("published", ()))),
-        notes=tuple(entry.get("notes", ())),
-    )
-    for name, entry in _CONTENT["studies"].items()
-}
+STUDIES: Mapping[str, Study] = {name: Study(name=name, **entry) for name, entry in _CONTENT["studies"].items()}
 ALL = "all"
 
 

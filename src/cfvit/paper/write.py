@@ -15,12 +15,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfvit.benchmark.conditions import Conditions, conditions_of
-from cfvit.errors import UsageError
+from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write, require_writable
 from cfvit.paper.given import compared, contestant_of, contestants_in, is_plain_vit, results_of_model, suits
 from cfvit.paper.rivals import compare_methods, measure_speed
 from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, make
-from cfvit.paper.runs import Budget, Missing, Run, Runs, duration, logged_pace, require_splits
+from cfvit.paper.runs import Missing, Run, Runs, duration, logged_pace
 from cfvit.paper.studies import (
     ALL,
     COARSE_GRID,
@@ -37,7 +37,7 @@ from cfvit.paper.studies import (
 from cfvit.plots.style import require_matplotlib
 from cfvit.processes import best_device
 from cfvit.training.recipe import RECIPES, Recipe
-from cfvit.training.setup import dtype_of
+from cfvit.training.setup import dtype_of, open_splits
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
 OF_RUNS = {
@@ -128,8 +128,12 @@ def _reproduce_with_runs(
 ) -> list[Missing]:
     """Studies of runs that are trained where they are not there; each study is written as soon as its runs are."""
     recipe, out = request.recipe, request.out
-    splits = require_splits(recipe)
-    runs = Runs(recipe, out / RUNS_FOLDER, Budget(request.budget), len(splits.kept), conditions, say)
+    splits = open_splits(recipe)
+    if not splits.held:
+        raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")
+    if splits.validation is None:
+        raise CfvitError(f"{recipe.data[0]} has no validation images: name some with --val-data")
+    runs = Runs(recipe, out / RUNS_FOLDER, request.budget, len(splits.kept), conditions, say)
     results: dict[str, list[Run]] = {}
     missing: dict[str, list[Missing]] = {}
 
