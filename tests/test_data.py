@@ -35,15 +35,16 @@ from cfvit.data import (
     ImageError,
     TrainImages,
     TrainSampler,
+    difference_of_classes,
     find_images,
     has_validation_split,
     open_data,
     open_image,
     progress_bar,
+    readable_class_names,
     split_holdout,
 )
 from cfvit.data import images as data
-from cfvit.data.labels import difference_of_classes, readable_class_names
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
-from cfvit.data import ImageError, open_data
-from cfvit.data import cache as held_images
-from cfvit.data.cache import HeldSource, hold
+from cfvit.data import DataSource, ImageError, hold, loading, open_data
+from cfvit.data.loading import HeldImages
 from cfvit.errors import CfvitError
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe
@@ -74,7 +74,7 @@ def test_images_are_not_read_from_where_they_came_any_more(mixed: Path) -> None:
 class _First(Dataset):
     """The first image of a source, as pixels."""
 
-    def __init__(self, source: HeldSource) -> None:
+    def __init__(self, source: DataSource) -> None:
         self.source = source
 
     def __len__(self) -> int:
@@ -95,17 +95,18 @@ def test_the_file_has_no_name_that_a_killed_run_could_leave_behind(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "scratch").mkdir()
-    monkeypatch.setattr(held_images.tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(loading.tempfile, "tempdir", str(tmp_path / "scratch"))
     held = hold(open_data(str(mixed)), 0)
     assert not list((tmp_path / "scratch").iterdir())
-    assert held.pixels is not None
-    assert held.pixels.size == 3 * (7 * 5 + 4 * 9 + 16 * 12 + 6 * 6)
+    assert isinstance(held.dataset, HeldImages)
+    size = os.fstat(held.dataset.file.fileno()).st_size
+    assert 0 < size - 3 * (7 * 5 + 4 * 9 + 16 * 12 + 6 * 6) < 4 * 20  # a line for each image
 
 
 def test_no_folder_for_temporary_files_is_one_line(
     mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(held_images.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(loading.tempfile, "tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(CfvitError, match=r"cannot be held.*TMPDIR"):
         hold(open_data(str(mixed)), 0)
 
@@ -114,7 +115,7 @@ def test_no_folder_for_temporary_files_is_one_line(
 def test_a_held_source_is_aligned_as_any_other(names: list[str], mixed: Path) -> None:
     source = open_data(str(mixed))
     for held in (hold(source, 0).aligned(names), hold(source.aligned(["z", "b", "a"]), 0).aligned(["b", "a", "z"])):
-        assert isinstance(held, HeldSource)
+        assert isinstance(held.dataset, HeldImages)
         for index in (0, 4):
             assert held.class_names[held.read(index)[1]] == source.class_names[source.read(index)[1]]
     with pytest.raises(CfvitError, match="'b' of the data is not among"):
@@ -126,7 +127,7 @@ def test_want_of_room_is_one_line(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
         def write(self, content: object) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(held_images.tempfile, "TemporaryFile", FullDisk)
+    monkeypatch.setattr(loading.tempfile, "TemporaryFile", FullDisk)
     with pytest.raises(CfvitError, match=r"No space left on device; 0 of 5 were.*TMPDIR.*hold-decoded"):
         hold(open_data(str(mixed)), 0)
 

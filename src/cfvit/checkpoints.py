@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cfvit.calibration import Calibration
 from cfvit.calibration.calibrated import CALIBRATION_FILE, parse_record, read_calibration
-from cfvit.data.labels import difference_of_classes, readable_class_names
+from cfvit.data import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.inference.engines.exported import is_exported

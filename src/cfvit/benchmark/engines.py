@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit.benchmark.names import EngineName
-from cfvit.data.datasets import DataSource
+from cfvit.data import DataSource
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.exported import ExportedEngine, Format, open_graph
 from cfvit.inference.engines.packing import accelerate

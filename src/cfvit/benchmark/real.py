@@ -20,7 +20,7 @@ from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM
 from cfvit.benchmark.engines import IN_TORCH, Engines
 from cfvit.benchmark.measure import COMPUTING, REAL, Batch, Entry, Plan, measure
 from cfvit.benchmark.names import EngineName
-from cfvit.data.datasets import DataSource
+from cfvit.data import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call

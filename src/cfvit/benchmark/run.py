@@ -14,7 +14,7 @@ from cfvit.benchmark.engines import IN_TORCH, Engines
 from cfvit.benchmark.measure import RANDOM, REAL, Batch, Plan, measure_batch, random_images
 from cfvit.benchmark.real import measure_real
 from cfvit.benchmark.report import Bench
-from cfvit.data.datasets import DataSource
+from cfvit.data import DataSource
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.timing import lacks_memory
 from cfvit.inference.engines.packing import accelerate

@@ -67,7 +67,7 @@ def bench(
     from cfvit.benchmark.report import write_report
     from cfvit.benchmark.run import run_bench
     from cfvit.checkpoints import load
-    from cfvit.data.datasets import open_images
+    from cfvit.data import open_images
     from cfvit.files import require_writable
     from cfvit.modeling.model import create_model
     from cfvit.plots.style import require_matplotlib

@@ -1,6 +1,16 @@
 """Reading images and data sets."""
 
-from cfvit.data.datasets import DataSource, StoredImages, has_validation_split, open_data, open_images, split_holdout
+from cfvit.data.datasets import (
+    DataSource,
+    StoredImages,
+    difference_of_classes,
+    has_validation_split,
+    have_one_order,
+    open_data,
+    open_images,
+    readable_class_names,
+    split_holdout,
+)
 from cfvit.data.images import IMAGE_SUFFIXES, MAX_ASPECT, MAX_PIXELS, ImageError, eval_transform, open_image
 from cfvit.data.loading import (
     FAILURES_IN_A_ROW,
@@ -10,6 +20,7 @@ from cfvit.data.loading import (
     TrainSampler,
     combine_seeds,
     eval_loader,
+    hold,
     leave_signals_to_the_run,
     next_batch,
     progress_bar,

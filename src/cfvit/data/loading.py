@@ -1,17 +1,20 @@
-"""Loading images in batches: items for training and evaluation, their order, the loading processes."""
+"""Loading images in batches: items for training and evaluation, their order, loading processes, images held decoded."""
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import re
 import signal
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from multiprocessing import reduction
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -202,3 +205,82 @@ def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Call
     with Progress(console=console, transient=True, disable=not (leads and console.is_terminal)) as progress:
         task = progress.add_task("images", total=total, completed=done)
         yield advance
+
+
+class HeldImages:
+    """A data set's images in a temporary file without a name, which goes with the last process that has it open.
+
+    A file, so that the system holds it in memory while there is room, and processes that inherit no memory get it too.
+
+    Attributes:
+        items: class index, place and size in the file of each image; or why it cannot be read.
+    """
+
+    def __init__(self, names: Sequence[str], items: Sequence[tuple[int, int, int] | str], file: IO[bytes]) -> None:
+        self.names, self.items, self.file, self.reader = names, items, file, self
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        item = self.items[index]
+        if isinstance(item, str):
+            raise ImageError(item)
+        target, place, size = item
+        return os.pread(self.file.fileno(), size, place), target
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def filename(self, index: int) -> str:
+        """The name of an image in its source."""
+        return self.names[index]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive, (self.names, self.items, reduction.DupFd(self.file.fileno()))
+
+
+def _receive(names: Sequence[str], items: Sequence[tuple[int, int, int] | str], handle: Any) -> HeldImages:
+    """In a process that did not inherit the file."""
+    return HeldImages(names, items, os.fdopen(handle.detach(), "rb"))
+
+
+class _Decoded(Dataset):
+    """Each image as a PPM, which is its pixels behind a line, and its class index; or why it cannot be read."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> tuple[bytes | str, int]:
+        content = io.BytesIO()
+        try:
+            image, target = self.source.read(index)
+        except ImageError as error:
+            return str(error), UNREADABLE
+        image.save(content, "PPM")
+        return content.getvalue(), target
+
+
+def hold(source: DataSource, workers: int, leads: bool = True) -> DataSource:
+    """A source of the same images, all of them decoded now by ``workers`` processes, which needs no decoding again.
+
+    They take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``), for each process
+    of a distributed run anew. Raises `CfvitError` if there is no room.
+    """
+    loader = DataLoader(_Decoded(source), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
+    items: list[tuple[int, int, int] | str] = []
+    try:
+        file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115 - it outlives this function
+        with progress_bar(len(source), leads) as advance:
+            decoded = iter(loader)
+            for _ in range(len(source)):
+                content, target = next_batch(decoded)
+                items.append(content if isinstance(content, str) else (target, file.tell(), file.write(content)))
+                advance(1)
+        file.flush()
+    except OSError as error:
+        raise CfvitError(
+            f"the decoded images cannot be held ({error.strerror or error}; {len(items)} of {len(source)} were): "
+            "make room for temporary files, set TMPDIR to a folder that has some, or leave out --hold-decoded"
+        ) from error
+    return DataSource(HeldImages([source.name(i) for i in range(len(source))], items, file), source.class_names)

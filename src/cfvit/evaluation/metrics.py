@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cfvit.calibration.tradeoff import NO_ANSWER, answers_of, rank_images
-from cfvit.data import DataSource, EvalImages, eval_loader, open_data, progress_bar
-from cfvit.data.labels import have_one_order
+from cfvit.data import DataSource, EvalImages, eval_loader, have_one_order, open_data, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.exported import ExportedEngine
 from cfvit.inference.engines.packing import accelerate

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from cfvit.calibration.images import shared_images
 from cfvit.checkpoints import CONFIG_FILE, classes_of, load
-from cfvit.data import EvalImages
-from cfvit.data.labels import difference_of_classes, readable_class_names
+from cfvit.data import EvalImages, difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate

@@ -25,9 +25,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from cfvit.checkpoints import classes_of, is_coarse_to_fine
-from cfvit.data import DataSource, EvalImages, TrainImages, has_validation_split, open_data, open_images, split_holdout
-from cfvit.data.cache import hold
-from cfvit.data.labels import readable_class_names
+from cfvit.data import (
+    DataSource,
+    EvalImages,
+    TrainImages,
+    has_validation_split,
+    hold,
+    open_data,
+    open_images,
+    readable_class_names,
+    split_holdout,
+)
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.inference.engines.packing import accelerate, accelerate_training
 from cfvit.methods.base import Method, create_method

@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor
 
 from cfvit.checkpoints import CONFIG_FILE
-from cfvit.data.labels import difference_of_classes, have_one_order
+from cfvit.data import difference_of_classes, have_one_order
 from cfvit.errors import CfvitError
 from cfvit.modeling.backbones import in_timms_keys, require_fit
 from cfvit.modeling.weights import is_of_plain_network, read_weights

@@ -23,8 +23,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
 from cfvit.calibration.calibrated import parse_record
-from cfvit.data import DataSource, ImageError, TrainImages
-from cfvit.data.labels import difference_of_classes
+from cfvit.data import DataSource, ImageError, TrainImages, difference_of_classes
 from cfvit.errors import CfvitError, first_line
 
 MAX_CLASSES = 2049

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, eval_loader, progress_bar
-from cfvit.data.labels import difference_of_classes
+from cfvit.data import UNREADABLE, DataSource, EvalImages, ImageError, difference_of_classes, eval_loader, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.training.teacher import Teacher
