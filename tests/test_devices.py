@@ -22,7 +22,7 @@ from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
 from cfvit.training.recipe import Recipe
 from cfvit.training.step import class_target, draw_mixed_cells, mix_images
-from cfvit.training.tokens.label_maps import pool_scores
+from cfvit.training.tokens import pool_scores
 
 GPU = torch.device("cuda", 0)
 CLASSES = 5

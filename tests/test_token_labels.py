@@ -33,14 +33,15 @@ from cfvit.data import DataSource, StoredImages, TrainImages, next_batch, open_d
 from cfvit.data.trees import StoredImage
 from cfvit.errors import CfvitError
 from cfvit.training.teacher import Teacher, load_teacher
-from cfvit.training.tokens.label_maps import (
+from cfvit.training.tokens import (
     LabelledImages,
     LabelledTransform,
     label_path_of,
+    make_token_labels,
     pool_labels,
     read_label_map,
+    to_label_maps,
 )
-from cfvit.training.tokens.labelling import make_token_labels, to_label_maps
 
 Fails = Callable[..., Any]
 Cli = Callable[..., Outcome]
@@ -876,7 +877,7 @@ def test_more_classes_than_half_precision_counts_are_refused(
 ) -> None:
     assert torch.equal(torch.arange(2049).half().long(), torch.arange(2049))
     assert int(torch.tensor(2049).half()) != 2049
-    monkeypatch.setattr("cfvit.training.tokens.labelling.MAX_CLASSES", 2)
+    monkeypatch.setattr("cfvit.training.tokens.MAX_CLASSES", 2)
     with fails("3 classes are more than label maps can hold, 2"):
         make_token_labels(open_data(str(make_colours(per_class=1))), colours_teacher, tmp_path / "maps", workers=0)
 

@@ -44,7 +44,7 @@ from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import DIGITS, Recipe
 from cfvit.training.setup import attention_for_gradients
 from cfvit.training.step import draw_mixed_cells, make_batch
-from cfvit.training.tokens.label_maps import pool_labels, pool_scores
+from cfvit.training.tokens import pool_labels, pool_scores
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

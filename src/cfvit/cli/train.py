@@ -78,7 +78,7 @@ def token_labels(
     from cfvit.data import open_data
     from cfvit.processes import best_device
     from cfvit.training.teacher import load_teacher
-    from cfvit.training.tokens.labelling import make_token_labels
+    from cfvit.training.tokens import make_token_labels
 
     source = open_data(data, "train")
     trained = load_teacher(teacher, len(source.class_names), weights, best_device())

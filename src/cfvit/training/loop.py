@@ -28,8 +28,7 @@ from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write, require_writable
 from cfvit.processes import Process, join_processes
-from cfvit.training.log import Reporter
-from cfvit.training.pace import Pace
+from cfvit.training.log import Pace, Reporter
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import (
     CLASSES_FILE,
@@ -244,7 +243,6 @@ class _Run:
             pace.start(ratio)
             for _ in range(done, steps):
                 loss = take_step(recipe, trained, batches, ratio, process)
-                pace.advance()
                 ends = trained.step % steps == 0  # then the checkpoint waits for the evaluation
                 saves = trained.step % recipe.checkpoint_interval == 0 and not ends
                 stops = not ends and stopping()

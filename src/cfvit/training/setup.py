@@ -42,7 +42,7 @@ from cfvit.methods.base import Method, create_method
 from cfvit.processes import Process
 from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.teacher import Teacher, load_teacher
-from cfvit.training.tokens.label_maps import LabelledImages, LabelledTransform
+from cfvit.training.tokens import LabelledImages, LabelledTransform
 
 RECIPE_FILE, CLASSES_FILE = "recipe.yaml", "class_names.json"
 """What a run's folder holds beside the weights, so that the network can be built again."""

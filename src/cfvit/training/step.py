@@ -19,7 +19,7 @@ from cfvit.modeling.tokens import cells_in_box
 from cfvit.processes import Process
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import Trained, attention_for_gradients, autocast, dtype_of, orthogonalising_in
-from cfvit.training.tokens.label_maps import pool_labels, pool_scores
+from cfvit.training.tokens import pool_labels, pool_scores
 
 
 def take_step(

@@ -1,4 +1,4 @@
-"""How fast a run is said to be."""
+"""What a run tells of its speed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cfvit import count_macs
 from cfvit.methods.base import create_method
 from cfvit.modeling.config import ModelConfig
 from cfvit.processes import Process
-from cfvit.training import pace as pace_module
+from cfvit.training import log
+from cfvit.training.log import Pace, gradient_macs, matrix_rate
 from cfvit.training.loop import train
-from cfvit.training.pace import Pace, gradient_macs, matrix_rate
 from cfvit.training.recipe import Recipe
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -24,19 +24,19 @@ CPU = Process(rank=0, world=1, device=torch.device("cpu"))
 
 def test_figures_are_those_since_the_start_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace_module, "matrix_rate", lambda device, dtype: 50_000.0)
-    monkeypatch.setattr(pace_module, "gradient_macs", lambda method, model, split: int(1000 * split))
-    anything: Any = SimpleNamespace(method=None, model=None)
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(log, "matrix_rate", lambda device, dtype: 50_000.0)
+    monkeypatch.setattr(log, "gradient_macs", lambda method, model, split: int(1000 * split))
+    anything: Any = SimpleNamespace(method=None, model=None, step=3)
     pace = Pace(Recipe(batch_size=10), anything, Process(rank=0, world=4, device=CPU.device))
     pace.start(0.5)
     for _ in range(6):
         now[0] += 0.5
-        pace.advance()
+        anything.step += 1
     assert pace.figures() == {"images_per_second": 80.0, "matrix_share": 0.2}
     pace.start(1.0)
     now[0] += 2.0
-    pace.advance()
+    anything.step += 1
     assert pace.figures() == {"images_per_second": 20.0, "matrix_share": 0.1}
 
 
@@ -48,17 +48,17 @@ def test_products_are_counted_once_for_each_split_and_that_is_no_training(monkey
         now[0] += 50.0
         return 1000
 
-    monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pace_module, "matrix_rate", lambda device, dtype: 50_000.0)
-    monkeypatch.setattr(pace_module, "gradient_macs", count)
-    anything: Any = SimpleNamespace(method=None, model=None)
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(log, "matrix_rate", lambda device, dtype: 50_000.0)
+    monkeypatch.setattr(log, "gradient_macs", count)
+    anything: Any = SimpleNamespace(method=None, model=None, step=3)
     pace = Pace(Recipe(batch_size=10), anything, CPU)
     speeds = []
     for split in (1.0, 0.5, 0.5):
         pace.start(split)
         for _ in range(2):
             now[0] += 0.5
-            pace.advance()
+            anything.step += 1
             speeds.append(pace.figures()["images_per_second"])
     assert speeds == [20.0] * 6
     assert counted == [1.0, 0.5]

@@ -6,14 +6,19 @@ own. The label maps on disk are in the format of that paper's project, whose fil
 
 from __future__ import annotations
 
+import io
+import json
+import math
 import random
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.functional as image_functions
 from PIL import Image
 from timm.data import create_transform
@@ -23,14 +28,30 @@ from torchvision.ops import roi_align
 from torchvision.transforms import RandomHorizontalFlip
 
 from cfvit.calibration.calibrated import parse_record
-from cfvit.data import DataSource, ImageError, TrainImages, difference_of_classes
+from cfvit.data import (
+    UNREADABLE,
+    DataSource,
+    EvalImages,
+    ImageError,
+    TrainImages,
+    difference_of_classes,
+    eval_loader,
+    progress_bar,
+)
 from cfvit.errors import CfvitError, first_line
+from cfvit.files import atomic_write
+from cfvit.training.teacher import Teacher
 
 MAX_CLASSES = 2049
 """Half precision, in which class indices are stored, counts to 2048 without a gap."""
 
 ORIGIN_FILE = "labels.json"
 """Beside the folders of the classes: a `MapsOrigin`."""
+
+MAP_SIZE, TOP_SCORES = 18, 5
+"""Places on a side of a published label map, and scores at each."""
+
+_MAX_SCORE = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True)
@@ -103,27 +124,23 @@ def read_label_map(path: Path, num_classes: int) -> Tensor:
         raise CfvitError(
             f"label map {path} is damaged ({reason}): remove it and run cfvit token-labels again"
         ) from error
-    problem = _problem_of(content, num_classes)
+    problem = None
+    if not isinstance(content, Tensor):
+        problem = f"is a {type(content).__name__}, not a tensor [2, k, h, w]"
+    elif content.ndim != 4 or content.shape[0] != 2 or 0 in content.shape or content.dtype is not torch.float16:
+        problem = f"is {list(content.shape)} in {content.dtype}, not [2, k, h, w] in torch.float16"
+    else:
+        scores, classes = content.float()
+        outside = classes[(classes < 0) | (classes >= num_classes)]
+        if not scores.isfinite().all():
+            problem = "has scores that are not finite"
+        elif (classes != classes.round()).any():
+            problem = "has classes that are not whole numbers"
+        elif len(outside):
+            problem = f"has class {outside[0]:g}, where there are {num_classes}"
     if problem:
         raise CfvitError(f"label map {path} {problem}: remove it and run cfvit token-labels for this data")
     return content
-
-
-def _problem_of(content: Any, num_classes: int) -> str | None:
-    """Why something read from a file is no label map, or None."""
-    if not isinstance(content, Tensor):
-        return f"is a {type(content).__name__}, not a tensor [2, k, h, w]"
-    if content.ndim != 4 or content.shape[0] != 2 or 0 in content.shape or content.dtype is not torch.float16:
-        return f"is {list(content.shape)} in {content.dtype}, not [2, k, h, w] in torch.float16"
-    scores, classes = content.float()
-    if not scores.isfinite().all():
-        return "has scores that are not finite"
-    if not (classes == classes.round()).all():
-        return "has classes that are not whole numbers"
-    if classes.min() < 0 or classes.max() >= num_classes:
-        wrong = classes.max() if classes.max() >= num_classes else classes.min()
-        return f"has class {wrong:g}, where there are {num_classes}"
-    return None
 
 
 class LabelledTransform:
@@ -188,7 +205,18 @@ class LabelledImages(TrainImages):
                 f"the label maps in {root} are of other classes ({differs}): "
                 "make maps of this data with cfvit token-labels and another --out"
             )
-        super().__init__(source, _with_maps(source, indices, root), transform)
+        missing = {i: path for i in indices if not (path := label_path_of(root, source, i)).is_file()}
+        for index, path in missing.items():
+            try:
+                source.read(index)
+            except ImageError as error:
+                warnings.warn(f"skipped {source.name(index)}: {error}", stacklevel=2)
+                continue
+            raise CfvitError(
+                f"{len(missing)} of {len(indices)} training images have no label map, the first is {path}: "
+                f"make them with cfvit token-labels --out {root}"
+            )
+        super().__init__(source, [i for i in indices if i not in missing], transform)
         self.root = root
         self.shape = self._read_map(self.indices[0]).shape if self.indices else None
 
@@ -211,27 +239,11 @@ class LabelledImages(TrainImages):
         return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
 
 
-def _with_maps(source: DataSource, indices: Sequence[int], root: Path) -> list[int]:
-    """The indices of the images that have label maps; of the others none may be readable."""
-    missing = {i: path for i in indices if not (path := label_path_of(root, source, i)).is_file()}
-    for index, path in missing.items():
-        try:
-            source.read(index)
-        except ImageError as error:
-            warnings.warn(f"skipped {source.name(index)}: {error}", stacklevel=3)
-            continue
-        raise CfvitError(
-            f"{len(missing)} of {len(indices)} training images have no label map, the first is {path}: "
-            f"make them with cfvit token-labels --out {root}"
-        )
-    return [i for i in indices if i not in missing]
-
-
 def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
     """As `pool_scores`, from stored label maps.
 
-    A class that is not among the k has score 0, as in LV-ViT's training; `to_label_maps` of
-    `cfvit.training.tokens.labelling` shifts the stored scores so that this is right on the whole.
+    A class that is not among the k has score 0, as in LV-ViT's training; `to_label_maps` shifts the
+    stored scores so that this is right on the whole.
 
     Args:
         maps: ``[B, 2, k, h, w]``, see `read_label_map`.
@@ -270,3 +282,126 @@ def pool_scores(scores: Tensor, grid: tuple[int, int], windows: Tensor | None = 
     flipped = windows[:, 4, None, None, None] > 0.5
     pooled = torch.where(flipped, pooled.flip(-1), pooled)  # [B, C, rows, cols]
     return pooled.flatten(2).transpose(1, 2).softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """What `make_token_labels` did."""
+
+    made: int  # label maps written
+    kept: int  # label maps that were there
+    unreadable: list[tuple[str, str]]  # names of images without a label map, and why
+
+
+def make_token_labels(
+    source: DataSource, teacher: Teacher, out: Path, *, size: int = MAP_SIZE, batch_size: int = 32, workers: int = 2
+) -> LabelCounts:
+    """Writes the label map of every image that has none yet, with a progress bar.
+
+    The teacher sees the whole image, squashed to its input size, so that shares of the map are
+    shares of the image. A map is ``[2, 5, size, size]`` in half precision, fewer than 5 where there
+    are fewer classes; see `to_label_maps`.
+
+    Args:
+        out: gets ``labels.json``, a `MapsOrigin`, and a folder per class.
+
+    Raises:
+        CfvitError: other classes than the teacher's, two images with one place for their maps, maps of another or
+            unknown origin in ``out``, a full disk. What has been written is kept and used by another call.
+    """
+    teacher.require_classes(source.class_names)
+    if len(source.class_names) > MAX_CLASSES:
+        raise CfvitError(
+            f"{len(source.class_names)} classes are more than label maps can hold, {MAX_CLASSES}: "
+            "train with the teacher itself"
+        )
+    root = getattr(getattr(source.dataset, "reader", None), "root", None)
+    if root and out.resolve().is_relative_to(Path(root).resolve()):
+        raise CfvitError(f"{out} lies within the data, where its folders would be classes: choose another folder")
+    require_own_maps(source)
+    _claim(out, MapsOrigin(teacher.name, teacher.weights_sha256(), source.class_names, size, version("cfvit")))
+    unreadable: list[tuple[str, str]] = []
+    shape = (2, min(TOP_SCORES, len(source.class_names)), size, size)
+
+    def is_there(index: int) -> bool:
+        """Whether an image has its map; a damaged one and one of another shape are made again."""
+        try:
+            return read_label_map(label_path_of(out, source, index), len(source.class_names)).shape == shape
+        except CfvitError:
+            return False
+
+    missing: list[int] = []
+    with progress_bar(len(source)) as advance:
+        for index in range(len(source)):
+            missing += [] if is_there(index) else [index]
+            advance(1)
+    images = EvalImages(source, {**teacher.data_config, "crop_pct": 1.0, "crop_mode": "squash"}, missing)
+    with progress_bar(len(missing)) as advance:
+        for pixels, targets, places in eval_loader(images, batch_size, workers, teacher.device):
+            readable = targets != UNREADABLE
+            if readable.any():
+                maps = to_label_maps(teacher.dense(pixels[readable].to(teacher.device)), size).cpu()
+                for index, label_map in zip(places[readable].tolist(), maps, strict=True):
+                    content = io.BytesIO()  # writing straight to a full disk, torch would not say that it is full
+                    torch.save(label_map.clone(), content)
+                    with atomic_write(label_path_of(out, source, index)) as file:
+                        file.write_bytes(content.getvalue())
+            for index in places[~readable].tolist():
+                try:
+                    source.read(index)
+                    reason = "could not be read a moment ago"
+                except ImageError as error:
+                    reason = str(error)
+                unreadable.append((source.name(index), reason))
+            advance(len(places))
+    return LabelCounts(len(missing) - len(unreadable), len(source) - len(missing), unreadable)
+
+
+def to_label_maps(logits: Tensor, size: int) -> Tensor:
+    """Label maps of a teacher's logits at each place: the highest, and their classes.
+
+    Softmax does not mind by how much all logits of a place are shifted, but a reader of maps takes
+    the classes that are not stored to have score 0. So the scores are shifted until the softmax with
+    that 0 gives these classes together what the teacher gives them: by the log of the mean of their
+    exponentials. Where every class is stored, the highest is shifted to 0, near which half precision
+    is finest. Scores that are not finite raise `CfvitError`.
+
+    Args:
+        logits: ``[B, C, h, w]``; interpolated to ``size`` places on a side.
+
+    Returns:
+        ``[B, 2, k, size, size]`` in half precision, k at most 5. Where that does not reach to the mean
+        of the classes that are not stored, the scores keep their distance from the highest.
+    """
+    logits = F.interpolate(logits.float(), (size, size), mode="bilinear", antialias=True)
+    logits = logits - logits.amax(dim=1, keepdim=True)
+    scores, classes = logits.topk(min(TOP_SCORES, logits.shape[1]), dim=1)
+    others = logits.shape[1] - scores.shape[1]
+    if others:
+        unstored = logits.scatter(1, classes, -math.inf)
+        mean = unstored.logsumexp(dim=1, keepdim=True) - math.log(others)
+        scores = scores - mean.clamp(min=-_MAX_SCORE)
+    maps = torch.stack([scores.clamp(min=-_MAX_SCORE), classes.float()], dim=1).half()
+    if not maps.isfinite().all():
+        raise CfvitError("the teacher gives scores that are not finite: check its weights")
+    return maps
+
+
+def _claim(out: Path, origin: MapsOrigin) -> None:
+    """Writes down what the maps in a folder will be made of, or compares it with what is written there."""
+    was = read_origin(out)
+    differs = None
+    if was is None:
+        if any(out.glob("*/*.pt")):
+            raise CfvitError(f"{out} holds label maps of unknown origin, without {ORIGIN_FILE}: give another --out")
+        with atomic_write(out / ORIGIN_FILE) as file:
+            file.write_text(json.dumps(asdict(origin), indent=2) + "\n")
+    elif was.weights_sha256 != origin.weights_sha256:
+        which = f"not {origin.teacher}" if was.teacher != origin.teacher else "with other weights"
+        differs = f"are by teacher {was.teacher}, {which}"
+    elif was.size != origin.size:
+        differs = f"are of {was.size} x {was.size} places, not {origin.size}"
+    elif classes := difference_of_classes(origin.class_names, was.class_names):
+        differs = f"are of other classes ({classes})"
+    if differs:
+        raise CfvitError(f"the label maps in {out} {differs}: give another --out, or remove the folder")
