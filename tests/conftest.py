@@ -24,6 +24,7 @@ from cfvit import CfvitError, CoarseToFineViT, Prediction, StageMacs, create_mod
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
 from cfvit.inference.engines import packing
+from cfvit.methods.multi_exit import MultiExit
 from cfvit.modeling import cost
 from cfvit.training.recipe import Recipe
 
@@ -49,9 +50,11 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 def each_network_counted_once() -> Iterator[None]:
     """What an image costs follows from the configuration: commands count a network once for all tests, not in each.
 
-    Tests of the counting itself import the function, and have the real one.
+    Tests of the counting itself import the function, and have the real one. Of networks with many exits, whose
+    convolutions take long to count, it follows from the layers.
     """
     count, known = cost.count_macs, dict[str, StageMacs]()
+    count_exits, known_exits = MultiExit.macs, dict[str, dict[str, int]]()
 
     def count_once(model: CoarseToFineViT) -> StageMacs:
         key = f"{type(model)} {model.config}"
@@ -59,10 +62,17 @@ def each_network_counted_once() -> Iterator[None]:
             known[key] = count(model)
         return known[key]
 
+    def count_exits_once(method: MultiExit, network: Any) -> dict[str, int]:
+        key = f"{network} {network.exits} {network.image_size}"
+        if key not in known_exits:
+            known_exits[key] = count_exits(method, network)
+        return dict(known_exits[key])
+
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("cfvit") and getattr(module, "count_macs", None) is count:
                 patch.setattr(module, "count_macs", count_once)
+        patch.setattr(MultiExit, "macs", count_exits_once)
         yield
 
 

@@ -8,8 +8,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, count_macs, load
+from cfvit.benchmark import contenders as contenders_module
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
@@ -94,14 +95,29 @@ def model(make_model: Callable[..., CoarseToFineViT]) -> CoarseToFineViT:
     return make_model().requires_grad_(False)
 
 
+@contextmanager
+def _few_methods() -> Iterator[None]:
+    """Those of `NAMES` alone: what is tested of a peer holds of each, and all take long to build and count."""
+    few = {name: base.known_methods()[name] for name in ("cascade", "evit", "literal", "tome")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contenders_module, "known_methods", lambda: few)
+        yield
+
+
+@pytest.fixture
+def few_methods() -> Iterator[None]:
+    with _few_methods():
+        yield
+
+
 @pytest.fixture(scope="module")
 def contenders(model: CoarseToFineViT) -> list[Contender]:
     return _all_contenders(model)
 
 
 def _all_contenders(model: CoarseToFineViT) -> list[Contender]:
-    """Those of `NAMES`: what is tested of a peer holds of each."""
-    peers, refusals = peers_of(model)
+    with _few_methods():
+        peers, refusals = peers_of(model)
     assert refusals == {}
     return own_contenders(Engines(model)) + [peer for peer in peers if peer.name in NAMES]
 
@@ -198,6 +214,9 @@ def test_every_call_answers_by_what_it_names(
 
 def test_each_method_is_a_peer(model: CoarseToFineViT) -> None:
     peers, _ = peers_of(model)
+    for peer in peers:
+        engine = peer.engines[0] if peer.engines else "eager"
+        assert _logits(peer.build(engine)(random_images(model, 1), [1])()).shape == (1, model.config.num_classes)
     titles = {method.title for name, method in base.known_methods().items() if name not in OWN_METHODS}
     assert {peer.name.split(", ")[0] for peer in peers} == titles
 
@@ -272,7 +291,7 @@ def test_eager_is_the_network_itself(model: CoarseToFineViT) -> None:
 def test_a_method_of_ones_own_is_timed_without_a_change_elsewhere(
     model: CoarseToFineViT, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base, "METHODS", dict(base.METHODS))
+    monkeypatch.setattr(base, "METHODS", {})
 
     @base.register("mean_colour")
     class MeanColour(Plain):
@@ -555,9 +574,9 @@ def test_real_images_need_an_eta(model: CoarseToFineViT, colours: Path, fails: F
 # Reports
 
 
-def _run(model: CoarseToFineViT, **options: Any) -> Bench:
+def _run(model: CoarseToFineViT, sizes: Sequence[int] = (1, 3), **options: Any) -> Bench:
     given = {"name": "tiny", "command": "cfvit bench", "random_weights": True, "peers": True, **options}
-    return run_bench(model, (1, 3), QUICK, **given)
+    return run_bench(model, sizes, QUICK, **given)
 
 
 def _row(**changes: Any) -> Row:
@@ -751,6 +770,7 @@ def test_compilation_that_torch_would_give_up_fails_in_a_line(monkeypatch: pytes
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_path: Path) -> None:
     seen: list[Batch] = []
     sizes: list[int] = []
@@ -782,7 +802,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
 
 
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
-    bench = _run(make_model(reg_tokens=1))
+    bench = _run(make_model(reg_tokens=1), (1,))
     peers = {row.name.split(", ")[0] for row in bench.batches[0].rows} - {*NAMES[:6]}
     assert peers == {"cascade of two ViTs", "MSDNet", "RANet"}
     refused = {note.split(": ")[0] for note in bench.notes if note.startswith("without ")}
@@ -796,6 +816,7 @@ def _json(outcome: Outcome) -> list[dict[str, Any]]:
     return [json.loads(line) for line in outcome.out]
 
 
+@pytest.mark.usefixtures("few_methods")
 def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, colour_model: Path) -> None:
     arguments = ("bench", "--model", colour_model, "--batch-sizes", "1", "4", "--fine-share", "0.5", "--rounds", "1")
     outcome = cfvit_main(*arguments, "--json")
@@ -806,7 +827,7 @@ def test_the_command_gives_a_row_for_each_way_and_batch_size(cfvit_main: Cli, co
         (size, each["drift"] <= 1.05) for size, each in zip((1, 4), first["measured"], strict=True)
     ]
     assert all(each["matrix_gmacs_per_second"] > 0 for each in first["measured"])
-    rows = [row for row in rows if row["name"] in NAMES]  # there are more peers
+    rows = [row for row in rows if row["name"] in NAMES]  # EViT and ToMe have more points
     names = ["backbone", *(name for name in NAMES if name != "literal port"), "literal port"]
     assert [(row["batch_size"], row["name"]) for row in rows] == [(size, name) for size in (1, 4) for name in names]
     macs = count_macs(load(colour_model))
