@@ -88,6 +88,7 @@ def _write_line(text: str, stream: typing.TextIO) -> None:
     encoding = stream.encoding or "utf-8"
     text = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: repr(found[0])[1:-1], text)
     stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()  # also into a file or a pipe, which somebody may be watching
 
 
 def print_json(**values: object) -> None:
