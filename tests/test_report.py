@@ -25,10 +25,10 @@ from cfvit import CoarseToFineViT, StageMacs
 from cfvit.calibration import Risk, calibrate, rank_images
 from cfvit.data import DataSource
 from cfvit.evaluation import metrics
-from cfvit.evaluation.breakdown import LEVEL, class_scores, judge, reliability_of, surest
-from cfvit.evaluation.metrics import Collected
+from cfvit.evaluation.metrics import Collected, Evaluation
 from cfvit.modeling.exit import Exit, confidence_of, goes_on
-from cfvit.plots.report import write_report
+from cfvit.plots.charts import LEVEL, reliability_of
+from cfvit.plots.report import class_scores, judge, surest, write_report
 
 Fails = Callable[..., AbstractContextManager[None]]
 
@@ -150,19 +150,13 @@ def model(make_model: Callable[..., CoarseToFineViT]) -> CoarseToFineViT:
 def write(model: CoarseToFineViT, tmp_path: Path) -> Write:
     """``write(collected)``: the path of a report; keyword arguments override the usual ones."""
 
-    def write(collected: Collected, **changes: Any) -> Path:
+    def write(collected: Collected, threshold: float = 0.5, **changes: Any) -> Path:
         source = make_source(len(collected.labels) + len(collected.unreadable))
-        arguments = {
-            "model": model,
-            "source": source,
-            "macs": MACS,
-            "threshold": 0.5,
-            "model_name": "m",
-            "data_name": "d",
-            "day": DAY,
-        }
+        arguments = {"model": model, "source": source, "model_name": "m", "data_name": "d", "day": DAY, **changes}
+        unreadable = [source.name(index) for index in collected.unreadable]
+        result = Evaluation(len(collected.labels), [], unreadable, collected, [], threshold, 5, MACS)
         path = tmp_path / "new" / "report.html"
-        write_report(path, collected=collected, **{**arguments, **changes})
+        write_report(path, result, **arguments)
         return path
 
     return write
@@ -230,7 +224,7 @@ def test_reliability_is_counted_bin_by_bin() -> None:
         sure = _confidence(logits)
         inside[min(int(sure * 15), 14)].append((sure, bool(logits.argmax() == label)))
     error = sum(abs(sum(right for _, right in each) - sum(sure for sure, _ in each)) for each in inside) / 200
-    found = reliability_of(stage)
+    found = reliability_of(stage.probability, stage.right)
     assert found.counts.tolist() == [len(each) for each in inside]
     assert found.hits.tolist() == [sum(right for _, right in each) for each in inside]
     assert found.error == pytest.approx(100 * error, abs=1e-4)

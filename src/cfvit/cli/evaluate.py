@@ -119,11 +119,9 @@ def evaluate(
                 record = read_calibration(kept) if (kept / CALIBRATION_FILE).is_file() or kept.is_file() else None
                 write_report(
                     report / REPORT_FILE,
+                    result,
                     model=engine,
-                    collected=result.collected,
                     source=source,
-                    macs=result.macs,
-                    threshold=engine.threshold,
                     model_name=name,
                     data_name=data,
                     calibration=record if record is not None and record.exit == engine.exit else None,

@@ -74,9 +74,8 @@ def predict(
         scaled_decode: decode large JPEGs in part for the coarse stage: quicker, other pixels
     """
     from cfvit.data import find_images
-    from cfvit.evaluation.breakdown import shown_confidence
     from cfvit.inference.files import FileAnswer, Tally, as_row, classify_files
-    from cfvit.plots.explain import PictureFolder
+    from cfvit.plots.explain import PictureFolder, shown_confidence
 
     if explain is not None and scaled_decode:
         raise UsageError("--explain draws whole images and --scaled-decode does not decode them: leave one out")

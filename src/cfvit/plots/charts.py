@@ -8,17 +8,21 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cfvit.calibration.tradeoff import Operation, TradeOff, share_estimate
-from cfvit.evaluation.breakdown import LEVEL, Reliability, spread
 from cfvit.modeling.cost import StageMacs
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+LEVEL = 0.95
+"""Probability with which each interval holds."""
 
 _VARIABLES = {INK: "ink", QUIET: "quiet", LINE: "line", COARSE: "coarse", FINE: "fine"}
 _PAGE_SETTINGS = {
@@ -33,16 +37,39 @@ _CURVE_POINTS, _BAND_POINTS = 256, 48
 _WIDTH = 7.0
 
 
+@dataclass(frozen=True, eq=False)
+class Reliability:
+    """Whether answers are right as often as their probability says, by bins of equal width."""
+
+    counts: np.ndarray  # images in each bin, ``[bins]``
+    hits: np.ndarray  # of them, the right answers
+    # expected calibration error in percentage points, the mean distance between accuracy and mean probability of a bin,
+    # weighted by images (Naeini et al., AAAI 2015)
+    error: float
+
+
+def reliability_of(probability: np.ndarray, right: np.ndarray, bins: int = 15) -> Reliability:
+    """Counts right answers by bins of the highest softmax probability, both ``[n]``."""
+    places = np.minimum((probability * bins).astype(int), bins - 1)
+    counts = np.bincount(places, minlength=bins)
+    hits = np.bincount(places, weights=right, minlength=bins)
+    sums = np.bincount(places, weights=probability.astype(np.float64), minlength=bins)
+    return Reliability(counts, hits.astype(int), float(100 * np.abs(hits - sums).sum() / len(places)))
+
+
 def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: str) -> str:
     """Accuracy against mean cost over eta, with its interval, both ends, the plain backbone and the eta in use."""
+    # numbers of images that can go on, both ends among them
+    places = (np.linspace(0, len(trade.reachable) - 1, most).astype(int) for most in (_CURVE_POINTS, _BAND_POINTS))
+    curve, band = (trade.reachable[np.unique(each)].tolist() for each in places)
+    intervals = [trade.accuracy(go_on, LEVEL) for go_on in band]
+    low, high = [estimate.low for estimate in intervals], [estimate.high for estimate in intervals]
+    costs, band_costs = ([macs.expected(go_on / trade.images) / 1e9 for go_on in each] for each in (curve, band))
+    accuracy = 100 * trade.right / trade.images
     with new_figure(_WIDTH, 3.9, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
-        curve, band = spread(trade, _CURVE_POINTS), spread(trade, _BAND_POINTS)
-        intervals = [trade.accuracy(int(go_on), LEVEL) for go_on in band]
-        low, high = [estimate.low for estimate in intervals], [estimate.high for estimate in intervals]
-        axis.fill_between(_gmacs(trade, macs, band), low, high, color=COARSE, alpha=0.16, lw=0, label="95% interval")
-        accuracy = 100 * trade.right / trade.images
-        axis.plot(_gmacs(trade, macs, curve), accuracy[curve], color=COARSE, lw=1.8, label="over eta")
+        axis.fill_between(band_costs, low, high, color=COARSE, alpha=0.16, lw=0, label="95% interval")
+        axis.plot(costs, accuracy[curve], color=COARSE, lw=1.8, label="over eta")
         ends = {"color": INK, "ls": "", "ms": 7, "mfc": "none", "mew": 1.4}
         axis.plot(macs.coarse / 1e9, accuracy[0], "s", label="always coarse", **ends)
         axis.plot(macs.both / 1e9, accuracy[-1], "^", label="always fine", **ends)
@@ -55,11 +82,7 @@ def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: st
         return _svg(figure, name, "Accuracy against mean cost of an image; the table below has its numbers")
 
 
-def _gmacs(trade: TradeOff, macs: StageMacs, go_on: np.ndarray) -> np.ndarray:
-    return (macs.coarse + go_on / trade.images * macs.fine) / 1e9
-
-
-def draw_reliability(stages: tuple[Reliability, Reliability], name: str) -> str:
+def draw_reliability(stages: Sequence[Reliability], name: str) -> str:
     """For the coarse and the fine stage: accuracy by probability, above a histogram of the probability."""
     with new_figure(_WIDTH, 4.6, _PAGE_SETTINGS) as figure:
         axes = figure.subplots(2, 2, sharex=True, sharey="row", height_ratios=(3, 1.2))

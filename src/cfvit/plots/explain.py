@@ -17,7 +17,7 @@ from torch import Tensor
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.pytorch import TorchEngine
 from cfvit.inference.stream import FINE, placed
-from cfvit.modeling.exit import goes_on
+from cfvit.modeling.exit import Measure, goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells
 from cfvit.plots.style import png, require_matplotlib
@@ -69,6 +69,11 @@ def explain(model: CoarseToFineViT | Engine, images: Tensor, threshold: float) -
         )
         for i in range(len(images))
     ]
+
+
+def shown_confidence(value: float, measure: Measure) -> str:
+    """A probability or a difference of two in percent, another measure as the plain number that it is."""
+    return f"{value:.1%}" if measure in ("max_probability", "margin") else f"{value:.4f}"
 
 
 class PictureFolder:
