@@ -25,6 +25,7 @@ from cfvit.files import atomic_write
 from cfvit.modeling.backbones import require_fit
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
+from cfvit.modeling.low_rank import summed
 from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
 
 
@@ -51,7 +52,7 @@ class Batch:
 
 def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Tensor]]]) -> dict[str, int]:
     """What an image costs at each operating point, counted on a copy of the network without data."""
-    meta = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
+    meta = summed(copy.deepcopy(network).to("meta").eval()).requires_grad_(False)
     image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
     return {name: macs_of(partial(answer, image)) for name, answer in points(meta).items()}
 
