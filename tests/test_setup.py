@@ -7,7 +7,7 @@ from torch import nn
 
 from cfvit.errors import CfvitError
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import create_optimizer, orthogonalising_in, resume_optimizer
+from cfvit.training.setup import create_optimizer, orthogonalising_in
 
 
 def layer_with_gradient():
@@ -77,16 +77,3 @@ def test_adamw_updates_in_one_pass():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(CfvitError, match="adamww"):
         create_optimizer(Recipe(optimizer="adamww"), layer_with_gradient(), 1e-3)
-
-
-def test_a_checkpoint_written_without_one_pass_is_resumed_with_it_also_under_a_scaler():
-    layer = layer_with_gradient()
-    old = torch.optim.AdamW(layer.parameters(), lr=1e-3)
-    old.step()
-    optimizer = create_optimizer(Recipe(optimizer="adamw", weight_decay=0.0), layer, 1e-3)
-    resume_optimizer(optimizer, old.state_dict())
-    assert all(group["fused"] for group in optimizer.param_groups)
-    scaler = torch.amp.GradScaler("cpu")
-    scaler.scale(layer(torch.randn(4, 16)).sum()).backward()
-    scaler.step(optimizer)
-    assert [int(state["step"]) for state in optimizer.state.values()] == [2, 2]

@@ -27,6 +27,10 @@ Sources = Annotated[
 ]
 """One or several sources of images; a single one may be given as text."""
 
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+
 
 @configuration
 class Recipe(ModelConfig, Objective):
@@ -61,33 +65,29 @@ class Recipe(ModelConfig, Objective):
     )
     backbone: str = Field(default="deit_small_patch16_224", description="timm ViT with a class token, or an lvvit")
 
-    epochs: int = Field(default=300, ge=1, description="passes over the training images")
-    all_cells_share: Number = Field(
-        default=2 / 3, ge=0, le=1, description="share of the epochs, the first ones, in which all cells are split"
+    epochs: Count = Field(default=300, description="passes over the training images")
+    all_cells_share: Share = Field(
+        default=2 / 3, description="share of the epochs, the first ones, in which all cells are split"
     )
-    batch_size: int = Field(default=128, ge=1, description="images per process and step, before accumulation")
-    accumulate: int = Field(default=1, ge=1, description="batches whose gradients are added up for one step")
+    batch_size: Count = Field(default=128, description="images per process and step, before accumulation")
+    accumulate: Count = Field(default=1, description="batches whose gradients are added up for one step")
     drop_path_rate: Number = Field(default=0.1, ge=0, le=0.99, description="stochastic depth")
 
     optimizer: str = Field(default="adamw", description="timm's name of the optimiser")
-    lr_base: Number = Field(
-        default=5e-4, ge=0, description="learning rate at lr_base_size images a step; scaled in proportion"
+    lr_base: NotNegative = Field(
+        default=5e-4, description="learning rate at lr_base_size images a step; scaled in proportion"
     )
-    lr_base_size: int = Field(default=512, ge=1, description="images a step for which lr_base is meant")
-    min_lr: Number = Field(default=1e-5, ge=0, description="learning rate at the end")
-    warmup_lr: Number = Field(default=1e-6, ge=0, description="learning rate at the start of the warm-up")
-    warmup_epochs: Number = Field(default=5.0, ge=0, description="epochs of linear warm-up")
-    weight_decay: Number = Field(
-        default=0.05, ge=0, description="weight decay; none on positions, class token, norms and biases"
+    lr_base_size: Count = Field(default=512, description="images a step for which lr_base is meant")
+    min_lr: NotNegative = Field(default=1e-5, description="learning rate at the end")
+    warmup_lr: NotNegative = Field(default=1e-6, description="learning rate at the start of the warm-up")
+    warmup_epochs: NotNegative = Field(default=5.0, description="epochs of linear warm-up")
+    weight_decay: NotNegative = Field(
+        default=0.05, description="weight decay; none on positions, class token, norms and biases"
     )
-    clip_grad: Number = Field(default=0.0, ge=0, description="largest norm of the gradient; 0 for no limit")
-    ema_decay: Number = Field(
-        default=0.9999, ge=0, le=1, description="decay of the averaged weights, warmed up; 0 for none"
-    )
-    initial_share: Number = Field(
+    clip_grad: NotNegative = Field(default=0.0, description="largest norm of the gradient; 0 for no limit")
+    ema_decay: Share = Field(default=0.9999, description="decay of the averaged weights, warmed up; 0 for none")
+    initial_share: Share = Field(
         default=0.0,
-        ge=0,
-        le=1,
         description="the model that is scored and saved is this share of the weights that the run starts from, and "
         "the rest of those that it came to: keeps what the photos do not show (WiSE-FT, Wortsman et al., 2022)",
     )
@@ -96,22 +96,18 @@ class Recipe(ModelConfig, Objective):
         default=0.08, ge=0.001, le=1, description="least share of the image in a training crop"
     )
     auto_augment: str = Field(default="rand-m9-mstd0.5-inc1", description="timm's augmentation policy, or none")
-    color_jitter: Number = Field(default=0.3, ge=0, description="colour jitter, used where there is no policy")
-    hflip: Number = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    color_jitter: NotNegative = Field(default=0.3, description="colour jitter, used where there is no policy")
+    hflip: Share = Field(default=0.5, description="probability of a horizontal flip")
     crop_pct: Number | None = Field(
         default=None, ge=0.01, le=1, description="share of the image that evaluation sees; by default the backbone's"
     )
     train_interpolation: str = Field(default="bicubic", description="how training crops are resized")
-    random_erasing: Number = Field(default=0.25, ge=0, le=1, description="probability of random erasing")
-    mixup: Number = Field(default=0.8, ge=0, description="alpha of mixup; 0 for none")
-    cutmix: Number = Field(default=1.0, ge=0, description="alpha of cutmix; 0 for none")
-    mix_probability: Number = Field(
-        default=1.0, ge=0, le=1, description="share of the batches that are mixed, if any are"
-    )
-    repeated_augmentation: int = Field(
-        default=3,
-        ge=1,
-        description="each image appears this many times in an epoch; the epoch is shortened accordingly",
+    random_erasing: Share = Field(default=0.25, description="probability of random erasing")
+    mixup: NotNegative = Field(default=0.8, description="alpha of mixup; 0 for none")
+    cutmix: NotNegative = Field(default=1.0, description="alpha of cutmix; 0 for none")
+    mix_probability: Share = Field(default=1.0, description="share of the batches that are mixed, if any are")
+    repeated_augmentation: Count = Field(
+        default=3, description="each image appears this many times in an epoch; the epoch is shortened accordingly"
     )
 
     token_labels: str | None = Field(
@@ -139,11 +135,11 @@ class Recipe(ModelConfig, Objective):
     hold_decoded: bool = Field(
         default=False, description="decode each image once and keep its pixels in a temporary file"
     )
-    eval_batch_size: int = Field(default=128, ge=1, description="images per batch in evaluation")
-    eval_interval: int = Field(default=1, ge=1, description="epochs between evaluations")
-    log_interval: int = Field(default=50, ge=1, description="steps between lines of the log")
-    checkpoint_interval: int = Field(
-        default=500, ge=1, description="steps between checkpoints, besides one after each epoch"
+    eval_batch_size: Count = Field(default=128, description="images per batch in evaluation")
+    eval_interval: Count = Field(default=1, description="epochs between evaluations")
+    log_interval: Count = Field(default=50, description="steps between lines of the log")
+    checkpoint_interval: Count = Field(
+        default=500, description="steps between checkpoints, besides one after each epoch"
     )
 
     follows: ClassVar[frozenset[str]] = frozenset({"num_classes"})

@@ -110,7 +110,7 @@ class Trained:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-        resume_optimizer(self.optimizer, state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
@@ -306,13 +306,6 @@ def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.o
         raise CfvitError(
             f"optimizer {recipe.optimizer!r}: {first_line(error)}; give one of timm's, such as adamw"
         ) from error
-
-
-def resume_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes over the state of a run's optimiser; whether it updates in one pass is no part of that."""
-    one_pass = {"fused": optimizer.defaults["fused"]} if "fused" in optimizer.defaults else {}
-    groups = [{**group, **one_pass} for group in state["param_groups"]]
-    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def _teacher(recipe: Recipe, model: Any, device: torch.device) -> Teacher | None:

@@ -124,23 +124,16 @@ def read_label_map(path: Path, num_classes: int) -> Tensor:
         raise CfvitError(
             f"label map {path} is damaged ({reason}): remove it and run cfvit token-labels again"
         ) from error
-    problem = None
-    if not isinstance(content, Tensor):
-        problem = f"is a {type(content).__name__}, not a tensor [2, k, h, w]"
-    elif content.ndim != 4 or content.shape[0] != 2 or 0 in content.shape or content.dtype is not torch.float16:
-        problem = f"is {list(content.shape)} in {content.dtype}, not [2, k, h, w] in torch.float16"
-    else:
-        scores, classes = content.float()
-        outside = classes[(classes < 0) | (classes >= num_classes)]
-        if not scores.isfinite().all():
-            problem = "has scores that are not finite"
-        elif (classes != classes.round()).any():
-            problem = "has classes that are not whole numbers"
-        elif len(outside):
-            problem = f"has class {outside[0]:g}, where there are {num_classes}"
-    if problem:
-        raise CfvitError(f"label map {path} {problem}: remove it and run cfvit token-labels for this data")
-    return content
+    sound = isinstance(content, Tensor) and content.ndim == 4 and len(content) == 2 and content.numel() > 0
+    if sound and content.dtype is torch.float16 and content[0].isfinite().all():
+        classes = content[1].float()
+        if (classes == classes.round()).all() and classes.min() >= 0 and classes.max() < num_classes:
+            return content
+    got = f"{list(content.shape)} in {content.dtype}" if isinstance(content, Tensor) else f"a {type(content).__name__}"
+    raise CfvitError(
+        f"label map {path} is {got}, not [2, k, h, w] in torch.float16 of finite scores and classes below {num_classes}: "
+        "remove it and run cfvit token-labels for this data"
+    )
 
 
 class LabelledTransform:
@@ -191,7 +184,6 @@ class LabelledImages(TrainImages):
     """Training images with their label maps: ``(tensor, target, map [2, k, h, w], window [5])``.
 
     An image that has no map because it cannot be read is left out, with a warning that names it.
-    All maps are of the first one's shape; an item with another is refused when it is asked for.
 
     Raises:
         CfvitError: readable images without a label map, maps of other classes, two images with one map.
@@ -218,25 +210,12 @@ class LabelledImages(TrainImages):
             )
         super().__init__(source, [i for i in indices if i not in missing], transform)
         self.root = root
-        self.shape = self._read_map(self.indices[0]).shape if self.indices else None
 
     def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
-        """The item of an image: ``(tensor, target, map, window)``.
-
-        Raises:
-            CfvitError: a label map that is damaged or of another shape than the first one.
-        """
+        """The item of an image: ``(tensor, target, map, window)``. Raises `CfvitError` of a damaged label map."""
         tensor, window = self.transform(image)
-        label_map = self._read_map(index)
-        if label_map.shape != self.shape:
-            raise CfvitError(
-                f"label map {label_path_of(self.root, self.source, index)} is {list(label_map.shape)}, "
-                f"the first one {list(self.shape or ())}: remove it and run cfvit token-labels again"
-            )
+        label_map = read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
         return tensor, target, label_map, window
-
-    def _read_map(self, index: int) -> Tensor:
-        return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
 
 
 def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
