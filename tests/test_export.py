@@ -404,6 +404,7 @@ def test_a_damaged_graph_is_told(folder: Path, tmp_path: Path, fails: Fails) -> 
         (("data_config", "input_size"), [3, 9, 9], r"input_size is \(3, 9, 9\), not"),
         (("exit", "eta"), 7, r"\(exit: threshold is 7.0: give"),
         (("format",), None, r"\(format: Input should be"),
+        (("macs", "coarse"), -5, r"\(macs.coarse: Input should be greater"),
     ],
 )
 def test_a_description_that_does_not_fit_is_told(

@@ -224,6 +224,8 @@ def test_a_log_in_a_file_follows_steps_and_evaluations(
     start = lines.index("epoch 1/1: evaluating")
     shown = [f"epoch 1/1, evaluating: image {count} of {count}" for count in (9, 33)]
     assert lines[start + 1 : start + 3] == shown
+    few = "eta was chosen on 9 held-out images, too few to rely on it: choose it on more with cfvit calibrate, "
+    assert lines[-1] == f"{few}or give a larger --holdout"
 
 
 def test_a_stop_during_an_evaluation_is_acknowledged_and_kept(

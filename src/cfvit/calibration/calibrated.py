@@ -35,7 +35,10 @@ CALIBRATION_FILE = "calibration.json"
 """The record of a calibration beside a model's weights."""
 
 NO_PROMISE = "none for other images: eta was chosen on the very images that the figures are of"
-_FEW, _SHOWN, _QUANTILES = 100, 40, 101
+FEW_IMAGES = 100
+"""Below so many there is a warning that what was found on them may be chance."""
+
+_SHOWN, _QUANTILES = 40, 101
 
 Record = TypeVar("Record")
 
@@ -317,7 +320,7 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
             f"(distance {distance:.2f}, {rounded(distance_p)}): recalibrate"
         )
     else:
-        few = f", as far as {count} can tell" if count < _FEW else ""
+        few = f", as far as {count} can tell" if count < FEW_IMAGES else ""
         sentence = f"looks like the calibration set ({rounded(min(share_p, distance_p))}){few}"
     return Drift(
         drifted=min(share_p, distance_p) < alpha / 2,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
+from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.calibration.images import ADD_CLASSES, check_images, missing_classes, refuse_training_images
 from cfvit.calibration.targets import Budget, Promise, require_reachable
 from cfvit.calibration.tradeoff import (
@@ -41,9 +42,6 @@ Choice = TypeVar("Choice")
 MERGED_SHARE = 0.08
 """Of the fine sequence's patches, how many `fine_stages_of` merges before a block: 10 of 124 at alpha 0.5."""
 _SEED = 0
-FEW_IMAGES = 100
-"""Below so many there is a warning that a fitted temperature may be chance."""
-
 NOT_COMPARED = "the training images are not known and were not compared with these: name them with --train-data"
 """The warning where images on which the model was trained could not be looked for."""
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit.errors import CfvitError
@@ -30,10 +31,10 @@ class StageMacs:
             cells and reuses the features of all, then drops those of cells that are not split.
     """
 
-    coarse: int
-    fine: int
-    backbone: int
-    spared: int = 0
+    coarse: Annotated[int, Field(ge=1)]  # which a file's figures are checked by
+    fine: Annotated[int, Field(ge=0)]
+    backbone: Annotated[int, Field(ge=1)]
+    spared: Annotated[int, Field(ge=0)] = 0
 
     @property
     def both(self) -> int:

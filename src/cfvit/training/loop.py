@@ -22,6 +22,7 @@ from timm.utils import distribute_bn, reduce_tensor
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.checkpoints import WEIGHTS_FILE
 from cfvit.data import TrainSampler, eval_loader, leave_signals_to_the_run
 from cfvit.errors import CfvitError, first_line
@@ -265,7 +266,12 @@ class _Run:
             self._save_checkpoint(CHECKPOINT_FILE)
             if epoch + 1 < recipe.epochs and stopping():
                 raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
-        return figures or self._evaluate_and_save("the end")
+        figures = figures or self._evaluate_and_save("the end")
+        held = 0 if self.images.holdout is None else len(self.images.holdout) * process.world
+        if "threshold" in figures and held < FEW_IMAGES:
+            few = f"{held} held-out image{'s' * (held > 1)}, too few to rely on it"
+            reporter.say(f"eta was chosen on {few}: choose it on more with cfvit calibrate, or give a larger --holdout")
+        return figures
 
     def _require_finite(self, name: str, values: Tensor) -> None:
         if not values.isfinite().all():

@@ -131,8 +131,8 @@ def read_label_map(path: Path, num_classes: int) -> Tensor:
             return content
     got = f"{list(content.shape)} in {content.dtype}" if isinstance(content, Tensor) else f"a {type(content).__name__}"
     raise CfvitError(
-        f"label map {path} is {got}, not [2, k, h, w] in torch.float16 of finite scores and classes below {num_classes}: "
-        "remove it and run cfvit token-labels for this data"
+        f"label map {path} is {got}, not [2, k, h, w] in torch.float16 of finite scores and classes below "
+        f"{num_classes}: remove it and run cfvit token-labels for this data"
     )
 
 
