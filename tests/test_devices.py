@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cfvit import CoarseToFineViT, create_model
 from cfvit.inference.stream import placed
-from cfvit.methods.evit import ReorganisingViT
-from cfvit.methods.tome import MergingViT
+from cfvit.methods.base import create_method
 from cfvit.modeling.config import Objective
 from cfvit.modeling.exit import Exit, goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
@@ -114,11 +113,11 @@ def test_the_loss_of_token_labels_stays_on_the_gpu() -> None:
         assert token_label_loss(output, class_target(labels(), None, 0.1, CLASSES), tokens, 1.0).device == GPU
 
 
-@pytest.mark.parametrize(("kind", "amount"), [(MergingViT, 2), (ReorganisingViT, 0.7)])
-def test_reduced_tokens_stay_on_the_gpu(kind: Any, amount: Any) -> None:
+@pytest.mark.parametrize(("name", "options"), [("tome", {"merged": 2}), ("evit", {"keep_rate": 0.7})])
+def test_reduced_tokens_stay_on_the_gpu(name: str, options: dict[str, Any]) -> None:
     model = create_model("deit_tiny_patch16_224", num_classes=CLASSES, coarse_grid=3, depth=4).eval()
     with FakeTensorMode(), torch.no_grad():
-        assert kind(on_gpu(model).backbone, amount)(images_of(model)).device == GPU
+        assert create_method(name, options=options).forward(on_gpu(model).backbone, images_of(model)).device == GPU
 
 
 def test_images_are_converted_where_the_weights_are_and_nobody_waits() -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cfvit import CoarseToFineViT
-from cfvit.methods.evit import ReorganisingViT, fuse_inattentive
+from cfvit.methods.base import create_method
+from cfvit.methods.evit import fuse_inattentive
 from cfvit.methods.plain_blocks import places_of_reduction
 
 
@@ -18,14 +19,16 @@ def test_if_all_are_kept_it_is_timms_network(
 ) -> None:
     model = make_model().requires_grad_(False)
     images = make_images(model, 5)
-    torch.testing.assert_close(ReorganisingViT(model.backbone, 1.0)(images), model.backbone(images))
+    method = create_method("evit", options={"keep_rate": 1.0})
+    torch.testing.assert_close(method.forward(model.backbone, images), model.backbone(images))
 
 
 def test_fusing_changes_the_answer_and_is_the_same_for_any_batch(
     make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
 ) -> None:
     model = make_model().requires_grad_(False)
-    images, fusing = make_images(model, 5), ReorganisingViT(model.backbone, 0.6)
+    images = make_images(model, 5)
+    (fusing,) = create_method("evit", options={"keep_rate": 0.6}).points(model.backbone).values()
     answer = fusing(images)
     assert (answer - model.backbone(images)).abs().max() > 1e-3
     torch.testing.assert_close(torch.cat([fusing(image[None]) for image in images]), answer)

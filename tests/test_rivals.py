@@ -17,10 +17,11 @@ from cfvit.errors import UsageError
 from cfvit.methods.base import Batch, create_method
 from cfvit.methods.evo_vit import evolve
 from cfvit.methods.ia_red2 import reward
-from cfvit.methods.plain_blocks import attend, attend_kept, embed
+from cfvit.methods.plain_blocks import attend, attend_kept, embed, run
 from cfvit.methods.ps_vit import impact
 from cfvit.methods.sit import Mixtures
 from cfvit.modeling.config import ModelConfig, Objective
+from cfvit.modeling.losses import distillation_loss
 from cfvit.modeling.tokens import coarse_image
 
 COMPARATORS = {
@@ -333,11 +334,14 @@ def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_d
     method, network = build("dynamicvit", keep_rate=0.5)
     network.predictors = nn.ModuleList(ByPlace(0.5**stage) for stage in (1, 2, 3))
     images = make_images(network, 2)
-    decided = method.in_training(network)(images)
-    assert decided.shares.tolist() == [[0.5, 0.25, 0.125]] * 2
-    assert decided.kept.tolist() == [[0.0] * 56 + [1.0] * 8] * 2
-    torch.testing.assert_close(decided.logits, network(images), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(decided.teacher_logits, network.backbone(images))
+    tokens, kept, shares = network.decide(images)
+    assert torch.stack(shares).tolist() == [[0.5] * 2, [0.25] * 2, [0.125] * 2]
+    assert kept.tolist() == [[0.0] * 56 + [1.0] * 8] * 2
+    logits, imitation = method.in_training(network)(images)
+    torch.testing.assert_close(logits, network(images), rtol=1e-5, atol=1e-5)
+    vit = network.backbone
+    distance = (tokens - vit.forward_features(images))[:, -8:].square().mean()  # of the patches that are kept
+    torch.testing.assert_close(imitation, 0.5 * distance + 0.5 * distillation_loss(logits, vit(images)))
 
 
 def test_evo_vit_moves_all_that_bypass_a_block_alike(build: Callable[..., Any]) -> None:
@@ -369,7 +373,9 @@ def test_sit_has_fewer_tokens_from_stage_to_stage(make_model: Callable[..., Coar
     method = create_method("sit")
     network = method.build(make_model(depth=16).config)
     images = torch.randn(1, 3, *network.image_size)
-    counts = [layer.shape[1] - 1 for layer in network.layers(images)]
+    after: list[Tensor] = []
+    run(network.backbone, images, network.reduce, after)
+    counts = [tokens.shape[1] - 1 for tokens in after]
     assert counts == [64] * 9 + [32] * 3 + [16] * 2 + [8] * 2
 
 
@@ -422,17 +428,17 @@ def choosy(build: Callable[..., Any]) -> tuple[Any, Any]:
 def test_ia_red2_drops_what_it_masks_in_training(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
     method, network = choosy
     images = make_images(network, 4)
-    played = method.in_training(network)(images)
-    assert played.greedy_shares[:, -1].unique().numel() > 1, "images keep different numbers"
-    assert 0 < played.greedy_shares.min() < played.greedy_shares.max() < 1
-    torch.testing.assert_close(network(images), played.greedy_logits, rtol=1e-4, atol=1e-5)
+    *_, greedy_logits, greedy_shares = method.in_training(network)(images)
+    assert greedy_shares[:, -1].unique().numel() > 1, "images keep different numbers"
+    assert 0 < greedy_shares.min() < greedy_shares.max() < 1
+    torch.testing.assert_close(network(images), greedy_logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.cat([network(image[None]) for image in images]), network(images))
 
 
 def test_ia_red2_costs_what_its_images_keep(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
     method, network = choosy
     images, before = make_images(network, 1), network.plan.clone()
-    shares = method.in_training(network)(images).greedy_shares[0]
+    *_, (shares,) = method.in_training(network)(images)
     assert network.plan.tolist() == before.tolist(), "training counts nothing"
     with FlopCounterMode(display=False) as counter:
         method.answers(network, images)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from cfvit import CoarseToFineViT
-from cfvit.methods.tome import MergingViT, merge_similar
+from cfvit.methods.base import create_method
+from cfvit.modeling.tokens import merge_similar
+
+
+def merging_in(backbone: Any, merged: int) -> Callable[[Tensor], Tensor]:
+    (point,) = create_method("tome", options={"merged": merged}).points(backbone).values()
+    return point
 
 
 def test_without_merging_it_is_timms_network(
@@ -17,14 +23,14 @@ def test_without_merging_it_is_timms_network(
 ) -> None:
     model = make_model().requires_grad_(False)
     images = make_images(model, 5)
-    torch.testing.assert_close(MergingViT(model.backbone, 0)(images), model.backbone(images))
+    torch.testing.assert_close(merging_in(model.backbone, 0)(images), model.backbone(images))
 
 
 def test_merging_changes_the_answer_and_is_the_same_for_any_batch(
     make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
 ) -> None:
     model = make_model().requires_grad_(False)
-    images, merging = make_images(model, 5), MergingViT(model.backbone, 5)
+    images, merging = make_images(model, 5), merging_in(model.backbone, 5)
     answer = merging(images)
     assert (answer - model.backbone(images)).abs().max() > 1e-3
     torch.testing.assert_close(torch.cat([merging(image[None]) for image in images]), answer)
@@ -56,4 +62,4 @@ def test_attention_is_in_proportion_to_size(make_model: Callable[..., CoarseToFi
     backbone: Any = flat.backbone.requires_grad_(False)
     backbone.pos_embed[:, 1:] = 0
     images = torch.full((1, 3, *flat.image_size), 0.7)
-    torch.testing.assert_close(MergingViT(backbone, 7)(images), backbone(images))
+    torch.testing.assert_close(merging_in(backbone, 7)(images), backbone(images))

@@ -34,7 +34,7 @@ from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.methods import cf_vit
-from cfvit.methods.base import Batch
+from cfvit.methods.base import Batch, TokenLabels
 from cfvit.modeling.losses import token_label_loss
 from cfvit.modeling.model import TokenOutput
 from cfvit.processes import Process
@@ -329,10 +329,9 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     windows = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]]).repeat(2, 1)
     scores, seen = torch.randn(4, 3, 5, 7), {}
 
-    def network(images: Tensor, split: float, tokens: bool, mixed: Tensor | None) -> TokenOutput:
-        assert tokens
-        output = model.forward_tokens(images, informative_ratio=split, mixed=mixed)
-        seen.update(ratio=split, mixed=mixed, output=output)
+    def network(images: Tensor, split: float, labels: TokenLabels) -> TokenOutput:
+        output = model.forward_tokens(images, informative_ratio=split, mixed=labels.mixed)
+        seen.update(ratio=split, mixed=labels.mixed, output=output)
         return output
 
     nothing: Any = None

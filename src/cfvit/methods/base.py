@@ -25,6 +25,7 @@ from cfvit.files import atomic_write
 from cfvit.modeling.backbones import require_fit
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
+from cfvit.modeling.losses import classification_loss, distillation_loss
 from cfvit.modeling.low_rank import summed
 from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
 
@@ -60,6 +61,22 @@ def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tenso
 @configuration
 class Options:
     """What one method alone can be told. A method with options adds them as fields, at the settings of its paper."""
+
+
+class InTraining(nn.Module):
+    """A function of networks and of what a batch holds, as one module: what a training step compiles and distributes.
+
+    Args:
+        run: from the parts and then the arguments of a call to what the call returns.
+        parts: the network, and others that take part in its training, such as a teacher.
+    """
+
+    def __init__(self, run: Callable[..., Any], *parts: nn.Module) -> None:
+        super().__init__()
+        self.run, self.parts = run, nn.ModuleList(parts)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.run(*self.parts, *inputs)
 
 
 class Method(ABC):
@@ -99,18 +116,35 @@ class Method(ABC):
         """Whether a weight of the network is of a part that begins untrained, whatever weights the run starts from."""
         return False
 
-    def in_training(self, network: Any) -> nn.Module:
-        """What runs in a training step: a module whose ``forward`` computes all that `loss` reads."""
-        return network
+    def forward(self, network: Any, images: Tensor) -> Any:
+        """What a training step computes of images ``[B, 3, S, S]``, and what `loss` reads of it."""
+        return network(images)
 
-    @abstractmethod
+    def in_training(self, network: Any) -> nn.Module:
+        """`forward` of a network as a module."""
+        return InTraining(self.forward, network)
+
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        """The loss on a batch, a scalar.
+        """The loss on a batch, a scalar; by default that of the one answer which `forward` gives.
 
         Args:
             running: what `in_training` gave, perhaps compiled and distributed.
             split: share of cells that are split in this phase; a method without cells ignores it.
         """
+        return self.answer_loss(running(batch.images), batch)
+
+    def answer_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss of one answer: cross entropy with the label, divergence from the teacher."""
+        objective = self.objective
+        if batch.token_labels is not None:
+            raise UsageError(f"token labels train both stages: choose --method cf_vit, not {self.name}")
+        loss = logits.new_zeros((), dtype=logits.float().dtype)
+        if batch.target is not None:
+            loss = loss + objective.label_weight * classification_loss(logits, batch.target, objective.label_smoothing)
+        if batch.teacher is not None:
+            divergence = distillation_loss(logits, batch.teacher, objective.temperature)
+            loss = loss + objective.fine_teacher_weight * divergence
+        return loss
 
     @abstractmethod
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:

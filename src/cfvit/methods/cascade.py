@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from cfvit.files import atomic_write
-from cfvit.methods.base import Batch, register
+from cfvit.methods.base import Batch, TokenLabels, register
 from cfvit.methods.cf_vit import CfViT
-from cfvit.methods.plain import Plain, single_answer_loss
+from cfvit.methods.plain import Plain
 from cfvit.modeling.backbones import create_backbone
 from cfvit.modeling.batches import Rows
 from cfvit.modeling.config import ModelConfig
@@ -92,12 +92,12 @@ class Cascade(CfViT):
         size = (large.image_size[0] // 2, large.image_size[1] // 2)
         return CascadeOfViTs(config, resized(large, config, size, weights is not None), large)
 
-    def in_training(self, network: Any) -> nn.Module:
-        return network
+    def forward(self, network: Any, images: Tensor, split: float = 1.0, labels: TokenLabels | None = None) -> Any:
+        return network(images)
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         small, large = running(batch.images)
-        return single_answer_loss(small, batch, self) + single_answer_loss(large, batch, self)
+        return self.answer_loss(small, batch) + self.answer_loss(large, batch)
 
     def save(self, network: Any, folder: Path) -> None:
         """Each network in timm's own format, and the threshold between them."""

@@ -1,8 +1,9 @@
-"""CF-ViT, the method of this package: both stages of one network, an exit between them."""
+"""CF-ViT, the method of this package: both stages of one network, an exit between them; and its coarse stage alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,11 @@ from cfvit.calibration import choose_threshold
 from cfvit.checkpoints import initialise, load, save
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.pytorch import TorchEngine
-from cfvit.methods.base import Batch, Method, register
+from cfvit.methods.base import Batch, Method, TokenLabels, register
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.exit import goes_on
 from cfvit.modeling.losses import coarse_to_fine_loss, token_label_loss, token_target
-from cfvit.modeling.model import CoarseToFineOutput, CoarseToFineViT, TokenOutput
-
-
-class _BothStages(nn.Module):
-    """The model as it runs in a training step: with an answer of each token where token labels ask for it."""
-
-    def __init__(self, model: CoarseToFineViT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, images: Tensor, split: float, tokens: bool, mixed: Tensor | None
-    ) -> CoarseToFineOutput | TokenOutput:
-        if tokens:
-            return self.model.forward_tokens(images, informative_ratio=split, mixed=mixed)
-        return self.model(images, informative_ratio=split)
+from cfvit.modeling.model import CoarseToFineViT
 
 
 def build_model(
@@ -57,17 +43,19 @@ class CfViT(Method):
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         return build_model(config, weights, class_names)
 
-    def in_training(self, network: CoarseToFineViT) -> nn.Module:
-        return _BothStages(network)
+    def forward(self, network: Any, images: Tensor, split: float = 1.0, labels: TokenLabels | None = None) -> Any:
+        """Logits of both stages, and where there are labels for tokens those of each token of the fine sequence."""
+        if labels is None:
+            return network(images, informative_ratio=split)
+        return network.forward_tokens(images, informative_ratio=split, mixed=labels.mixed)
 
-    def loss(self, running: nn.Module, batch: Batch, split: float) -> Tensor:
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         """The paper's loss on both stages' logits, or LV-ViT's with a label for each token; a scalar."""
         labels = batch.token_labels
+        output = running(batch.images, split, labels)
         if labels is None:
-            output = running(batch.images, split, False, None)
             return coarse_to_fine_loss(output, batch.target, self.objective, batch.teacher)
         assert batch.target is not None
-        output = running(batch.images, split, True, labels.mixed)
         target = token_target(labels.fine, labels.coarse, output, labels.mixed, labels.columns)
         return token_label_loss(output, batch.target, target, self.objective.token_label_weight)
 
@@ -96,4 +84,32 @@ class CfViT(Method):
         return load(folder)
 
     def save(self, network: CoarseToFineViT, folder: Path) -> None:
+        save(network, folder)
+
+
+@register("coarse_only")
+class CoarseOnly(Method):
+    """The coarse stage is trained and scored; the saved model never goes on to the fine stage."""
+
+    title = "CF-ViT's coarse stage alone"
+    build, load = CfViT.build, CfViT.load
+
+    def forward(self, network: Any, images: Tensor) -> Tensor:
+        return network.coarse(images).logits
+
+    def in_training(self, network: Any) -> nn.Module:
+        for part in (network.feature_reuse, network.backbone.pos_embed):
+            if part is not None:
+                part.requires_grad_(False)  # only the fine stage uses it
+        return super().in_training(network)
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"coarse": partial(self.forward, network)}
+
+    def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
+        network.threshold = 0.0  # the fine stage has learnt nothing
+        return {"threshold": 0.0}
+
+    def save(self, network: CoarseToFineViT, folder: Path) -> None:
+        network.threshold = 0.0  # also without a hold-out
         save(network, folder)

@@ -8,25 +8,24 @@ freezes for five epochs; here one rate and one schedule hold for all, as for eve
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfvit.methods.base import Batch, register
-from cfvit.methods.plain import single_answer_loss
+from cfvit.methods.base import register
 from cfvit.methods.plain_blocks import (
-    attend,
+    ExtendedViT,
+    FrozenTeacher,
+    KeepRate,
+    TaughtByItself,
     attend_kept,
-    classify,
     embed,
     keep_highest,
     places_of_reduction,
     transform,
 )
-from cfvit.methods.slimming import ExtendedViT, ExtendsPlainViT, FrozenTeacher, KeepRate
 from cfvit.modeling.losses import distillation_loss
 
 RATIO_WEIGHT, TOKEN_WEIGHT, TEACHER_WEIGHT = 2.0, 0.5, 0.5
@@ -63,79 +62,54 @@ class SparsifiedViT(ExtendedViT):
 
     def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
         super().__init__(backbone, options, trained)
-        self.places = places_of_reduction(backbone)
-        self.predictors = nn.ModuleList(KeepPredictor(backbone.embed_dim) for _ in self.places)
+        places, rate = places_of_reduction(backbone), options.keep_rate
+        self.shares = {place: rate**stage for stage, place in enumerate(places, start=1)}
+        """Of all patches that are kept, by the block before which others are dropped."""
+        self.predictors = nn.ModuleList(KeepPredictor(backbone.embed_dim) for _ in places)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        tokens = embed(self.backbone, images)
-        count = tokens.shape[1] - 1
-        for index, block in enumerate(self.backbone.blocks):
-            if index in self.places:
-                stage = self.places.index(index)
-                patches = tokens[:, 1:]
-                scores = self.predictors[stage](patches, patches.new_ones(patches.shape[:2]))[..., 0]
-                share = self.options.keep_rate ** (stage + 1)
-                tokens = keep_highest(tokens, scores, max(1, math.floor(round(count * share, 6))))
-            tokens = transform(block, attend(block, tokens)[0])
-        return classify(self.backbone, tokens)
+    def predict(self, index: int, patches: Tensor, kept: Tensor) -> Tensor:
+        """What the predictor before block ``index`` says."""
+        return self.predictors[list(self.shares).index(index)](patches, kept)
 
+    def reduce(self, index: int, tokens: Tensor) -> Tensor:
+        if index not in self.shares:
+            return tokens
+        scores = self.predict(index, tokens[:, 1:], tokens.new_ones(len(tokens), tokens.shape[1] - 1))[..., 0]
+        count = math.floor(round(self.backbone.patch_embed.num_patches * self.shares[index], 6))
+        return keep_highest(tokens, scores, max(1, count))
 
-class Decided(NamedTuple):
-    """What training needs of a batch: logits, patches after the norm ``[B, n, D]``, decisions ``[B, n]``, shares kept
-    at each stage ``[B, 3]``, and the teacher's logits and patches."""
+    def decide(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """In training, decisions are drawn by Gumbel's trick and mask the attention, which gives gradients.
 
-    logits: Tensor
-    patches: Tensor
-    kept: Tensor
-    shares: Tensor
-    teacher_logits: Tensor
-    teacher_patches: Tensor
-
-
-class DecidingViT(nn.Module):
-    """The network in training: decisions are drawn by Gumbel's trick and mask the attention, which gives gradients."""
-
-    def __init__(self, network: SparsifiedViT) -> None:
-        super().__init__()
-        self.network, self.teacher = network, FrozenTeacher(network)
-
-    def forward(self, images: Tensor) -> Decided:
-        """Logits of all patches with masks, and what the loss compares: shares kept, patches, and the teacher's."""
-        network, shares = self.network, []
-        vit = network.backbone
-        tokens = embed(vit, images)
+        Returns:
+            The tokens after the norm ``[B, 1 + n, D]``, the decisions ``[B, n]``, and the share of the patches that is
+            kept at each stage, ``[B]``.
+        """
+        tokens, shares = embed(self.backbone, images), []
         kept = tokens.new_ones(len(tokens), tokens.shape[1] - 1)
-        for index, block in enumerate(vit.blocks):
-            if index in network.places:
-                scores = network.predictors[network.places.index(index)](tokens[:, 1:], kept)
-                kept = kept * F.gumbel_softmax(scores, hard=True)[..., 0]
+        for index, block in enumerate(self.backbone.blocks):
+            if index in self.shares:
+                kept = kept * F.gumbel_softmax(self.predict(index, tokens[:, 1:], kept), hard=True)[..., 0]
                 shares.append(kept.mean(dim=1))
             tokens = transform(block, attend_kept(block, tokens, F.pad(kept, (1, 0), value=1.0)))
-        tokens = vit.norm(tokens)
-        logits, patches = self.teacher(images)
-        return Decided(vit.forward_head(tokens), tokens[:, 1:], kept, torch.stack(shares, 1), logits, patches[-1])
+        return self.backbone.norm(tokens), kept, shares
 
 
 @register("dynamicvit")
-class DynamicViT(ExtendsPlainViT):
+class DynamicViT(TaughtByItself):
     """Trained with masks towards the keep rate of each stage and the backbone's own answers; answers by dropping."""
 
     title = "DynamicViT"
     options_class = KeepRate
     network_class = SparsifiedViT
-    training_class = DecidingViT
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        """The labels' loss, the distance to the wanted shares, and to the teacher's patches and answer."""
-        output: Decided = running(batch.images)
-        wanted = [self.options.keep_rate ** (stage + 1) for stage in range(output.shares.shape[1])]
-        ratio = (output.shares - output.shares.new_tensor(wanted)).square().mean()
-        distance = (output.patches - output.teacher_patches).square().mean(dim=-1)
-        imitation = (output.kept * distance).sum() / output.kept.sum().clamp(min=1)
-        divergence = distillation_loss(output.logits, output.teacher_logits)
-        own = RATIO_WEIGHT * ratio + TOKEN_WEIGHT * imitation + TEACHER_WEIGHT * divergence
-        return single_answer_loss(output.logits, batch, self) + own
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"keep {self.options.keep_rate:g}": network}
+    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits; and the distances to the wanted shares, to the teacher's patches and to its answer."""
+        tokens, kept, shares = network.decide(images)
+        logits, (teacher_logits, patches) = network.backbone.forward_head(tokens), teacher(images)
+        wanted = tokens.new_tensor(list(network.shares.values()))
+        ratio = (torch.stack(shares, dim=1) - wanted).square().mean()
+        distance = (tokens[:, 1:] - patches[-1]).square().mean(dim=-1)
+        imitation = (kept * distance).sum() / kept.sum().clamp(min=1)
+        divergence = distillation_loss(logits, teacher_logits)
+        return logits, RATIO_WEIGHT * ratio + TOKEN_WEIGHT * imitation + TEACHER_WEIGHT * divergence

@@ -1,4 +1,4 @@
-"""EViT: inattentive patches are fused into one token.
+"""EViT: inattentive patches are fused into one token, in training as well; and CF-ViT whose fine stage does so.
 
 Liang et al., "Not All Patches are What You Need: Expediting Vision Transformers via Token Reorganizations", ICLR 2022.
 The authors lower the keep rate from 1 in the first epochs; here it is fixed.
@@ -6,43 +6,43 @@ The authors lower the keep rate from 1 in the first epochs; here it is fixed.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cfvit.methods.base import register
-from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, places_of_reduction, transform
-from cfvit.methods.slimming import KeepRate
+from cfvit.files import atomic_write
+from cfvit.methods.base import Method, register
+from cfvit.methods.cf_vit import CfViT, build_model
+from cfvit.methods.plain_blocks import (
+    KeepRate,
+    PlainBlocks,
+    attend,
+    classify,
+    embed,
+    places_of_reduction,
+    require_plain_vit,
+    transform,
+)
+from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.exit import Exit
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
 
 
 @register("evit")
 class EViT(PlainBlocks):
-    """The plain ViT with three reductions of its tokens, in training as well."""
+    """The plain ViT with three reductions of its tokens."""
 
     title = "EViT"
     options_class = KeepRate
 
-    def in_training(self, network: Any) -> nn.Module:
-        return ReorganisingViT(network, self.options.keep_rate)
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"keep {self.options.keep_rate:g}": self.in_training(network)}
-
-
-class ReorganisingViT(nn.Module):
-    """A plain ViT in which three blocks keep a share of the patches, and fuse those of least class attention."""
-
-    def __init__(self, backbone: Any, keep: float) -> None:
-        super().__init__()
-        self.backbone, self.keep = backbone, keep
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        return classify(self.backbone, run_reorganising(self.backbone, embed(self.backbone, images), self.keep))
+    def forward(self, network: Any, images: Tensor) -> Tensor:
+        return classify(network, run_reorganising(network, embed(network, images), self.options.keep_rate))
 
 
 def run_reorganising(backbone: Any, tokens: Tensor, keep: float) -> Tensor:
@@ -69,3 +69,35 @@ def fuse_inattentive(tokens: Tensor, class_attention: Tensor, kept: int) -> Tens
     weights = class_attention.gather(1, others).to(tokens.dtype)
     fused = (weights[..., None] * gather_tokens(patches, others)).sum(dim=1, keepdim=True)
     return torch.cat([tokens[:, :1], gather_tokens(patches, attentive), fused], dim=1)
+
+
+class ReorganisingFineStage(CoarseToFineViT):
+    """The coarse stage as it is; in the fine one, three blocks fuse the tokens of least class attention."""
+
+    keep = 1.0
+
+    def run_fine(self, tokens: Tensor, rotation: Tensor | None) -> Tensor:
+        return run_reorganising(self.backbone, tokens, self.keep)
+
+
+@register("cf_evit")
+class CfEViT(CfViT):
+    """Trained, scored and exited as CF-ViT; its folder is its own, as `cfvit.load` would leave the reduction out."""
+
+    title = "CF-ViT with EViT"
+    options_class = KeepRate
+
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        network: Any = build_model(config, weights, class_names, ReorganisingFineStage)
+        require_plain_vit(network.backbone)
+        network.keep = self.options.keep_rate
+        return network
+
+    def save(self, network: Any, folder: Path) -> None:
+        Method.save(self, network, folder)
+        with atomic_write(folder / "exit.json") as file:
+            file.write_text(json.dumps(asdict(network.exit)) + "\n")
+
+    def load(self, network: Any, folder: Path) -> Any:
+        network.exit = Exit(**json.loads((folder / "exit.json").read_text()))
+        return Method.load(self, network, folder)

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfvit.methods.base import Batch, register
-from cfvit.methods.plain import single_answer_loss
-from cfvit.methods.plain_blocks import PlainBlocks, attend, embed, transform
-from cfvit.methods.slimming import KeepRate
+from cfvit.methods.plain_blocks import KeepRate, PlainBlocks, attend, embed, transform
 from cfvit.modeling.config import Number, configuration
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
 
@@ -32,29 +30,6 @@ class SlowShare(KeepRate):
     """How many patches go through a block."""
 
     keep_rate: Number = Field(default=0.5, gt=0, le=1, description="share of the patches that go through a block")
-
-
-class SlowFastViT(nn.Module):
-    """A plain ViT whose blocks, after the first third, compute only the patches of highest class attention."""
-
-    def __init__(self, backbone: Any, keep: float) -> None:
-        super().__init__()
-        self.backbone, self.keep = backbone, keep
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits by the class token and by the mean patch, ``[B, classes]`` each."""
-        vit = self.backbone
-        tokens, average = embed(vit, images), None
-        count = math.ceil(round(self.keep * (tokens.shape[1] - 1), 6))
-        for index, block in enumerate(vit.blocks):
-            if average is None or index < len(vit.blocks) // 3 or count == average.shape[1]:
-                tokens, query, key = attend(block, tokens)
-                average = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
-                tokens = transform(block, tokens)
-            else:
-                tokens, average = evolve(block, tokens, average, count)
-        tokens = vit.norm(tokens)
-        return vit.forward_head(tokens), vit.head(tokens[:, 1:].mean(dim=1))
 
 
 def evolve(block: Any, tokens: Tensor, average: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -78,18 +53,28 @@ def evolve(block: Any, tokens: Tensor, average: Tensor, count: int) -> tuple[Ten
 
 @register("evo_vit")
 class EvoViT(PlainBlocks):
-    """The plain ViT with slow and fast patches, in training as well."""
+    """The plain ViT, in training as well; after the first third, blocks compute the patches of most class attention."""
 
     title = "Evo-ViT"
     options_class = SlowShare
 
-    def in_training(self, network: Any) -> nn.Module:
-        return SlowFastViT(network, self.options.keep_rate)
+    def forward(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits by the class token and by the mean patch, ``[B, classes]`` each."""
+        tokens, average = embed(network, images), None
+        count = math.ceil(round(self.options.keep_rate * (tokens.shape[1] - 1), 6))
+        for index, block in enumerate(network.blocks):
+            if average is None or index < len(network.blocks) // 3 or count == average.shape[1]:
+                tokens, query, key = attend(block, tokens)
+                average = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
+                tokens = transform(block, tokens)
+            else:
+                tokens, average = evolve(block, tokens, average, count)
+        tokens = network.norm(tokens)
+        return network.forward_head(tokens), network.head(tokens[:, 1:].mean(dim=1))
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         by_class, by_patches = running(batch.images)
-        return 0.5 * single_answer_loss(by_class, batch, self) + 0.5 * single_answer_loss(by_patches, batch, self)
+        return 0.5 * self.answer_loss(by_class, batch) + 0.5 * self.answer_loss(by_patches, batch)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        slow_fast = SlowFastViT(network, self.options.keep_rate)
-        return {f"keep {self.options.keep_rate:g}": lambda images: slow_fast(images)[0]}
+        return {self.point: lambda images: self.forward(network, images)[0]}

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,18 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cfvit.methods.base import Batch, Options, count_points, register
-from cfvit.methods.plain import single_answer_loss
-from cfvit.methods.plain_blocks import attend, classify, embed, keep_highest, project, transform
-from cfvit.methods.slimming import ExtendedViT, ExtendsPlainViT
+from cfvit.methods.plain_blocks import (
+    ExtendedViT,
+    ExtendsPlainViT,
+    add_mixed,
+    attend,
+    classify,
+    embed,
+    keep_highest,
+    project,
+    run,
+    transform,
+)
 from cfvit.modeling.config import Number, configuration
 
 GROUPS = 3
@@ -67,13 +76,16 @@ class Interpreter(nn.Module):
 class InterpretedViT(ExtendedViT):
     """A plain ViT with an interpreter before each third of its blocks."""
 
+    plan: Tensor
+    counted = ("plan",)
+
     def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
         super().__init__(backbone, options, trained)
         depth, heads = len(backbone.blocks), backbone.blocks[0].attn.num_heads
         self.starts = [depth * group // GROUPS for group in range(GROUPS)]
         self.interpreters = nn.ModuleList(Interpreter(backbone.embed_dim, heads) for _ in self.starts)
         shares = PUBLISHED_SHARE ** torch.arange(1, GROUPS + 1, device="cpu")
-        self.plan = torch.cat([shares * PARTS, shares.new_zeros(1)]).long()
+        self.register_buffer("plan", torch.cat([shares * PARTS, shares.new_zeros(1)]).long())
         """Of all patches, how many are left in each group, mean over images; and over how many images."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -96,55 +108,36 @@ class InterpretedViT(ExtendedViT):
                 counts.append(lengths)
             images_of = [part.split(lengths, dim=2) for part in project(block.attn, block.norm1(row))]
             mixed = [F.scaled_dot_product_attention(*image) for image in zip(*images_of, strict=True)]
-            update = block.attn.proj(torch.cat(mixed, dim=2).transpose(1, 2).flatten(2))
-            row = transform(block, row + block.ls1(update))
+            row = transform(block, add_mixed(block, row, torch.cat(mixed, dim=2)))
         return torch.cat([classify(self.backbone, image) for image in row.split(lengths, dim=1)]), counts
 
     def with_counts(self, images: Tensor, counts: list[int]) -> Tensor:
         """The same with given numbers of patches in each group, those that are worth most."""
+
+        def reduce(index: int, tokens: Tensor) -> Tensor:
+            if index not in self.starts:
+                return tokens
+            group = self.starts.index(index)
+            return keep_highest(tokens, self.interpreters[group](tokens[:, 1:]), counts[group])
+
+        return classify(self.backbone, run(self.backbone, images, reduce))
+
+    def play(self, images: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """In training: dropped patches are masked, as images of a batch drop different ones.
+
+        Args:
+            decide: from how much patches are worth to 1 for those that are kept and 0 for the others.
+
+        Returns:
+            Logits ``[B, classes]``; the share of all patches that each group keeps, ``[B, groups]``; and the
+            log-probability of the decisions, mean over patches, ``[B]``.
+        """
         tokens = embed(self.backbone, images)
-        for index, block in enumerate(self.backbone.blocks):
-            if index in self.starts:
-                group = self.starts.index(index)
-                tokens = keep_highest(tokens, self.interpreters[group](tokens[:, 1:]), counts[group])
-            tokens = transform(block, attend(block, tokens)[0])
-        return classify(self.backbone, tokens)
-
-
-class Played(NamedTuple):
-    """What training needs of a batch, by drawn decisions and by the likeliest ones."""
-
-    logits: Tensor  # ``[B, classes]``
-    shares: Tensor  # of all patches that each group keeps, ``[B, groups]``
-    log_probability: Tensor  # of the drawn decisions, mean over patches, ``[B]``
-    greedy_logits: Tensor  # ``[B, classes]``
-    greedy_shares: Tensor  # of all patches that each group keeps, ``[B, groups]``
-
-
-class PlayingViT(nn.Module):
-    """The network in training: dropped patches are masked, as images of a batch drop different ones."""
-
-    def __init__(self, network: InterpretedViT) -> None:
-        super().__init__()
-        self.network = network
-        self._ddp_params_and_buffers_to_ignore = ["network.plan"]  # which stays on the CPU
-
-    def forward(self, images: Tensor) -> Played:
-        assert self.network.plan is not None
-        self.network.plan[-1] = 0  # answers by the weights of before no longer count
-        drawn = self._play(images, torch.bernoulli)
-        with torch.no_grad():
-            greedy_logits, greedy_shares, _ = self._play(images, lambda worth: (worth >= KEEP_ABOVE).to(worth.dtype))
-        return Played(*drawn, greedy_logits, greedy_shares)
-
-    def _play(self, images: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        network = self.network
-        tokens = embed(network.backbone, images)
         kept = tokens.new_ones(len(tokens), tokens.shape[1] - 1)
         shares, log_probability, seen = [], tokens.new_zeros(len(tokens)), None
-        for index, block in enumerate(network.backbone.blocks):
-            if index in network.starts:
-                worth = network.interpreters[network.starts.index(index)](tokens[:, 1:].detach()).float()
+        for index, block in enumerate(self.backbone.blocks):
+            if index in self.starts:
+                worth = self.interpreters[self.starts.index(index)](tokens[:, 1:].detach()).float()
                 decision = decide(worth.detach())
                 likelihood = torch.where(decision > 0, worth, 1 - worth).clamp(min=1e-6).log()
                 log_probability = log_probability + (kept * likelihood).mean(dim=1)
@@ -152,7 +145,7 @@ class PlayingViT(nn.Module):
                 shares.append(kept.mean(dim=1))
                 seen = F.pad(kept > 0, (1, 0), value=True)[:, None, None]
             tokens = transform(block, attend(block, tokens, seen)[0])
-        return classify(network.backbone, tokens), torch.stack(shares, dim=1), log_probability
+        return classify(self.backbone, tokens), torch.stack(shares, dim=1), log_probability
 
 
 def reward(logits: Tensor, shares: Tensor, answer: Tensor, penalty: float) -> Tensor:
@@ -168,21 +161,29 @@ class IaRed2(ExtendsPlainViT):
     engines = ("eager", "torch")
     options_class = Penalty
     network_class = InterpretedViT
-    training_class = PlayingViT
+
+    @property
+    def point(self) -> str:
+        return f"above {KEEP_ABOVE}"
+
+    def forward(self, network: Any, images: Tensor) -> tuple[Tensor, ...]:
+        """What ``play`` gives of drawn decisions, and logits and shares of the likeliest ones."""
+        network.plan[-1] = 0  # answers by the weights of before no longer count
+        drawn = network.play(images, torch.bernoulli)
+        with torch.no_grad():
+            logits, shares, _ = network.play(images, lambda worth: (worth >= KEEP_ABOVE).to(worth.dtype))
+        return *drawn, logits, shares
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
         """The reward over that of the likeliest decisions raises or lowers the probability of those drawn."""
-        played: Played = running(batch.images)
+        logits, shares, log_probability, greedy_logits, greedy_shares = running(batch.images)
         answer = batch.teacher if batch.target is None else batch.target
         assert answer is not None
         answer = answer.argmax(dim=-1) if answer.is_floating_point() else answer
-        drawn = reward(played.logits, played.shares, answer, self.options.penalty)
-        greedy = reward(played.greedy_logits, played.greedy_shares, answer, self.options.penalty)
-        gain = -((drawn - greedy).detach() * played.log_probability).mean()
-        return single_answer_loss(played.logits, batch, self) + gain
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"above {KEEP_ABOVE}": network}
+        drawn = reward(logits, shares, answer, self.options.penalty)
+        greedy = reward(greedy_logits, greedy_shares, answer, self.options.penalty)
+        gain = -((drawn - greedy).detach() * log_probability).mean()
+        return self.answer_loss(logits, batch) + gain
 
     def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
         """Logits at the one operating point; what the images keep is counted, for `macs`."""
@@ -193,8 +194,7 @@ class IaRed2(ExtendsPlainViT):
             kept = PARTS * sum(length - 1 for length in lengths) / patches
             shares[group] = (before * shares[group] + kept) / total
         network.plan.copy_(torch.tensor([*shares, total]).round())
-        (point,) = self.points(network)
-        return {point: logits}
+        return {self.point: logits}
 
     def load(self, network: Any, folder: Path) -> Any:
         network = super().load(network, folder)
@@ -204,5 +204,4 @@ class IaRed2(ExtendsPlainViT):
     def macs(self, network: Any) -> dict[str, int]:
         """At the mean share of patches that images keep."""
         counts = (network.backbone.patch_embed.num_patches * network.plan[:-1] / PARTS).round().int().tolist()
-        (point,) = self.points(network)
-        return count_points(network, lambda meta: {point: partial(meta.with_counts, counts=counts)})
+        return count_points(network, lambda meta: {self.point: partial(meta.with_counts, counts=counts)})

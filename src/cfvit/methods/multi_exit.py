@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from cfvit.calibration import choose_threshold
 from cfvit.methods.base import Batch, Method, count_points
-from cfvit.methods.plain import single_answer_loss
 from cfvit.modeling.exit import confidence_of, goes_on
 
 
@@ -75,7 +74,7 @@ class MultiExit(Method):
     """All exits learn side by side; the operating points are the exits, each at the cost of all stages up to it."""
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        losses = [single_answer_loss(logits, batch, self) for logits in running(batch.images)]
+        losses = [self.answer_loss(logits, batch) for logits in running(batch.images)]
         return torch.stack(losses).sum()
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -12,12 +12,10 @@ from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
 from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE
-from cfvit.errors import UsageError
 from cfvit.files import atomic_write
-from cfvit.methods.base import Batch, Method, register
+from cfvit.methods.base import Method, register
 from cfvit.methods.cf_vit import build_model
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.losses import classification_loss, distillation_loss
 from cfvit.modeling.model import CoarseToFineViT
 
 
@@ -26,15 +24,14 @@ class Plain(Method):
     """The backbone of the coarse-to-fine model, which starts from the same weights as that does."""
 
     title = "plain ViT"
+    point = "plain"
+    """What its operating point is called."""
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         return backbone_of(build_model(config, weights, class_names))
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        return single_answer_loss(running(batch.images), batch, self)
-
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {"plain": network}
+        return {self.point: network}
 
     def save(self, network: Any, folder: Path) -> None:
         """In timm's own format, which it reads as ``local-dir:FOLDER`` and transformers as a model of timm's."""
@@ -64,17 +61,3 @@ def backbone_of(model: CoarseToFineViT) -> Any:
     network.data_config, network.class_names = model.data_config, model.class_names
     network.image_size, network.timm_kwargs = model.image_size, dict(model.config.timm_kwargs)
     return network
-
-
-def single_answer_loss(logits: Tensor, batch: Batch, method: Method) -> Tensor:
-    """The loss of a network with one answer: cross entropy with the label, divergence from the teacher."""
-    objective = method.objective
-    if batch.token_labels is not None:
-        raise UsageError(f"token labels train both stages: choose --method cf_vit, not {method.name}")
-    loss = logits.new_zeros((), dtype=logits.float().dtype)
-    if batch.target is not None:
-        loss = loss + objective.label_weight * classification_loss(logits, batch.target, objective.label_smoothing)
-    if batch.teacher is not None:
-        divergence = distillation_loss(logits, batch.teacher, objective.temperature)
-        loss = loss + objective.fine_teacher_weight * divergence
-    return loss

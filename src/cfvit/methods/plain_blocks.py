@@ -1,23 +1,41 @@
-"""The parts of timm's plain ViT and of LV-ViT, for methods that drop, merge or reorder the tokens between them."""
+"""Timm's plain ViT and LV-ViT in parts, for methods that drop, merge or mix the tokens between them; what these share.
+
+A method that only runs the weights of a plain ViT in another way is a `PlainBlocks`; one that adds weights to it is an
+`ExtendsPlainViT`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
+from cfvit.methods.base import Batch, InTraining, Method, Options
 from cfvit.methods.plain import Plain
-from cfvit.modeling.config import ModelConfig
+from cfvit.modeling.config import ModelConfig, Number, configuration
 from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
 from cfvit.modeling.tokens import gather_tokens, rank_cells
 
 
+@configuration
+class KeepRate(Options):
+    """How many tokens are kept."""
+
+    keep_rate: Number = Field(default=0.7, gt=0, le=1, description="share of the patch tokens that stay each time")
+
+
 class PlainBlocks(Plain):
-    """A method that runs the weights of a plain ViT in another way and adds none to them."""
+    """A method that runs the weights of a plain ViT in another way, by `forward`, and adds none to them."""
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """The plain ViT, as `cfvit.methods.plain.Plain` builds it.
@@ -28,6 +46,104 @@ class PlainBlocks(Plain):
         network = super().build(config, weights, class_names)
         require_plain_vit(network)
         return network
+
+    @property
+    def point(self) -> str:
+        """What its operating point is called."""
+        return f"keep {self.options.keep_rate:g}"
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {self.point: partial(self.forward, network)}
+
+
+class ExtendedViT(nn.Module):
+    """A plain ViT and what a method adds to it, by its options; ``trained`` if the ViT starts from trained weights."""
+
+    counted: tuple[str, ...] = ()
+    """Buffers of numbers of tokens. They stay on the CPU, also in copies without data, by which costs are counted."""
+
+    def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
+        super().__init__()
+        self.backbone, self.options, self.trained = backbone, options, trained
+        self.image_size, self.data_config = backbone.image_size, backbone.data_config
+        self.class_names: list[str] | None = backbone.class_names
+
+    def reduce(self, index: int, tokens: Tensor) -> Tensor:
+        """What block ``index`` runs on of the tokens before it, ``[B, 1 + n, D]``."""
+        return tokens
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
+        return classify(self.backbone, run(self.backbone, images, self.reduce))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters for optimisers to leave undecayed."""
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExtendedViT:
+        counted = {name: self._buffers[name] for name in self.counted}
+        super()._apply(fn, recurse)
+        self._buffers |= counted
+        return self
+
+
+class ExtendsPlainViT(PlainBlocks):
+    """A method whose network is an `ExtendedViT`."""
+
+    network_class: ClassVar[type[ExtendedViT]]
+    save = Method.save
+
+    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        return self.network_class(super().build(config, weights, class_names), self.options, weights is not None)
+
+    def in_training(self, network: Any) -> nn.Module:
+        running: Any = super().in_training(network)
+        running._ddp_params_and_buffers_to_ignore = [f"parts.0.{name}" for name in network.counted]  # on the CPU
+        return running
+
+    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {self.point: network}
+
+    def is_added(self, name: str) -> bool:
+        return not name.startswith("backbone.")
+
+
+class TaughtByItself(ExtendsPlainViT):
+    """A method whose network imitates its backbone as training found it.
+
+    A run that is resumed is built from the same initial weights, so its teacher is the same.
+    """
+
+    @abstractmethod
+    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
+        """In training: logits ``[B, classes]``, and how far the network is from its teacher, a scalar."""
+
+    def in_training(self, network: Any) -> nn.Module:
+        if not network.trained:
+            warnings.warn("the teacher is the backbone and has random weights: give --initial-weights", stacklevel=2)
+        return InTraining(self.imitate, network, FrozenTeacher(network.backbone))
+
+    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+        logits, imitation = running(batch.images)
+        return self.answer_loss(logits, batch) + imitation
+
+
+class FrozenTeacher(nn.Module):
+    """A copy of a backbone as it is now: always in evaluation, without gradients."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone: Any = copy.deepcopy(backbone).eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Logits ``[B, classes]`` and the patches after each block, ``[B, n, D]``, the last ones after the norm."""
+        after: list[Tensor] = []
+        tokens = self.backbone.norm(run(self.backbone, images, after=after))
+        return self.backbone.forward_head(tokens), [tokens[:, 1:] for tokens in (*after[:-1], tokens)]
 
 
 def require_plain_vit(backbone: Any) -> None:
@@ -55,12 +171,37 @@ def require_plain_vit(backbone: Any) -> None:
         raise UsageError(f"the method is written for {reason}: choose a ViT such as deit_small_patch16_224")
 
 
+def run(
+    backbone: Any,
+    images: Tensor,
+    reduce: Callable[[int, Tensor], Tensor] = lambda _, tokens: tokens,
+    after: list[Tensor] | None = None,
+) -> Tensor:
+    """All blocks: from images ``[B, 3, S, S]`` to the sequence after the last one, ``[B, 1 + n, D]``.
+
+    Args:
+        reduce: from the number of a block and the tokens before it to those that it runs on.
+        after: takes up the sequence after each block.
+    """
+    tokens = embed(backbone, images)
+    for index, block in enumerate(backbone.blocks):
+        tokens = run_block(block, reduce(index, tokens))
+        if after is not None:
+            after.append(tokens)
+    return tokens
+
+
 def embed(backbone: Any, images: Tensor) -> Tensor:
     """The sequence that enters the first block, class token first: ``[B, 1 + n, D]``."""
     positions = backbone.pos_embed
     patches = backbone.patch_embed(images) + patch_positions(backbone, positions)
     class_token = prefix_tokens(backbone, positions).expand(len(images), -1, -1)
     return enter(backbone, torch.cat([class_token, patches], dim=1))
+
+
+def run_block(block: Any, tokens: Tensor) -> Tensor:
+    """A whole block: ``[B, T, D] -> [B, T, D]``."""
+    return transform(block, attend(block, tokens)[0])
 
 
 def project(attention: Any, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,12 +216,10 @@ def attend(block: Any, tokens: Tensor, bias: Tensor | None = None) -> tuple[Tens
     Args:
         bias: added to the attention's logits, ``[B, 1 or H, 1 or T, T]``; where it is bool, False forbids a key.
     """
-    attention = block.attn
-    query, key, value = project(attention, block.norm1(tokens))
+    query, key, value = project(block.attn, block.norm1(tokens))
     bias = None if bias is None else bias.expand(-1, -1, query.shape[2], -1)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-    update = attention.proj(mixed.transpose(1, 2).flatten(2))
-    return tokens + block.drop_path1(block.ls1(update)), query, key
+    return add_mixed(block, tokens, mixed), query, key
 
 
 def attend_kept(block: Any, tokens: Tensor, kept: Tensor) -> Tensor:
@@ -92,15 +231,18 @@ def attend_kept(block: Any, tokens: Tensor, kept: Tensor) -> Tensor:
     Args:
         kept: ``[B, T]``, 1 for tokens that are kept and 0 for those that are dropped.
     """
-    attention = block.attn
-    query, key, value = project(attention, block.norm1(tokens))
-    logits = ((query * attention.scale) @ key.transpose(-2, -1)).float()
+    query, key, value = project(block.attn, block.norm1(tokens))
+    logits = ((query * block.attn.scale) @ key.transpose(-2, -1)).float()
     itself = torch.eye(tokens.shape[1], device=tokens.device)
     seen = itself + (1 - itself) * kept[:, None, None]
     weights = (logits - logits.detach().amax(dim=-1, keepdim=True)).exp() * seen
     maps = weights / weights.sum(dim=-1, keepdim=True)
-    mixed = maps.to(value.dtype) @ value
-    return tokens + block.drop_path1(block.ls1(attention.proj(mixed.transpose(1, 2).flatten(2))))
+    return add_mixed(block, tokens, maps.to(value.dtype) @ value)
+
+
+def add_mixed(block: Any, tokens: Tensor, mixed: Tensor) -> Tensor:
+    """The end of a block's attention half, on the values that its heads mixed: ``[B, H, T, D/H] -> [B, T, D]``."""
+    return tokens + block.drop_path1(block.ls1(block.attn.proj(mixed.transpose(1, 2).flatten(2))))
 
 
 def transform(block: Any, tokens: Tensor, joined: Tensor | None = None) -> Tensor:

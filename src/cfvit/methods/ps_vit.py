@@ -16,13 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfvit.errors import UsageError
-from cfvit.methods.base import Batch, Options, register
-from cfvit.methods.plain import single_answer_loss
-from cfvit.methods.plain_blocks import attend, classify, embed, project, transform
-from cfvit.methods.slimming import ExtendedViT, ExtendsPlainViT
+from cfvit.methods.base import Options, register
+from cfvit.methods.plain_blocks import ExtendedViT, ExtendsPlainViT, classify, embed, project, run, run_block
 from cfvit.modeling.config import Number, configuration
 
 LAST_SHARE = 0.14
@@ -42,23 +40,26 @@ class Tolerance(Options):
 class PatchSlimmedViT(ExtendedViT):
     """A plain ViT whose block ``k`` has the first ``plan[k]`` patches of an order."""
 
+    plan: Tensor
     order: Tensor
     chosen: Tensor
+    counted = ("plan", "chosen")
 
     def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
         super().__init__(backbone, options, trained)
         count, depth = backbone.patch_embed.num_patches, len(backbone.blocks)
         shares = torch.linspace(1, LAST_SHARE, depth, device="cpu")
-        self.plan = (count * shares).round().long()
+        self.register_buffer("plan", (count * shares).round().long())
         self.register_buffer("order", torch.arange(count))
-        self.register_buffer("chosen", torch.tensor(False))
+        self.register_buffer("chosen", torch.tensor(False, device="cpu"))
 
-    def forward(self, images: Tensor, counts: list[int]) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, with so many patches in each block."""
+    def forward(self, images: Tensor, counts: list[int] | None = None) -> Tensor:
+        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, with so many patches in each block, or ``plan``."""
+        counts = counts or self.plan.tolist()
         tokens = embed(self.backbone, images)
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:][:, self.order[: counts[0]]]], dim=1)
         for block, count in zip(self.backbone.blocks, counts, strict=True):
-            tokens = run(block, tokens[:, : 1 + count])
+            tokens = run_block(block, tokens[:, : 1 + count])
         return classify(self.backbone, tokens)
 
     @torch.no_grad()
@@ -71,8 +72,7 @@ class PatchSlimmedViT(ExtendedViT):
         training = self.training
         self.eval()  # no block is left out at random
         inputs = [embed(self.backbone, images)]
-        for block in self.backbone.blocks:
-            inputs.append(run(block, inputs[-1]))
+        run(self.backbone, images, after=inputs)
         patches = inputs[0].shape[1] - 1
         step = max(1, round(STEP * patches))
         kept, counts = torch.zeros(1, dtype=torch.long, device=images.device), []  # the class token, which is token 0
@@ -85,21 +85,15 @@ class PatchSlimmedViT(ExtendedViT):
             added = (whole[:, needed] - before[:, needed]).square().sum()
             for count in [*range(0, len(others), step), len(others)]:
                 kept = torch.cat([needed, others[:count]])
-                error = (run(block, before[:, kept])[:, : len(needed)] - whole[:, needed]).square().sum()
+                error = (run_block(block, before[:, kept])[:, : len(needed)] - whole[:, needed]).square().sum()
                 if error <= self.options.tolerance * added:
                     break
             counts.insert(0, len(kept) - 1)
         rest = torch.arange(patches + 1, device=images.device)
         self.order.copy_(torch.cat([kept, rest[~torch.isin(rest, kept)]])[1:] - 1)
-        assert self.plan is not None
         self.plan.copy_(torch.tensor(counts))
         self.chosen.fill_(True)
         self.train(training)
-
-
-def run(block: Any, tokens: Tensor) -> Tensor:
-    """A whole block: ``[B, T, D] -> [B, T, D]``."""
-    return transform(block, attend(block, tokens)[0])
 
 
 def impact(block: Any, tokens: Tensor, needed: Tensor) -> Tensor:
@@ -109,26 +103,6 @@ def impact(block: Any, tokens: Tensor, needed: Tensor) -> Tensor:
     return (maps.sum(dim=2) * value.norm(dim=-1)).mean(dim=(0, 1))
 
 
-class ChoosingViT(nn.Module):
-    """The network in training, which chooses its masks from the first batch that it sees."""
-
-    def __init__(self, network: PatchSlimmedViT) -> None:
-        super().__init__()
-        self.network, self.ready = network, False  # asked of a GPU once, as each answer of its waits for all its work
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images ``[B, 3, S, S]``, by which masks are chosen if there are none yet."""
-        network = self.network
-        if not (self.ready or images.is_meta):
-            if not network.chosen and dist.is_initialized():
-                raise UsageError("the masks of ps_vit are chosen by one process: start training without torchrun")
-            if not network.chosen:
-                network.choose(images)
-            self.ready = True
-        assert network.plan is not None
-        return network(images, network.plan.tolist())
-
-
 @register("ps_vit")
 class PsViT(ExtendsPlainViT):
     """Masks from the first batch, then training with the patches really dropped."""
@@ -136,10 +110,14 @@ class PsViT(ExtendsPlainViT):
     title = "PS-ViT"
     options_class = Tolerance
     network_class = PatchSlimmedViT
-    training_class = ChoosingViT
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        return single_answer_loss(running(batch.images), batch, self)
+    def forward(self, network: Any, images: Tensor) -> Tensor:
+        """Logits of images ``[B, 3, S, S]``, by which masks are chosen if there are none yet."""
+        if not (network.chosen or images.is_meta):
+            if dist.is_initialized():
+                raise UsageError("the masks of ps_vit are chosen by one process: start training without torchrun")
+            network.choose(images)
+        return network(images)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"masks": partial(network, counts=network.plan.tolist())}

@@ -10,7 +10,6 @@ with the paper's numbers of tokens, 3.62. The paper's stem must be a cheaper one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from cfvit.methods.base import Batch, register
-from cfvit.methods.plain import single_answer_loss
-from cfvit.methods.plain_blocks import attend, classify, embed, transform
-from cfvit.methods.slimming import ExtendedViT, ExtendsPlainViT, FrozenTeacher, KeepRate
+from cfvit.methods.base import register
+from cfvit.methods.plain_blocks import ExtendedViT, FrozenTeacher, KeepRate, TaughtByItself, run
 from cfvit.modeling.config import Number, configuration
 from cfvit.modeling.losses import distillation_loss
 
@@ -63,57 +60,32 @@ class SelfSlimmedViT(ExtendedViT):
         depth, patches, dim = len(backbone.blocks), backbone.patch_embed.num_patches, backbone.embed_dim
         counts = [max(1, math.floor(round(patches * options.keep_rate**k, 6))) for k in (1, 2, 3)]
         starts = [min(depth - 1, int(depth * start)) for start in STARTS] if options.keep_rate < 1 else []
-        self.stage_of = [sum(start <= index for start in starts) for index in range(depth)]
+        self.stages = [sum(start <= index for start in starts) for index in range(depth)]
         """The stage of each block; the first has all tokens."""
         self.slim = nn.ModuleList(Mixtures(dim, counts[k]) for k in range(len(starts)))
         self.restore = nn.ModuleList(Mixtures(dim, patches) for _ in starts)
 
-    def layers(self, images: Tensor) -> list[Tensor]:
-        """The sequence after each block, ``[B, 1 + n, D]``."""
-        tokens, stage, after = embed(self.backbone, images), 0, []
-        for index, block in enumerate(self.backbone.blocks):
-            while stage < self.stage_of[index]:
-                tokens = torch.cat([tokens[:, :1], self.slim[stage](tokens[:, 1:])], dim=1)
-                stage += 1
-            tokens = transform(block, attend(block, tokens)[0])
-            after.append(tokens)
-        return after
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        return classify(self.backbone, self.layers(images)[-1])
-
-
-class RestoringViT(nn.Module):
-    """The network in training: its logits and the teacher's, and the distance between their layers."""
-
-    def __init__(self, network: SelfSlimmedViT) -> None:
-        super().__init__()
-        self.network, self.teacher = network, FrozenTeacher(network)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        network, (teacher_logits, wanted) = self.network, self.teacher(images)
-        layers, distances = network.layers(images), []
-        normed = network.backbone.norm(layers[-1])
-        for stage, tokens, patches in zip(network.stage_of, [*layers[:-1], normed], wanted, strict=True):
-            own = network.restore[stage - 1](tokens[:, 1:]) if stage else tokens[:, 1:]
-            distances.append(F.mse_loss(own, patches))
-        return network.backbone.forward_head(normed), teacher_logits, torch.stack(distances).mean()
+    def reduce(self, index: int, tokens: Tensor) -> Tensor:
+        for stage in range(self.stages[index - 1] if index else 0, self.stages[index]):
+            tokens = torch.cat([tokens[:, :1], self.slim[stage](tokens[:, 1:])], dim=1)
+        return tokens
 
 
 @register("sit")
-class SiT(ExtendsPlainViT):
+class SiT(TaughtByItself):
     """Slimmed in training as well, and taught by the backbone that it started from."""
 
     title = "SiT"
     options_class = Slimming
     network_class = SelfSlimmedViT
-    training_class = RestoringViT
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        logits, teacher_logits, distance = running(batch.images)
-        own = TOKEN_WEIGHT * distance + TEACHER_WEIGHT * distillation_loss(logits, teacher_logits)
-        return single_answer_loss(logits, batch, self) + own
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {f"keep {self.options.keep_rate:g}": network}
+    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits; and the distances to the teacher's layers and to its answer."""
+        (teacher_logits, wanted), after, distances = teacher(images), list[Tensor](), []
+        normed = network.backbone.norm(run(network.backbone, images, network.reduce, after))
+        for stage, tokens, patches in zip(network.stages, (*after[:-1], normed), wanted, strict=True):
+            own = network.restore[stage - 1](tokens[:, 1:]) if stage else tokens[:, 1:]
+            distances.append(F.mse_loss(own, patches))
+        logits = network.backbone.forward_head(normed)
+        divergence = distillation_loss(logits, teacher_logits)
+        return logits, TOKEN_WEIGHT * torch.stack(distances).mean() + TEACHER_WEIGHT * divergence
