@@ -154,7 +154,7 @@ def write(model: CoarseToFineViT, tmp_path: Path) -> Write:
         source = make_source(len(collected.labels) + len(collected.unreadable))
         arguments = {"model": model, "source": source, "model_name": "m", "data_name": "d", "day": DAY, **changes}
         unreadable = [source.name(index) for index in collected.unreadable]
-        result = Evaluation(len(collected.labels), [], unreadable, collected, [], threshold, 5, MACS)
+        result = Evaluation(len(collected.labels), [], unreadable, collected, [], threshold, MACS)
         path = tmp_path / "new" / "report.html"
         write_report(path, result, **arguments)
         return path

@@ -152,7 +152,7 @@ def _print_evaluation(result: Scores, json: bool) -> None:
             rows = []
             for point in sweep:
                 mark = " (the model's)" if point.threshold == result.calibrated else ""
-                cost = (f"{point.gmacs:.3f}", saving_text(point.gmacs, result.backbone_gmacs))
+                cost = (f"{point.gmacs:.3f}", saving_text(point.gmacs, result.macs.backbone / 1e9))
                 name = f"{eta_text(point.threshold)}{mark}"
                 rows.append([name, f"{point.accuracy:.2f}", f"{point.exit_share:.1%}", *cost])
             print_line("")

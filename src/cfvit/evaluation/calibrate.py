@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,27 +39,11 @@ from cfvit.modeling.tokens import num_informative
 from cfvit.processes import Process, best_device
 
 Images = tuple[Tensor, Tensor, Tensor]
-Choice = TypeVar("Choice")
 MERGED_SHARE = 0.08
 """Of the fine sequence's patches, how many `fine_stages_of` merges before a block: 10 of 124 at alpha 0.5."""
 _SEED = 0
 NOT_COMPARED = "the training images are not known and were not compared with these: name them with --train-data"
 """The warning where images on which the model was trained could not be looked for."""
-
-
-@dataclass(frozen=True, eq=False)
-class Way:
-    """One way to use a model, of which the one that serves a target best is chosen: a fine stage and an exit rule."""
-
-    config: ModelConfig  # of the fine stage
-    macs: StageMacs  # what it costs
-    latency: StageLatency | None  # what it costs
-    images: Images  # logits of both stages, and labels
-
-    def rows(self, kept: Tensor) -> Images:
-        """Some of the images."""
-        coarse, fine, labels = self.images
-        return coarse[kept], fine[kept], labels[kept]
 
 
 def calibrate_model(
@@ -110,55 +95,57 @@ def calibrate_model(
     process = Process(0, 1, best_device())
     network = frozen(model.eval().to(process.device))
     network.exit = Exit()  # the stages' own answers
-    costs: list[tuple[ModelConfig, StageMacs, StageLatency | None]] = []
-    for config in (model.config, *fine_stages):
+    configs, costs = (model.config, *fine_stages), list[tuple[StageMacs, StageLatency | None]]()
+    for config in configs:
         network.config = config
-        macs, timed = count_macs(network), isinstance(target, LatencyBudget)
-        costs.append((config, macs, measure_latency(network, batch_size) if timed else None))
-        require_reachable(target, *costs[-1][1:])
+        timed = isinstance(target, LatencyBudget)
+        costs.append((count_macs(network), measure_latency(network, batch_size) if timed else None))
+        require_reachable(target, *costs[-1])
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
-    fast = accelerate(network)
-
-    def answers(images: Tensor) -> dict[str, Tensor]:
-        state = fast.coarse(images)
-        found = {"coarse": state.logits}
-        for place, (config, *_) in enumerate(costs):
-            fast.config = config
-            found[f"fine {place}"] = fast.fine(images, state)
-        return found
-
-    collected, unreadable = collect_with_progress(answers, model.data_config, source, batch_size, workers, process)
-    logits, labels = collected.logits, collected.labels
-    ways = [Way(*cost, (logits["coarse"], logits[f"fine {place}"], labels)) for place, cost in enumerate(costs)]
-    for way in ways:
-        check_images(*way.images)
+    forward = partial(_answers, accelerate(network), configs)
+    collected, unreadable = collect_with_progress(forward, model.data_config, source, batch_size, workers, process)
+    coarse, *fines = collected.logits.values()
+    labels = collected.labels
+    for fine in fines:
+        check_images(coarse, fine, labels)
     require_classes(labels.tolist(), len(labels))
-    fitted = kept = torch.arange(len(labels))
-    doubts: list[str] = []
+    fitted, kept, doubts = torch.arange(len(labels)), torch.arange(len(labels)), list[str]()
     if scale_temperatures or (best and isinstance(target, Promise)):
         fitted, kept, doubts = _halved(labels, names)
+    rules = [
+        _fitted_rule((coarse[fitted], fine[fitted], labels[fitted]), measure, scale_temperatures, best)
+        for fine in fines
+    ]
 
-    def calibrated(way: Way, rows: Tensor, options: dict[str, Any]) -> Calibration:
-        more = {"latency": way.latency, "class_names": model.class_names, **options}
-        # the classes of all images were checked above
-        return calibrate(*way.rows(rows), way.macs, target, allow_missing_classes=True, **more)
+    def calibrated(place: int, rows: Tensor) -> Calibration:
+        macs, latency = costs[place]
+        images = (coarse[rows], fines[place][rows], labels[rows])
+        more: dict[str, Any] = {"latency": latency, "class_names": model.class_names, **rules[place]}
+        return calibrate(*images, macs, target, allow_missing_classes=True, **more)  # classes were checked above
 
-    choices = [(way, _fitted_rule(way.rows(fitted), measure, scale_temperatures, best)) for way in ways]
-    way, options = (
-        choices[0] if len(choices) == 1 else best_choice(choices, lambda each: calibrated(each[0], fitted, each[1]))
-    )
-    temperatures = [value for name, value in options.items() if name.endswith("temperature")]
+    place = _best_place(range(len(configs)), lambda place: calibrated(place, fitted)) if fine_stages else 0
+    temperatures = [value for name, value in rules[place].items() if name.endswith("temperature")]
     if any(not 1.01 * LOWEST_TEMPERATURE < value < 0.99 * HIGHEST_TEMPERATURE for value in temperatures):
         doubts.append("a temperature is at the bound of its range: do not rely on it")
     if training is None:
         doubts.append(NOT_COMPARED)
-    calibration = calibrated(way, kept, options)
+    calibration = calibrated(place, kept)
+    network.config = configs[place]
     now, fitted_on = datetime.now(UTC).isoformat(timespec="seconds"), len(labels) - len(kept)
-    network.config = way.config
     origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(network))
     warnings = (*calibration.warnings, *doubts)
-    return replace(calibration, origin=origin, warnings=warnings), way.config, unreadable
+    return replace(calibration, origin=origin, warnings=warnings), configs[place], unreadable
+
+
+def _answers(network: CoarseToFineViT, configs: Sequence[ModelConfig], images: Tensor) -> dict[str, Tensor]:
+    """Logits of the coarse stage, and of every fine stage on what it left."""
+    state = network.coarse(images)
+    found = {"coarse": state.logits}
+    for place, config in enumerate(configs):
+        network.config = config
+        found[f"fine {place}"] = network.fine(images, state)
+    return found
 
 
 def _fitted_rule(images: Images, measure: Measure | None, temperatures: bool, best: bool) -> dict[str, Any]:
@@ -176,24 +163,25 @@ def _fitted_rule(images: Images, measure: Measure | None, temperatures: bool, be
     return options
 
 
-def best_choice(choices: Sequence[Choice], calibrated: Callable[[Choice], Calibration]) -> Choice:
-    """The choice by which a target is met best: a budget most accurately, another target at the lowest cost.
+def _best_place(places: Iterable[int], calibrated: Callable[[int], Calibration]) -> int:
+    """Where a target is met best: a budget most accurately, another target at the lowest cost.
 
     Raises:
-        CfvitError: the target is out of reach with every one.
+        CfvitError: the target is out of reach everywhere.
     """
-    found, failure = [], None
-    for choice in choices:
+    found, failures = list[tuple[tuple[float, float], int]](), list[CfvitError]()
+    for place in places:
         try:
-            outcome = calibrated(choice)
+            outcome = calibrated(place)
         except CfvitError as error:
-            failure = failure or error
-            continue
-        accuracy, cost = outcome.accuracy.value, outcome.gmacs.value
-        found.append(((accuracy, -cost) if isinstance(outcome.target, Budget) else (-cost, accuracy), choice))
+            failures.append(error)
+        else:
+            accuracy, cost = outcome.accuracy.value, outcome.gmacs.value
+            merit = (accuracy, -cost) if isinstance(outcome.target, Budget) else (-cost, accuracy)
+            found.append((merit, -place))  # of equals the first
     if not found:
-        raise failure or CfvitError("nothing is given to choose among: give at least one")
-    return max(found, key=lambda each: each[0])[1]
+        raise failures[0]
+    return -max(found)[1]
 
 
 def fine_stages_of(model: CoarseToFineViT, trained: ModelConfig) -> list[ModelConfig]:

@@ -28,6 +28,7 @@ from cfvit.processes import Process
 PAPERS_EXIT = Exit()
 PLAIN = "the plain ViT"
 """In the place of an operating point: what the plain ViT answers."""
+OWN_EXITS = "its own exits"
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,15 +105,24 @@ def collect_with_progress(
     batch_size: int,
     workers: int,
     process: Process,
+    plain: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Collected, list[str]]:
     """`collect` over all of a source and all processes, with progress; and the names of images that could not be read.
 
-    Raises `CfvitError` if there is no other.
+    Args:
+        plain: from images to the plain ViT's logits, which then stand among the others as `PLAIN`.
+
+    Raises:
+        CfvitError: not one image could be read.
     """
+
+    def answers(images: Tensor) -> dict[str, Tensor]:
+        return {**forward(images), **({} if plain is None else {PLAIN: plain(images)})}
+
     images = EvalImages(source, data_config, rank=process.rank, world=process.world)
     loader = eval_loader(images, batch_size, workers, process.device)
     with progress_bar(len(images), process.leads) as advance:
-        collected = collect(forward, loader, process.device, advance)
+        collected = collect(answers, loader, process.device, advance)
     unreadable = [source.name(index) for index in collected.unreadable]
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(unreadable)} images can be read, {unreadable[0]} first: check the data")
@@ -170,25 +180,24 @@ class StageScore:
     agreement: float | None = None  # percentage of images that the plain ViT answers alike; None without one
 
 
-def score_points(
-    logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, float], plain: Tensor | None = None
-) -> list[StageScore]:
+def score_points(logits: Mapping[str, Tensor], labels: Tensor, macs: Mapping[str, float]) -> list[StageScore]:
     """Scores each operating point of a method, by its name.
 
     Args:
-        logits, macs: of each point, ``[n, classes]`` and the cost of an image.
-        plain: the plain ViT's logits ``[n, classes]``, which each is compared with.
+        logits: of each point and perhaps of the `PLAIN` ViT, ``[n, classes]``.
+        macs: of each point, the cost of an image.
     """
+    plain = logits[PLAIN].argmax(dim=-1) if PLAIN in logits else None
     return [
         StageScore(
             stage=name,
-            top1=top_k_accuracy(answers, labels, 1),
-            top5=top_k_accuracy(answers, labels, 5),
-            gmacs=macs[name] / 1e9,
-            not_finite=int((answers_of(answers) == NO_ANSWER).sum()),
-            agreement=None if plain is None else top_k_accuracy(answers, plain.argmax(dim=-1), 1),
+            top1=top_k_accuracy(logits[name], labels, 1),
+            top5=top_k_accuracy(logits[name], labels, 5),
+            gmacs=cost / 1e9,
+            not_finite=int((answers_of(logits[name]) == NO_ANSWER).sum()),
+            agreement=None if plain is None else top_k_accuracy(logits[name], plain, 1),
         )
-        for name, answers in logits.items()
+        for name, cost in macs.items()
     ]
 
 
@@ -208,8 +217,7 @@ class Evaluation(Scores):
 
     sweep: list[SweepPoint]  # the trade-off between the stages, by rising eta
     calibrated: float | None  # the model's own eta, which is among the sweep's, or None
-    backbone_gmacs: float  # cost of the plain backbone
-    macs: StageMacs  # cost of each stage
+    macs: StageMacs  # cost of each stage and of the plain backbone
 
 
 def evaluate_method(
@@ -225,23 +233,15 @@ def evaluate_method(
 
     All else is as of `evaluate_model`.
     """
-    forward = _beside_plain(partial(method.answers, accelerate(network.to(process.device))), plain)
-    collected, unreadable = collect_with_progress(forward, network.data_config, source, batch_size, workers, process)
-    base, macs = collected.logits.pop(PLAIN, None), method.macs(network)
-    answers = dict(collected.logits)
+    forward, macs = partial(method.answers, accelerate(network.to(process.device))), method.macs(network)
+    about = network.data_config
+    collected, unreadable = collect_with_progress(forward, about, source, batch_size, workers, process, plain)
+    logits, answers = collected.logits, {name: collected.logits[name] for name in macs}
     if (exits := method.exits(network, answers)) is not None:
         costs = torch.tensor(list(macs.values()), dtype=torch.float64)
         at_exits = torch.stack(list(answers.values()), dim=1)[torch.arange(len(exits)), exits]
-        answers["its own exits"], macs = at_exits, {**macs, "its own exits": int(costs[exits].mean())}
-    stages = score_points(answers, collected.labels, macs, base)
-    return Scores(len(collected.labels), stages, unreadable, collected)
-
-
-def _beside_plain(
-    answers: Callable[[Tensor], Mapping[str, Tensor]], plain: Callable[[Tensor], Tensor] | None
-) -> Callable[[Tensor], dict[str, Tensor]]:
-    """What `collect` runs: a network's logits by operating point and, if there is one, the plain ViT's as `PLAIN`."""
-    return lambda images: {**answers(images), **({} if plain is None else {PLAIN: plain(images)})}
+        logits, macs = {**logits, OWN_EXITS: at_exits}, {**macs, OWN_EXITS: int(costs[exits].mean())}
+    return Scores(len(collected.labels), score_points(logits, collected.labels, macs), unreadable, collected)
 
 
 def evaluate_model(
@@ -272,18 +272,17 @@ def evaluate_model(
         state, _ = engine.coarse(images)
         return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
 
-    forward = _beside_plain(answers, plain)
-    collected, unreadable = collect_with_progress(forward, about.data_config, source, batch_size, workers, process)
+    collected, unreadable = collect_with_progress(
+        answers, about.data_config, source, batch_size, workers, process, plain
+    )
     logits, labels = collected.logits, collected.labels
-    base = logits.pop(PLAIN, None)
     etas = sorted({*thresholds, *(() if about.threshold is None else (about.threshold,))})
     return Evaluation(
         images=len(labels),
-        stages=score_points(logits, labels, {"coarse": macs.coarse, "fine": macs.both}, base),
+        stages=score_points(logits, labels, {"coarse": macs.coarse, "fine": macs.both}),
         unreadable=unreadable,
         collected=collected,
         sweep=sweep(logits["coarse"], logits["fine"], labels, macs, etas, about.exit),
         calibrated=about.threshold,
-        backbone_gmacs=macs.backbone / 1e9,
         macs=macs,
     )
