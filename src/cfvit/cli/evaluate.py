@@ -166,16 +166,23 @@ def _print_evaluation(result: Scores, json: bool) -> None:
 
 
 def _check_drift(name: str, data: str, against: Path, batch_size: int, workers: int, json: bool) -> int:
+    """`cfvit.calibration.check_drift` on images without labels, by the coarse stage alone."""
+    from cfvit.calibration import check_drift
     from cfvit.calibration.calibrated import read_calibration
     from cfvit.checkpoints import warn_of_other_weights
     from cfvit.data import open_images
-    from cfvit.evaluation.calibrate import check_drift_of
+    from cfvit.evaluation.metrics import collect_with_progress
+    from cfvit.inference.engines.packing import accelerate
     from cfvit.processes import join_processes
 
     network, before = load_model(name, None), read_calibration(against)
     source = open_images(data)
     with join_processes() as process:
-        drift, unreadable = check_drift_of(network, source, before, batch_size, workers, process)
+        coarse = accelerate(network.eval().to(process.device)).coarse
+        collected, unreadable = collect_with_progress(
+            lambda images: {"coarse": coarse(images).logits}, network.data_config, source, batch_size, workers, process
+        )
+        drift = check_drift(before, collected.logits["coarse"])
         if not process.leads:
             return int(bool(unreadable))
     if json:

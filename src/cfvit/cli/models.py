@@ -153,16 +153,16 @@ def cost(
     from cfvit.modeling.cost import count_macs
     from cfvit.modeling.model import create_model
 
+    grid = read_grid(coarse_grid)
     if method is not None:
-        _print_cost_of_method(backbones, read_grid(coarse_grid), method, read_options(method_options or {}), json)
+        _print_cost_of_method(backbones, grid, method, read_options(method_options or {}), json)
         return
-
     shares = [f"{share:.0%} hard" for share in fine_share]
     columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]
     rows = []
     for name in backbones:
         with torch.device("meta"):
-            model = create_model(name, coarse_grid=read_grid(coarse_grid))
+            model = create_model(name, coarse_grid=grid)
         macs, size = count_macs(model), "x".join(map(str, model.image_size))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         costs = [macs.backbone, macs.coarse, macs.both, *(macs.expected(share) for share in fine_share)]
@@ -171,8 +171,7 @@ def cost(
             print_json(backbone=name, pixels=model.image_size, parameters=parameters, macs=figures)
         rows.append([name, size, f"{parameters / 1e6:.1f}", *(f"{cost / 1e9:.2f}" for cost in costs)])
     if not json:
-        for row in (columns, ["---"] * len(columns), *rows):
-            print_line(f"| {' | '.join(row)} |")
+        _print_markdown(columns, rows)
 
 
 def _print_cost_of_method(
@@ -182,10 +181,7 @@ def _print_cost_of_method(
 
     from cfvit.methods.base import create_method
 
-    chosen, plain = create_method(method, options=options), create_method("plain")
-    if not json:
-        print_line("| backbone | method | operating point | GMACs | plain |")
-        print_line("| --- | --- | --- | --- | --- |")
+    chosen, plain, rows = create_method(method, options=options), create_method("plain"), []
     for name in backbones:
         config = ModelConfig(backbone=name, coarse_grid=grid)
         with torch.device("meta"):
@@ -194,6 +190,12 @@ def _print_cost_of_method(
         if json:
             dearest = max(points.values())
             print_json(method=method, backbone=name, gmacs=dearest, backbone_gmacs=whole / 1e9, points=points)
-        else:
-            for point, gmacs in points.items():
-                print_line(f"| {name} | {chosen.title} | {point} | {gmacs:.2f} | {whole / 1e9:.2f} |")
+        for point, gmacs in points.items():
+            rows.append([name, chosen.title, point, f"{gmacs:.2f}", f"{whole / 1e9:.2f}"])
+    if not json:
+        _print_markdown(["backbone", "method", "operating point", "GMACs", "plain"], rows)
+
+
+def _print_markdown(columns: list[str], rows: list[list[str]]) -> None:
+    for row in (columns, ["---"] * len(columns), *rows):
+        print_line(f"| {' | '.join(row)} |")

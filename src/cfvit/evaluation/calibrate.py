@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.calibration import Calibration, Drift, LatencyBudget, Origin, StageLatency, Target, calibrate, check_drift
+from cfvit.calibration import Calibration, LatencyBudget, Origin, StageLatency, Target, calibrate
 from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.calibration.images import ADD_CLASSES, check_images, missing_classes, refuse_training_images
 from cfvit.calibration.targets import Budget, Promise, require_reachable
@@ -241,25 +241,3 @@ def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
     extra = np.interp(np.arange(1, batch_size + 1), [0, *sizes], rising) / batch_size
     *between, both = (timed[-1].coarse + extra).tolist()
     return StageLatency(timed[-1].coarse, both, tuple(between))
-
-
-def check_drift_of(
-    model: CoarseToFineViT,
-    source: DataSource,
-    calibration: Calibration,
-    batch_size: int,
-    workers: int,
-    process: Process,
-) -> tuple[Drift, list[str]]:
-    """`cfvit.calibration.check_drift` on images without labels, by the coarse stage alone, with a progress bar.
-
-    Returns:
-        What was found, and the names of images that could not be read and do not count.
-    """
-    network = accelerate(model.eval().to(process.device))
-
-    def answers(images: Tensor) -> dict[str, Tensor]:
-        return {"coarse": network.coarse(images).logits}
-
-    collected, unreadable = collect_with_progress(answers, model.data_config, source, batch_size, workers, process)
-    return check_drift(calibration, collected.logits["coarse"]), unreadable

@@ -174,8 +174,7 @@ def draw_curves(
                     label=_lines(curve.name, 4.2, 8, 1)[0],
                 )
             axis.set_title(name, loc="left", fontweight="bold")
-            axis.set_xlabel(label)
-            axis.set_ylabel("top-1 accuracy, %")
+            axis.set(xlabel=label, ylabel="top-1 accuracy, %")
             axis.grid()
             axis.margins(0.07)
             if curves:
@@ -193,9 +192,7 @@ def draw_counts(
         axis.fill_between(thresholds, coarse, both, color=FINE, alpha=0.3, lw=0)
         axis.plot(thresholds, both, "s-", color=FINE, label="at the fine stage, on top", ms=4, lw=1.6)
         axis.plot(thresholds, coarse, "o-", color=COARSE, label="at the coarse stage", ms=4, lw=1.6)
-        axis.set_xlabel("threshold eta")
-        axis.set_ylabel("images answered right")
-        axis.set_ylim(0, 1.06 * max(1, *both))
+        axis.set(xlabel="threshold eta", ylabel="images answered right", ylim=(0, 1.06 * max(1, *both)))
         axis.locator_params(axis="y", integer=True)
         axis.grid()
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
@@ -214,6 +211,8 @@ def draw_highest_lowest(
 ) -> None:
     """Top-1 on the ``kept`` patches of highest and lowest class attention in each block, and on all, in percent."""
     blocks = range(1, len(highest) + 1)
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
+    written: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "bbox": box}
     with _sheet(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
         axis = figure.subplots()
         axis.axhline(whole, color=QUIET, ls=(0, (4, 3)), lw=1.2, label=f"all {patches} patches: {whole:.1f}%")
@@ -225,21 +224,10 @@ def draw_highest_lowest(
             for block, value, other in zip(blocks, values, others, strict=True):
                 above = value > other or (value == other and values is highest)
                 shift, side = (6, "bottom") if above else (-6, "top")  # away from the other line
-                axis.annotate(
-                    f"{value:.1f}",
-                    (block, value),
-                    (0, shift),
-                    textcoords="offset points",
-                    color=colour,
-                    fontsize=7,
-                    ha="center",
-                    va=side,
-                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4},
-                )
-        axis.set_xlabel("block whose class attention ranks the patches")
-        axis.set_ylabel("top-1 accuracy, %")
-        axis.set_xticks(blocks)
-        axis.set_xlim(0.5, len(blocks) + 0.5)
+                text, place = f"{value:.1f}", (block, value)
+                axis.annotate(text, place, (0, shift), va=side, color=colour, **written)
+        axis.set(xlabel="block whose class attention ranks the patches", ylabel="top-1 accuracy, %")
+        axis.set(xticks=blocks, xlim=(0.5, len(blocks) + 0.5))
         axis.margins(y=0.14)
         axis.grid()
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, columnspacing=1.4)
