@@ -15,7 +15,7 @@ from cfvit.benchmark.measure import CANNOT_BE_TOLD, Batch, Plan, Row
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
 from cfvit.files import atomic_write
-from cfvit.plots.speed import Bar, draw_speed
+from cfvit.plots.figures import SpeedBar, draw_speed
 
 PEERS_TITLE = "The predictor beside its peers"
 PEERS_COLUMNS = ("peer", "engine", "predictor", "its engine", "predictor, times faster", "predictor is")
@@ -226,7 +226,7 @@ def write_report(bench: Bench, folder: Path) -> None:
         file.write_text(to_markdown(bench))
     panels = {
         batch.title: [
-            Bar(row.label, row.engine, row.ratio, row.eager_ratio.value, row.macs_ratio, row.telling)
+            SpeedBar(row.label, row.engine, row.ratio, row.eager_ratio.value, row.macs_ratio, row.telling)
             for row in batch.rows
             if row.name != BACKBONE
         ]

@@ -17,7 +17,7 @@ from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import Backbone
 from cfvit.modeling.tokens import gather_tokens, rank_cells
 from cfvit.plots.explain import explain
-from cfvit.plots.paper import AttentionPicture
+from cfvit.plots.figures import AttentionPicture
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from cfvit.paper.rows import (
 )
 from cfvit.paper.runs import Result, top1
 from cfvit.paper.studies import PLAIN, Study
-from cfvit.plots import paper as pictures
-from cfvit.plots.paper import Curve
+from cfvit.plots import figures as pictures
+from cfvit.plots.figures import Curve
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import autocast
 

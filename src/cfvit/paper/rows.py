@@ -24,9 +24,9 @@ from cfvit.inference.predictor import Predictor
 from cfvit.paper.patches import attention_pictures, score_highest_lowest
 from cfvit.paper.runs import Result, top1
 from cfvit.paper.studies import DEFAULT, FAMILIES, LARGER_GRID, PLAIN, STUDIES, Published, Study, Variant
-from cfvit.plots import paper as pictures
+from cfvit.plots import figures as pictures
 from cfvit.plots.explain import explain
-from cfvit.plots.paper import Bar, Curve
+from cfvit.plots.figures import Bar, Curve
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import autocast

@@ -1,4 +1,4 @@
-"""Pictures of the paper's tables and figures with ours beside them, as PNGs. Needs matplotlib.
+"""Pictures of the paper's tables and figures with ours beside them, and of benchmarks, as PNGs. Needs matplotlib.
 
 Every function writes one file whole and raises `CfvitError` if matplotlib is not installed or the file cannot be
 written. ``caption`` says what was run; it stands below the picture, in four lines at most.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cfvit.calibration import Estimate
 from cfvit.plots.explain import Explanation, veil
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, png
 
@@ -51,6 +53,18 @@ class AttentionPicture:
     image: np.ndarray  # ``[S, S, 3]`` in [0, 1]
     coarse: np.ndarray  # ``[g, g]``
     fine: np.ndarray  # ``[2g, 2g]``
+
+
+@dataclass(frozen=True)
+class SpeedBar:
+    """A contender beside the backbone."""
+
+    label: str  # its name
+    engine: str  # for which it was prepared
+    ratio: Estimate  # how many times faster than the backbone in the same engine
+    eager_ratio: float  # how many times faster than timm's model
+    macs_ratio: float  # the same by the MACs
+    telling: bool  # whether the machine was quiet enough for ``ratio`` to be used
 
 
 _SETTINGS = {
@@ -294,3 +308,46 @@ def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fi
                 _hide_ticks(axis)
                 lines = [*_lines(label, side, 8, 2), f"{confidence:.0%}"]
                 axis.set_xlabel("\n".join(lines), fontsize=8)
+
+
+# Speed
+
+
+def draw_speed(panels: Mapping[str, Sequence[SpeedBar]], title: str, path: Path) -> None:
+    """A panel of bars for each batch size: how many times faster than the plain ViT, by the clock and by the MACs."""
+    abreast = min(len(panels), 3)
+    down = math.ceil(len(panels) / abreast)
+    size = (4.6 * abreast + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * down + 0.7)
+    with png(path, *size) as figure:
+        axes = figure.subplots(down, abreast, squeeze=False).flatten()
+        for axis, (name, bars) in zip(axes, panels.items(), strict=False):
+            _draw_panel(axis, name, bars)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        figure.suptitle(title, fontsize=10)
+        columns = min(4, 2 * abreast)  # more would not fit below a single panel
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
+
+
+def _draw_panel(axis: Axes, title: str, bars: Sequence[SpeedBar]) -> None:
+    places, ratios = range(len(bars)), [bar.ratio for bar in bars]
+    usual = Counter(bar.engine for bar in bars).most_common(1)[0][0]
+    label = "by the clock, same engine (pale: too noisy to tell)"
+    contained = axis.barh(places, [ratio.value for ratio in ratios], color=COARSE, height=0.62, label=label)
+    for patch, bar in zip(contained, bars, strict=True):
+        patch.set_alpha(1.0 if bar.telling else 0.4)
+    ends = [(ratio.low, ratio.high) if math.isfinite(ratio.high) else (math.nan, math.nan) for ratio in ratios]
+    axis.hlines(places, [low for low, _ in ends], [high for _, high in ends], color=INK, lw=1.2, label="95% interval")
+    promised = [bar.macs_ratio for bar in bars]
+    axis.plot(promised, places, "d", color=FINE, ms=5, ls="", label="promised by the MACs")
+    eager, label = [bar.eager_ratio for bar in bars], "beside timm's model"
+    axis.plot(eager, places, "o", color=INK, mfc="none", ms=5, ls="", label=label)
+    axis.axvline(1, color=INK, lw=0.8)
+    ticks = [bar.label if bar.engine == usual else f"{bar.label} ({bar.engine})" for bar in bars]
+    axis.set_yticks(places, ticks, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel("times faster than the backbone in the same engine", fontsize=8)
+    axis.tick_params(axis="x", labelsize=8)
+    axis.set_title(f"{title}, {usual} unless marked", fontsize=9)

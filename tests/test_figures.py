@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cfvit.plots.explain import Explanation, veil
-from cfvit.plots.paper import (
+from cfvit.plots.figures import (
     AttentionPicture,
     Bar,
     Curve,
