@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
-
 from cfvit.benchmark.names import EngineName
 from cfvit.cli.application import app, print_json, print_table, say
 from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Positive, Share, several
@@ -23,9 +21,7 @@ if TYPE_CHECKING:
 @app.command
 def bench(
     *,
-    model: Annotated[
-        str | None, Parameter(help=f"as of predict; by default {DEFAULT_MODEL}", show_default=False)
-    ] = None,
+    model: str | None = None,
     backbone: str | None = None,
     coarse_grid: str | None = None,
     batch_sizes: Annotated[tuple[Count, ...], several] = (1, 8, 32),
@@ -45,6 +41,7 @@ def bench(
     machine was too noisy.
 
     Args:
+        model: as of predict; by default deit_tiny_imagenet
         backbone: instead of a model, one on this timm ViT with random weights
         coarse_grid: with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7
         batch_sizes: images per call

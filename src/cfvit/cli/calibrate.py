@@ -127,7 +127,6 @@ def calibrate(
     from cfvit.calibration.calibrated import write_calibration
     from cfvit.checkpoints import save_exit, trained_config
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
-    from cfvit.evaluation.metrics import labelled_images
     from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
 
@@ -140,10 +139,8 @@ def calibrate(
     path = _calibration_path(model, out)
     require_writable(path)
     network = load_model(model, None)
-    source = labelled_images(network, data)
     calibration, config, unreadable = calibrate_model(
         network,
-        source,
         data,
         wanted,
         batch_size=batch_size,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cfvit.cli.application import (
     app,
@@ -32,7 +30,9 @@ from cfvit.cli.parameters import (
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
-    from cfvit.evaluation.metrics import Scores
+    from cfvit.data import DataSource
+    from cfvit.evaluation.metrics import Evaluation, Scores
+    from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 REPORT_FILE = "report.html"
@@ -42,13 +42,7 @@ REPORT_FILE = "report.html"
 def evaluate(
     *,
     data: str,
-    model: Annotated[
-        str | None,
-        Parameter(
-            help=f"as of predict, or a run of any --method of train; by default a folder given as --against, or "
-            f"{DEFAULT_MODEL}"
-        ),
-    ] = None,
+    model: str | None = None,
     calibration: CalibrationFile = None,
     against: Path | None = None,
     plain: str | None = None,
@@ -67,6 +61,8 @@ def evaluate(
 
     Args:
         data: image folder, tar, or timm data set (hfds/..., torch/...)
+        model: as of predict, or a run of any --method of train; by default a folder given as --against, or
+            deit_tiny_imagenet
         against: compare with the images of this calibration.json, or of this model's; needs no labels
         plain: the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own
         report: folder for report.html: curve, reliability, classes and examples on one page
@@ -79,55 +75,68 @@ def evaluate(
                 "--against needs neither labels nor eta: give --report, --calibration, --plain in a call of their own"
             )
         return _check_drift(name, data, against, batch_size, workers, json)
-    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
     from cfvit.evaluation.metrics import Evaluation, evaluate_method, evaluate_model, labelled_images
-    from cfvit.inference.engines.exported import ExportedEngine
     from cfvit.inference.engines.packing import accelerate
     from cfvit.methods.base import create_method
-    from cfvit.modeling.model import CoarseToFineViT
-    from cfvit.plots.report import require_report, write_report
+    from cfvit.plots.report import require_report
     from cfvit.processes import join_processes
-    from cfvit.training.setup import CLASSES_FILE, open_run
 
-    engine: Any
-    method, config = None, cast(Any, None)
-    if is_exported(name, report=report, calibration=calibration, plain=plain):
-        engine = ExportedEngine(name)
-        network = engine.model
-    elif calibration is None and report is None and (Path(name) / CLASSES_FILE).is_file():
-        recipe, method, network = open_run(Path(name))
-        engine, config = network, recipe.model_config(len(network.class_names))
-    else:
-        engine = network = load_model(name, calibration)
-        config = network.config
-    if report is not None and network.threshold is None:
+    exported = is_exported(name, report=report, calibration=calibration, plain=plain)
+    network, config, method = _open_scored(name, exported, calibration, of_a_run=calibration is None and report is None)
+    about = network.model if exported else network
+    if report is not None and about.threshold is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
-    source = labelled_images(network, data)
-    base: Any = None if plain is None else create_method("plain").build(config, plain, network.class_names).eval()
+    source = labelled_images(about, data)
+    base: Any = None if plain is None else create_method("plain").build(config, plain, about.class_names).eval()
     with join_processes() as process:
         if report is not None and process.leads:
             require_report(report / REPORT_FILE)
         base = base and accelerate(base.to(process.device))
-        if method is None or isinstance(network, CoarseToFineViT):
-            result = evaluate_model(engine, source, thresholds, batch_size, workers, process, base)
+        if method is None:
+            result = evaluate_model(network, source, thresholds, batch_size, workers, process, base)
         else:
             result = evaluate_method(method, network, source, batch_size, workers, process, base)
         if process.leads:
             _print_evaluation(result, json)
             if report is not None and isinstance(result, Evaluation):
-                kept = calibration or Path(name)
-                record = read_calibration(kept) if (kept / CALIBRATION_FILE).is_file() or kept.is_file() else None
-                write_report(
-                    report / REPORT_FILE,
-                    result,
-                    model=engine,
-                    source=source,
-                    model_name=name,
-                    data_name=data,
-                    calibration=record if record is not None and record.exit == engine.exit else None,
-                )
-                say(f"the report is {report / REPORT_FILE}")
+                _write_report(report / REPORT_FILE, result, network, source, name, data, calibration)
     return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
+
+
+def _open_scored(name: str, exported: bool, calibration: Path | None, of_a_run: bool) -> tuple[Any, Any, Any]:
+    """An exported engine, a network of a run or a model, its configuration, and its method unless it has two stages."""
+    from cfvit.inference.engines.exported import ExportedEngine
+    from cfvit.modeling.model import CoarseToFineViT
+    from cfvit.training.setup import CLASSES_FILE, open_run
+
+    if exported:
+        return ExportedEngine(name), None, None
+    if of_a_run and (Path(name) / CLASSES_FILE).is_file():
+        recipe, method, network = open_run(Path(name))
+        config = recipe.model_config(len(network.class_names))
+        return network, config, None if isinstance(network, CoarseToFineViT) else method
+    model = load_model(name, calibration)
+    return model, model.config, None
+
+
+def _write_report(
+    path: Path,
+    result: Evaluation,
+    model: CoarseToFineViT,
+    source: DataSource,
+    name: str,
+    data: str,
+    calibration: Path | None,
+) -> None:
+    """The report of an evaluation, with the record of the model's eta where that is of this very eta."""
+    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
+    from cfvit.plots.report import write_report
+
+    kept = calibration or Path(name)
+    record = read_calibration(kept) if kept.is_file() or (kept / CALIBRATION_FILE).is_file() else None
+    own = record if record is not None and record.exit == model.exit else None
+    write_report(path, result, model=model, source=source, model_name=name, data_name=data, calibration=own)
+    say(f"the report is {path}")
 
 
 def _print_evaluation(result: Scores, json: bool) -> None:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
-from cyclopts.validators import Number
 
 from cfvit.cli.application import app, print_json, print_line, print_table, say
-from cfvit.cli.parameters import Flag, Json, Share, read_options
+from cfvit.cli.parameters import Count, Flag, Json, Share, read_options
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
@@ -44,7 +43,7 @@ def convert(
     *,
     to: Literal["cfvit", "timm"] = "cfvit",
     fine_weights: str | None = None,
-    coarse_rank: Annotated[int, Parameter(validator=Number(gte=1))] = 32,
+    coarse_rank: Count = 32,
     overwrite: Flag = False,
 ) -> None:
     """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder; or a model into timm's.

@@ -27,7 +27,7 @@ from cfvit.calibration.tradeoff import (
 from cfvit.checkpoints import weights_digest
 from cfvit.data import DataSource, open_data
 from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import collect_with_progress
+from cfvit.evaluation.metrics import collect_with_progress, labelled_images
 from cfvit.evaluation.timing import lacks_memory, time_stages
 from cfvit.inference.engines.packing import accelerate, frozen
 from cfvit.modeling import timm_vit as anatomy
@@ -48,7 +48,6 @@ NOT_COMPARED = "the training images are not known and were not compared with the
 
 def calibrate_model(
     model: CoarseToFineViT,
-    source: DataSource,
     data: str,
     target: Target,
     *,
@@ -66,8 +65,7 @@ def calibrate_model(
     What can be refused without the images' logits is refused before the pass over them.
 
     Args:
-        source: images with the model's class indices.
-        data: where they are, to be opened again and for `Origin`.
+        data: where images of the model's classes are.
         measure: of the confidence; None for the maximum probability, and with ``best`` for the `best_measure`.
         scale_temperatures: fit both temperatures on a random half of the images, the same in every
             run, and choose eta on the other half. A class that only one half has is a warning.
@@ -91,6 +89,7 @@ def calibrate_model(
         if missing and not allow_missing_classes:
             raise CfvitError(f"{missing}: {ADD_CLASSES}")
 
+    source = labelled_images(model, data)
     require_classes(range(len(names)) if source.targets is None else source.targets, len(source))
     process = Process(0, 1, best_device())
     network = frozen(model.eval().to(process.device))
