@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from calibrations import Cli, error
 from conftest import COLOURS, Outcome
 from PIL import Image
 from torch import Tensor
@@ -27,18 +28,7 @@ from cfvit.data import find_images
 from cfvit.errors import CfvitError, UsageError
 from cfvit.training.recipe import RECIPES, Recipe
 
-Cli = Callable[..., Outcome]
-
 PREDICTION_KEYS = ["path", "label", "confidence", "stage", "gmacs"]
-
-
-def _error(outcome: Outcome, status: int) -> str:
-    """The one line on standard error of a command that failed and said nothing else."""
-    assert outcome.status == status, outcome
-    assert outcome.out == []
-    (line,) = outcome.err
-    assert line.startswith("cfvit: ")
-    return line.removeprefix("cfvit: ")
 
 
 def _json(outcome: Outcome) -> list[dict[str, Any]]:
@@ -138,7 +128,7 @@ def test_an_unreadable_file_is_reported_and_the_others_answered(
 
 def test_nothing_but_unreadable_files(cfvit_main: Cli, colour_model: Path, bad: Path) -> None:
     outcome = cfvit_main("predict", bad, "--model", colour_model)
-    assert _error(outcome, 1).startswith(f"{bad}: not an image")
+    assert error(outcome, 1).startswith(f"{bad}: not an image")
 
 
 def test_file_names_that_are_no_text_are_answered_too(
@@ -198,7 +188,7 @@ def test_explain_writes_a_picture_per_readable_image(
 
 def test_pictures_that_cannot_be_written(cfvit_main: Cli, colour_model: Path, photos: list[Path], bad: Path) -> None:
     outcome = cfvit_main("predict", photos[0], "--model", colour_model, "--explain", bad)
-    assert _error(outcome, 1).startswith("cannot write ")
+    assert error(outcome, 1).startswith("cannot write ")
 
 
 # what is wrong is said in one line
@@ -233,7 +223,7 @@ def test_wrong_usage(
     arguments: list[str], message: str, cfvit_main: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert re.search(message, _error(cfvit_main(*arguments), 2))
+    assert re.search(message, error(cfvit_main(*arguments), 2))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -265,13 +255,13 @@ def test_wrong_data_or_model(
     monkeypatch.chdir(tmp_path)
     shutil.copy(photos[0], "photo.png")
     Path("empty").mkdir()
-    assert re.search(message, _error(cfvit_main(*arguments), 1))
+    assert re.search(message, error(cfvit_main(*arguments), 1))
 
 
 def test_explain_never_overwrites_the_photos(cfvit_main: Cli, photos: list[Path]) -> None:
     before = [photo.read_bytes() for photo in photos]
     outcome = cfvit_main("predict", str(photos[0]), "--explain", str(photos[0].parent))
-    assert re.search("choose another folder", _error(outcome, 2))
+    assert re.search("choose another folder", error(outcome, 2))
     assert [photo.read_bytes() for photo in photos] == before
 
 
@@ -353,7 +343,7 @@ def test_eval_of_nothing_readable(cfvit_main: Cli, colour_model: Path, make_colo
     for path in data.glob("*/*.png"):
         path.write_text("no image")
     outcome = cfvit_main("eval", "--data", data, "--model", colour_model, "--workers", 0)
-    assert "none of the 3 images can be read" in _error(outcome, 1)
+    assert "none of the 3 images can be read" in error(outcome, 1)
 
 
 def test_eval_of_some_classes_only(cfvit_main: Cli, colour_model: Path, make_colours: Callable[..., Path]) -> None:
@@ -375,7 +365,7 @@ def test_eval_of_a_class_that_the_model_does_not_know(
     data = make_colours()
     (data / "red").rename(data / "purple")
     outcome = cfvit_main("eval", "--data", data, "--model", colour_model)
-    assert "class 'purple' of the data is not among the model's 3 classes" in _error(outcome, 1)
+    assert "class 'purple' of the data is not among the model's 3 classes" in error(outcome, 1)
 
 
 def test_eval_of_other_classes_than_those_of_a_model_without_names(
@@ -383,7 +373,7 @@ def test_eval_of_other_classes_than_those_of_a_model_without_names(
 ) -> None:
     cfvit.save(make_model(), tmp_path / "nameless")
     outcome = cfvit_main("eval", "--data", make_colours(), "--model", tmp_path / "nameless")
-    assert "has 3 classes, the model has 7 without names" in _error(outcome, 1)
+    assert "has 3 classes, the model has 7 without names" in error(outcome, 1)
 
 
 # convert
@@ -410,7 +400,7 @@ def test_convert_replaces_a_model_only_if_told_to(cfvit_main: Cli, authors_file:
     folder = tmp_path / "folder"
     assert cfvit_main("convert", authors_file, folder).status == 0
     (folder / "config.json").write_text("kept")
-    message = _error(cfvit_main("convert", authors_file, folder), 1)
+    message = error(cfvit_main("convert", authors_file, folder), 1)
     assert "already holds a model" in message
     assert "--overwrite" in message
     assert (folder / "config.json").read_text() == "kept"
@@ -422,7 +412,7 @@ def test_convert_names_a_missing_weight(cfvit_main: Cli, authors_file: Path, tmp
     content = torch.load(authors_file, weights_only=True)
     del content["model"]["reuse_block.1.fc1.weight"]
     torch.save(content, tmp_path / "broken.pth")
-    message = _error(cfvit_main("convert", tmp_path / "broken.pth", tmp_path / "folder"), 1)
+    message = error(cfvit_main("convert", tmp_path / "broken.pth", tmp_path / "folder"), 1)
     assert "reuse_block.1.fc1.weight" in message
     assert not (tmp_path / "folder").exists()
 
@@ -475,7 +465,7 @@ def test_every_field_of_a_recipe_is_a_flag(cfvit_main: Cli) -> None:
 def test_a_mistyped_field_in_a_config_is_corrected(cfvit_main: Cli, tmp_path: Path) -> None:
     config = tmp_path / "recipe.yaml"
     config.write_text("epoch: 5\n")
-    message = _error(cfvit_main("train", "--config", config, "--out", tmp_path / "run"), 2)
+    message = error(cfvit_main("train", "--config", config, "--out", tmp_path / "run"), 2)
     assert message == "there is no field 'epoch': did you mean 'epochs'?"
     assert not (tmp_path / "run").exists()
 
@@ -494,7 +484,7 @@ def test_train_leaves_a_model_of_the_data_and_refuses_to_start_over(
     assert model.image_size == (16, 16)
     assert model.threshold is not None
     before = (run / "model.safetensors").read_bytes()
-    message = _error(cfvit_main(*arguments), 1)
+    message = error(cfvit_main(*arguments), 1)
     assert "--resume" in message
     assert (run / "model.safetensors").read_bytes() == before
 
@@ -541,7 +531,7 @@ def test_python_m_cfvit_is_the_command_line() -> None:
     assert re.fullmatch(r'cfvit: .*"nonsense".*\n', done.stderr)
 
 
-def test_cost_is_the_table_of_the_docs(cfvit_main: Callable[..., Outcome]) -> None:
+def test_cost_is_the_table_of_the_docs(cfvit_main: Cli) -> None:
     names = ("deit_tiny_patch16_224", "lvvit_tiny_patch16_224", "eva02_tiny_patch14_224")
     outcome = cfvit_main("cost", *names)
     head, rule, *rows = outcome.out
@@ -552,7 +542,7 @@ def test_cost_is_the_table_of_the_docs(cfvit_main: Callable[..., Outcome]) -> No
     assert {head, *rows} <= set(page)
 
 
-def test_cost_of_other_grids_and_shares(cfvit_main: Callable[..., Outcome]) -> None:
+def test_cost_of_other_grids_and_shares(cfvit_main: Cli) -> None:
     wide = ("cost", "test_vit", "--coarse-grid", "2x3", "--fine-share", "1", "--json")
     [line] = map(json.loads, cfvit_main(*wide).out)
     assert line["pixels"] == [64, 96]
@@ -563,7 +553,7 @@ def test_cost_of_other_grids_and_shares(cfvit_main: Callable[..., Outcome]) -> N
     assert "hierarchy" in refused.err[0]
 
 
-def test_cost_of_a_method(cfvit_main: Callable[..., Outcome]) -> None:
+def test_cost_of_a_method(cfvit_main: Cli) -> None:
     [line] = map(json.loads, cfvit_main("cost", "deit_small_patch16_224", "--method", "evit", "--json").out)
     assert (line["method"], line["backbone"]) == ("evit", "deit_small_patch16_224")
     assert (round(line["gmacs"], 1), round(line["backbone_gmacs"], 1)) == (3.0, 4.6)
@@ -574,9 +564,7 @@ def test_cost_of_a_method(cfvit_main: Callable[..., Outcome]) -> None:
     assert cfvit_main("cost", "deit_small_patch16_224", "--method", "evitt").status == 2
 
 
-def test_eval_writes_a_report(
-    colours: Path, colour_model: Path, tmp_path: Path, cfvit_main: Callable[..., Outcome]
-) -> None:
+def test_eval_writes_a_report(colours: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli) -> None:
     arguments = ("eval", "--data", colours, "--model", colour_model, "--workers", 0)
     outcome = cfvit_main(*arguments, "--report", tmp_path / "report")
     page = (tmp_path / "report" / "report.html").read_text()

@@ -405,29 +405,18 @@ def test_wrong_usage(
     assert sorted(path.name for path in model.iterdir()) == before
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gmacs", "1e-6"], r"out of reach: the coarse stage alone takes [\d.]+ GMACs at eta 0"),
-        (["--saving", "99.9"], r"a saving of 99.9% is out of reach: the most is [\d.]+% at eta 0"),
-        (["--accuracy", "99.9"], r"an accuracy of 99.9% is out of reach: the best is [\d.]+% at eta"),
-        (["--latency-ms", "1e-9"], r"out of reach: the coarse stage alone takes [\d.]+ ms at eta 0"),
-    ],
-    ids=" ".join,
-)
-def test_out_of_reach_is_told_with_the_nearest(
-    flags: list[str], message: str, cfvit_main: Cli, model: Path, colours: Path
-) -> None:
-    assert re.search(message, error(run_calibrate(cfvit_main, model, colours, *flags), 1))
+def test_out_of_reach_is_told_with_the_nearest(cfvit_main: Cli, model: Path, colours: Path) -> None:
+    message = error(run_calibrate(cfvit_main, model, colours, "--accuracy", 99.9), 1)
+    assert re.search(r"an accuracy of 99.9% is out of reach: the best is [\d.]+% at eta", message)
     assert not (model / "calibration.json").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--gmacs", "1e-6"], "^1e-06 GMACs is out of reach: the coarse stage alone takes "),
-        (["--saving", "99.9%"], "^a saving of 99.9% is out of reach: the most is "),
-        (["--latency-ms", "1e-9"], "^1e-09 ms is out of reach: the coarse stage alone takes "),
+        (["--gmacs", "1e-6"], r"^1e-06 GMACs is out of reach: the coarse stage alone takes [\d.]+ GMACs at eta 0"),
+        (["--saving", "99.9%"], r"^a saving of 99.9% is out of reach: the most is [\d.]+% at eta 0"),
+        (["--latency-ms", "1e-9"], r"^1e-09 ms is out of reach: the coarse stage alone takes [\d.]+ ms at eta 0"),
         (["--max-drop", "1", "--out", "file/mine.json"], "^cannot write file/mine.json "),
         (
             ["--latency-ms", "1", "--batch-size", str(10**12)],

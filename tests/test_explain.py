@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
@@ -75,16 +74,6 @@ def test_the_image_comes_back_without_its_normalisation(model: CoarseToFineViT) 
     np.testing.assert_allclose(explain(model, images, 0.5)[0].image, pixels, atol=1e-6)
 
 
-def test_a_picture_is_a_png_and_nothing_else_is_left(explanation: Explanation, tmp_path: Path) -> None:
-    path = tmp_path / "new" / "picture.png"
-    draw_explanation(explanation, path)
-    assert [p.name for p in path.parent.iterdir()] == ["picture.png"]
-    with Image.open(path) as image:
-        image.load()
-        assert image.format == "PNG"
-        assert image.width > 2 * image.height
-
-
 def test_a_picture_tells_which_stage_answers(explanation: Explanation, tmp_path: Path) -> None:
     other = Explanation(
         explanation.image, explanation.attention, explanation.split, explanation.answers, 1 - explanation.stage
@@ -102,32 +91,12 @@ def test_a_picture_that_cannot_be_written_is_an_error(explanation: Explanation, 
     assert file.read_text() == "kept"
 
 
-def test_a_broken_drawing_leaves_the_old_picture(
-    explanation: Explanation, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "picture.png"
-    path.write_text("old")
-
-    def full(figure: object, file: Path, **options: object) -> None:
-        file.write_text("half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with fails("No space left on device"):
-        draw_explanation(explanation, path)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_without_matplotlib_the_message_says_what_to_install(
-    model: CoarseToFineViT, explanation: Explanation, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_of_pictures_needs_matplotlib_at_once(
+    model: CoarseToFineViT, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with fails(r"install cfvit\[plots\]"):
-        draw_explanation(explanation, tmp_path / "picture.png")
-    with fails(r"install cfvit\[plots\]"):
         PictureFolder(tmp_path, model, 0.5)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_of_one_name_get_a_picture_each(

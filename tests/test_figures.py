@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cfvit.plots.explain import Explanation, veil
+from cfvit.plots.explain import Explanation, draw_explanation, veil
 from cfvit.plots.figures import (
     AttentionPicture,
     Bar,
@@ -263,6 +263,8 @@ DRAWINGS: dict[str, Callable[[Path, str], None]] = {
     "examples": partial(draw_examples, coarse=[_example(0, 0)], fine=[_example(1, 1)]),
 }
 each_drawing = pytest.mark.parametrize("draw", DRAWINGS.values(), ids=DRAWINGS.keys())
+FILES = {**DRAWINGS, "explanation": lambda path, caption: draw_explanation(_example(0, 0), path)}
+each_file = pytest.mark.parametrize("draw", FILES.values(), ids=FILES.keys())
 
 
 @each_drawing
@@ -293,7 +295,7 @@ def test_a_long_caption_is_cut_after_four_lines(
     assert caption.get_text().endswith("…")
 
 
-@each_drawing
+@each_file
 def test_the_users_own_style_changes_nothing(draw: Callable[[Path, str], None], tmp_path: Path) -> None:
     draw(tmp_path / "plain.png", "caption")
     with mpl.rc_context({"font.size": 30, "axes.facecolor": "black", "savefig.dpi": 50, "savefig.transparent": True}):
@@ -301,7 +303,7 @@ def test_the_users_own_style_changes_nothing(draw: Callable[[Path, str], None], 
     assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
 
 
-@each_drawing
+@each_file
 def test_a_drawing_that_cannot_be_written_leaves_the_old_one(
     draw: Callable[[Path, str], None], tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +321,7 @@ def test_a_drawing_that_cannot_be_written_leaves_the_old_one(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@each_drawing
+@each_file
 def test_without_matplotlib_the_message_says_what_to_install(
     draw: Callable[[Path, str], None], tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
 ) -> None:
