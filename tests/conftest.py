@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import sys
 
@@ -20,12 +21,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from cfvit import CfvitError, CoarseToFineViT, Prediction, StageMacs, create_model, save
+from cfvit import CfvitError, CoarseToFineViT, Prediction, create_model, save
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
 from cfvit.inference.engines import packing
+from cfvit.methods.base import Method
 from cfvit.methods.multi_exit import MultiExit
 from cfvit.modeling import cost
+from cfvit.training import log
 from cfvit.training.recipe import Recipe
 
 pytest_plugins = ("calibrations",)  # fixtures of the tests of calibration
@@ -48,31 +51,34 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def each_network_counted_once() -> Iterator[None]:
-    """What an image costs follows from the configuration: commands count a network once for all tests, not in each.
+    """What an image costs follows from the layers and the settings: it is counted once for all tests, not in each.
 
-    Tests of the counting itself import the function, and have the real one. Of networks with many exits, whose
-    convolutions take long to count, it follows from the layers.
+    Tests of the counting itself import the function, and have the real one.
     """
-    count, known = cost.count_macs, dict[str, StageMacs]()
-    count_exits, known_exits = MultiExit.macs, dict[str, dict[str, int]]()
 
-    def count_once(model: CoarseToFineViT) -> StageMacs:
-        key = f"{type(model)} {model.config}"
-        if key not in known:
-            known[key] = count(model)
-        return known[key]
+    def once(count: Callable[..., Any], key: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+        known = dict[str, Any]()
 
-    def count_exits_once(method: MultiExit, network: Any) -> dict[str, int]:
-        key = f"{network} {network.exits} {network.image_size}"
-        if key not in known_exits:
-            known_exits[key] = count_exits(method, network)
-        return dict(known_exits[key])
+        def counted(*arguments: Any) -> Any:
+            name = str(key(*arguments))
+            if name not in known:
+                known[name] = count(*arguments)
+            return copy.copy(known[name])
 
+        return counted
+
+    def in_training(method: Method, network: Any, split: float) -> tuple[Any, ...]:
+        return type(method), method.options, network, network.image_size, split
+
+    count = cost.count_macs
+    count_once = once(count, lambda model: (type(model), model.config))
+    exits_once = once(MultiExit.macs, lambda method, network: (network, network.exits, network.image_size))
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("cfvit") and getattr(module, "count_macs", None) is count:
                 patch.setattr(module, "count_macs", count_once)
-        patch.setattr(MultiExit, "macs", count_exits_once)
+        patch.setattr(MultiExit, "macs", exits_once)
+        patch.setattr(log, "gradient_macs", once(log.gradient_macs, in_training))
         yield
 
 

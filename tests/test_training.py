@@ -24,7 +24,6 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sklearn.datasets import load_digits
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional
@@ -601,6 +600,8 @@ def test_forked_run_resumes(fork_again: bool, forkable: Recipe, forked_at: Path,
 @pytest.fixture(scope="module")
 def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """400 of scikit-learn's digits to learn from and 200 others. Only to be read."""
+    from sklearn.datasets import load_digits  # takes as long to import as torch
+
     folder = tmp_path_factory.mktemp("few_digits")
     scans: Any = load_digits()
     for place, i in enumerate(np.random.default_rng(0).permutation(len(scans.target))[:600].tolist()):
@@ -611,18 +612,16 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
+    "variants",
     [
-        ("selection", "negative"),
-        ("selection", "random"),
-        ("attention_momentum", 0.0),
-        ("feature_reuse", "none"),
-        ("feature_reuse", "linear"),
-        ("feature_reuse", "class_token"),
-        ("feature_reuse", "uninformative"),
+        {"selection": "negative", "feature_reuse": "none"},
+        {"selection": "random", "feature_reuse": "linear"},
+        {"attention_momentum": 0.0, "feature_reuse": "class_token"},
+        {"feature_reuse": "uninformative"},
     ],
+    ids=lambda variants: "-".join(map(str, variants.values())),
 )
-def test_the_papers_variants_learn_digits(name: str, value: Any, few_digits: Path, tmp_path: Path) -> None:
+def test_the_papers_variants_learn_digits(variants: dict[str, Any], few_digits: Path, tmp_path: Path) -> None:
     brief = {
         "data": str(few_digits),
         "holdout": 0.0,
@@ -636,7 +635,7 @@ def test_the_papers_variants_learn_digits(name: str, value: Any, few_digits: Pat
         "color_jitter": 0.0,
         "eval_interval": 7,
     }
-    figures = train(DIGITS.replace({**brief, name: value}), tmp_path / "run")
+    figures = train(DIGITS.replace({**brief, **variants}), tmp_path / "run")
     assert figures["validation_coarse_top1"] > 20, "chance is 10"
     assert figures["validation_fine_top1"] > 30
 
