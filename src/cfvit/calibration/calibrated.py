@@ -201,8 +201,9 @@ def calibrate(
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
     worse, better = int(trade.worse[go_on]), int(trade.better[go_on])
-    exits, wrong = count - go_on, int(trade.wrong_exits[go_on])
-    nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
+    drop, lost = paired_difference(worse, better, count, level), share_estimate(worse, count, level)
+    if eta >= 1:  # the fine stage is compared with itself
+        drop = lost = Estimate(0.0, 0.0, 0.0)
     return Calibration(
         target=target,
         threshold=eta,
@@ -214,14 +215,14 @@ def calibrate(
         images=count,
         classes=coarse.shape[1],
         level=float(level),
-        drop=nothing if eta >= 1 else paired_difference(worse, better, count, level).mapped(lambda v: 100 * v),
-        worse=nothing if eta >= 1 else share_estimate(worse, count, level),
+        drop=drop.mapped(lambda share: 100 * share),
+        worse=lost,
         latency=None if latency is None else operation.fine_share.mapped(latency.expected),
         coarse_accuracy=trade.accuracy(0, level),
         fine_accuracy=trade.accuracy(count, level),
         profile=ConfidenceProfile.of(trade.ranked),
         coarse_weight=rule.coarse_weight,
-        wrong_exits=share_estimate(wrong, exits, level) if exits else None,
+        wrong_exits=share_estimate(int(trade.wrong_exits[go_on]), count - go_on, level) if go_on < count else None,
         **vars(operation),
     )
 
@@ -297,15 +298,14 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
     gone_on = int(goes_on(confidence, calibration.threshold).sum())
     expected = round(calibration.fine_share.value * before)
     table = [[expected, before - expected], [gone_on, count - gone_on]]
-    tails = [scipy.stats.fisher_exact(table, side).pvalue for side in ("less", "greater")]
-    share_p = float(min(1.0, 2 * min(tails)))
+    share_p = float(min(1.0, *(2 * scipy.stats.fisher_exact(table, side).pvalue for side in ("less", "greater"))))
     values = np.array(calibration.profile.values, dtype=np.float32)
     shares = np.searchsorted(confidence.sort().values.numpy(), values, side="right") / count
     distance = float(np.abs(shares - np.array(calibration.profile.shares)).max())
     root = math.sqrt(before * count / (before + count))
     corrected = (root + 0.12 + 0.11 / root) * distance  # for few images (Stephens, 1970)
     distance_p = float(scipy.stats.kstwobign.sf(corrected))
-    usual, now = calibration.fine_share.value, gone_on / count
+    usual, now, lower_p = calibration.fine_share.value, gone_on / count, min(share_p, distance_p)
 
     def rounded(p_value: float) -> str:
         return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.2g}"
@@ -321,9 +321,9 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         )
     else:
         few = f", as far as {count} can tell" if count < FEW_IMAGES else ""
-        sentence = f"looks like the calibration set ({rounded(min(share_p, distance_p))}){few}"
+        sentence = f"looks like the calibration set ({rounded(lower_p)}){few}"
     return Drift(
-        drifted=min(share_p, distance_p) < alpha / 2,
+        drifted=lower_p < alpha / 2,
         sentence=sentence,
         images=count,
         alpha=alpha,

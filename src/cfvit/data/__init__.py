@@ -24,5 +24,6 @@ from cfvit.data.loading import (
     leave_signals_to_the_run,
     next_batch,
     progress_bar,
+    train_loader,
 )
 from cfvit.data.trees import find_images, iter_images, natural_key

@@ -25,7 +25,7 @@ from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
-from cfvit.data.datasets import DataSource
+from cfvit.data.datasets import DataSource, StoredImages
 from cfvit.data.images import ImageError, eval_transform
 from cfvit.errors import CfvitError
 
@@ -181,6 +181,22 @@ def eval_loader(dataset: Dataset, batch_size: int, workers: int, device: torch.d
     )
 
 
+def train_loader(
+    dataset: TrainImages, batch_size: int, sampler: TrainSampler, workers: int, device: torch.device
+) -> DataLoader:
+    """Whole batches in the sampler's order. The loading processes stay from epoch to epoch."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        drop_last=True,
+        persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_the_run,
+    )
+
+
 @contextmanager
 def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar on standard error where someone watches, and a plain line a minute where it goes to a file.
@@ -207,39 +223,38 @@ def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Call
         yield advance
 
 
-class HeldImages:
+class HeldImages(StoredImages):
     """A data set's images in a temporary file without a name, which goes with the last process that has it open.
 
     A file, so that the system holds it in memory while there is room, and processes that inherit no memory get it too.
 
     Attributes:
-        items: class index, place and size in the file of each image; or why it cannot be read.
+        places: where each image starts and ends in the file; or why it cannot be read.
     """
 
-    def __init__(self, names: Sequence[str], items: Sequence[tuple[int, int, int] | str], file: IO[bytes]) -> None:
-        self.names, self.items, self.file, self.reader = names, items, file, self
+    def __init__(
+        self, names: Sequence[str], places: Sequence[tuple[int, int] | str], targets: Sequence[int], file: IO[bytes]
+    ) -> None:
+        super().__init__(names, [], targets)
+        self.places, self.file = places, file
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        item = self.items[index]
-        if isinstance(item, str):
-            raise ImageError(item)
-        target, place, size = item
-        return os.pread(self.file.fileno(), size, place), target
+        place = self.places[index]
+        if isinstance(place, str):
+            raise ImageError(place)
+        start, end = place
+        return os.pread(self.file.fileno(), end - start, start), self.targets[index]
 
     def __len__(self) -> int:
-        return len(self.items)
-
-    def filename(self, index: int) -> str:
-        """The name of an image in its source."""
-        return self.names[index]
+        return len(self.places)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive, (self.names, self.items, reduction.DupFd(self.file.fileno()))
+        return _receive, (self.names, self.places, self.targets, reduction.DupFd(self.file.fileno()))
 
 
-def _receive(names: Sequence[str], items: Sequence[tuple[int, int, int] | str], handle: Any) -> HeldImages:
+def _receive(names: Sequence[str], places: Any, targets: Sequence[int], handle: Any) -> HeldImages:
     """In a process that did not inherit the file."""
-    return HeldImages(names, items, os.fdopen(handle.detach(), "rb"))
+    return HeldImages(names, places, targets, os.fdopen(handle.detach(), "rb"))
 
 
 class _Decoded(Dataset):
@@ -268,19 +283,23 @@ def hold(source: DataSource, workers: int, leads: bool = True) -> DataSource:
     of a distributed run anew. Raises `CfvitError` if there is no room.
     """
     loader = DataLoader(_Decoded(source), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
-    items: list[tuple[int, int, int] | str] = []
+    places: list[tuple[int, int] | str] = []
+    targets: list[int] = []
     try:
         file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115 - it outlives this function
         with progress_bar(len(source), leads) as advance:
             decoded = iter(loader)
             for _ in range(len(source)):
                 content, target = next_batch(decoded)
-                items.append(content if isinstance(content, str) else (target, file.tell(), file.write(content)))
+                targets.append(target)
+                start = file.tell()
+                places.append(content if isinstance(content, str) else (start, start + file.write(content)))
                 advance(1)
         file.flush()
     except OSError as error:
         raise CfvitError(
-            f"the decoded images cannot be held ({error.strerror or error}; {len(items)} of {len(source)} were): "
+            f"the decoded images cannot be held ({error.strerror or error}; {len(places)} of {len(source)} were): "
             "make room for temporary files, set TMPDIR to a folder that has some, or leave out --hold-decoded"
         ) from error
-    return DataSource(HeldImages([source.name(i) for i in range(len(source))], items, file), source.class_names)
+    names = [source.name(index) for index in range(len(source))]
+    return DataSource(HeldImages(names, places, targets, file), source.class_names)

@@ -161,7 +161,7 @@ def scan(root: Path) -> Tree:
     """
     if not root.is_dir():
         status = root.stat()
-        return _scan_known_tar(str(root), status.st_mtime_ns, status.st_size)
+        return _scan_tar(StoredImage(str(root)), (status.st_mtime_ns, status.st_size))
     tree = Tree()
     for path, entry in _walk("", _open_root(root), _around(root)):
         tree.take(path, entry)
@@ -261,12 +261,8 @@ def _list_folder(folder: str) -> Iterator[_Entry]:
 
 
 @lru_cache(maxsize=4)
-def _scan_known_tar(file: str, changed: int, size: int) -> Tree:
-    """A tar is scanned once, not for each question about its splits."""
-    return _scan_tar(StoredImage(file))
-
-
-def _scan_tar(tar: StoredImage) -> Tree:
+def _scan_tar(tar: StoredImage, version: tuple[int, int] | None = None) -> Tree:
+    """A tar is scanned once in each ``version`` of its file, not for each question about its splits."""
     tree = Tree()
     content = tar.content()
     try:

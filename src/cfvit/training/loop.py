@@ -20,11 +20,10 @@ import torch
 import torch.distributed as dist
 from timm.utils import distribute_bn, reduce_tensor
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.checkpoints import WEIGHTS_FILE
-from cfvit.data import TrainSampler, eval_loader, leave_signals_to_the_run
+from cfvit.data import TrainSampler, eval_loader, train_loader
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write, require_writable
@@ -221,16 +220,7 @@ class _Run:
         images, repeats = self.images.train, recipe.repeated_augmentation
         steps = steps_per_epoch(recipe, len(images), process.world)
         sampler = TrainSampler(images, repeats, recipe.seed, process.rank, process.world)
-        loader = DataLoader(
-            images,
-            recipe.batch_size,
-            sampler=sampler,
-            num_workers=recipe.workers,
-            pin_memory=process.device.type == "cuda",
-            drop_last=True,
-            persistent_workers=recipe.workers > 0,
-            worker_init_fn=leave_signals_to_the_run,
-        )
+        loader = train_loader(images, recipe.batch_size, sampler, recipe.workers, process.device)
         pace = Pace(recipe, trained, process)
         figures: dict[str, float] = {}
         all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
