@@ -323,6 +323,7 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     torch.manual_seed(0)
     tiny: dict[str, Any] = {"embed_dim": 32, "depth": 4, "num_heads": 2}
     model = create_model("lvvit_tiny_patch16_224", num_classes=3, coarse_grid=(2, 3), **tiny)
+    model.class_names = ["a", "b", "c"]
     images, targets = torch.randn(4, 3, 64, 96), torch.tensor([0, 1, 2, 0])
     maps = torch.stack([torch.rand(4, 1, 18, 18) * 5, torch.randint(3, (4, 1, 18, 18)).float()], dim=1).half()
     windows = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]]).repeat(2, 1)
@@ -338,7 +339,7 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     labelled = {"token_labels": None, "teacher": "resnet18"} if from_teacher else {}
     recipe = token_recipe.replace({"mix_token": mix, "token_label_weight": 0.5, **labelled})
     method = cf_vit.CfViT(recipe)
-    trained = preparation.Trained(method, model, network, nothing, nothing, nothing, nothing, teacher, 3)
+    trained = preparation.Trained(method, model, network, nothing, nothing, nothing, nothing, teacher)
     seed = next(seed for seed in range(99) if 0 < draw_mixed_cells((2, 3), seed, torch.device("cpu")).sum() < 6)
     batch = [images, targets] if from_teacher else [images, targets, maps, windows]
     running: Any = network

@@ -292,7 +292,7 @@ class _Run:
         recipe, trained, process, reporter = self.recipe, self.trained, self.process, self.reporter
         self._require_finite_weights()
         reporter.say_without_bar(f"{place}: evaluating")
-        method, model, teacher = trained.method, trained.best_weights().eval(), trained.teacher
+        method, model, teacher = trained.method, trained.best_weights(recipe.initial_share).eval(), trained.teacher
         if process.world > 1:
             distribute_bn(model, process.world, reduce=True)
 

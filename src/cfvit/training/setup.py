@@ -76,21 +76,19 @@ class Trained:
     scaler: torch.amp.GradScaler
     average: ModelEmaV3 | None  # the averaged weights, None where nothing is averaged
     teacher: Teacher | None
-    classes: int  # the size of the head
     initial: dict[str, torch.Tensor] | None = None  # the trained weights that it began with, where they have a share
-    initial_share: float = 0.0  # of them in the model that is saved
     step: int = 0  # counts optimiser steps
 
     @torch.no_grad()
-    def best_weights(self) -> Any:
-        """What is scored and saved: the averaged model, or the model itself, moved towards where the run began."""
+    def best_weights(self, initial_share: float) -> Any:
+        """What is scored and saved: the averaged model, or the model itself, moved so far to where the run began."""
         best = self.model if self.average is None else self.average.module
         if self.initial is not None:
             best = copy.deepcopy(best)
             weights = best.state_dict()
             for name, begun in self.initial.items():
                 if begun.is_floating_point():
-                    weights[name].lerp_(begun, self.initial_share)
+                    weights[name].lerp_(begun, initial_share)
         return best
 
     def state_dict(self) -> dict[str, Any]:
@@ -271,18 +269,17 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
     if recipe.compile:
         network = torch.compile(network)
     scaler = torch.amp.GradScaler(process.device.type, enabled=dtype_of(recipe, process.device) is torch.float16)
-    teacher, classes = _teacher(recipe, model, process.device), len(model.class_names)
+    teacher = _teacher(recipe, model, process.device)
     initial = None
     if recipe.initial_share:
+        if recipe.initial_weights is None:
+            raise UsageError(
+                f"initial_share is {recipe.initial_share:g} in a run from random weights: name trained ones with "
+                "--initial-weights FILE, or give --initial-share 0"
+            )
         began = model.state_dict().items()
         initial = {name: tensor.clone() for name, tensor in began if not method.is_added(name)}
-    if initial is not None and recipe.initial_weights is None:
-        raise UsageError(
-            f"initial_share is {recipe.initial_share:g} in a run from random weights: name trained ones with "
-            "--initial-weights FILE, or give --initial-share 0"
-        )
-    trained_by = (optimizer, scheduler, scaler, average, teacher, classes, initial, recipe.initial_share)
-    return Trained(method, model, network, *trained_by)
+    return Trained(method, model, network, optimizer, scheduler, scaler, average, teacher, initial)
 
 
 def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -68,7 +68,7 @@ def make_batch(recipe: Recipe, trained: Trained, loaded: Sequence[Tensor], seed:
         seed: fixes what is mixed.
     """
     images, targets, *stored = (part.to(device, non_blocking=True) for part in loaded)
-    classes = trained.classes
+    classes = len(trained.model.class_names)
     if recipe.learns_from_tokens:
         rows, columns = trained.model.grid
         mixed = draw_mixed_cells((rows, columns), seed, images.device) if recipe.mix_token else None
