@@ -7,10 +7,11 @@ know it by its name and speak to this protocol alone.
 from __future__ import annotations
 
 import copy
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +26,7 @@ from cfvit.files import atomic_write
 from cfvit.modeling.backbones import require_fit
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
+from cfvit.modeling.exit import Exit
 from cfvit.modeling.losses import classification_loss, distillation_loss
 from cfvit.modeling.low_rank import summed
 from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
@@ -51,7 +53,7 @@ class Batch:
     token_labels: TokenLabels | None = None  # of an LV-ViT that learns at each token
 
 
-def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Tensor]]]) -> dict[str, int]:
+def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Any]]]) -> dict[str, int]:
     """What an image costs at each operating point, counted on a copy of the network without data."""
     meta = summed(copy.deepcopy(network).to("meta").eval()).requires_grad_(False)
     image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
@@ -77,6 +79,10 @@ class InTraining(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         return self.run(*self.parts, *inputs)
+
+
+EXIT_FILE = "exit.json"
+"""What a network with an exit knows of it, beside its weights."""
 
 
 class Method(ABC):
@@ -192,7 +198,9 @@ class Method(ABC):
         """
         try:
             weights = load_file(folder / WEIGHTS_FILE)
-        except (OSError, SafetensorError) as error:
+            if hasattr(network, "exit"):
+                network.exit = Exit(**json.loads((folder / EXIT_FILE).read_text()))
+        except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
         require_finite(weights, str(folder / WEIGHTS_FILE))
         require_fit(network.state_dict(), weights, f"{folder} does not fit its recipe")
@@ -204,6 +212,9 @@ class Method(ABC):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         with atomic_write(folder / WEIGHTS_FILE) as file:
             save_file(weights, file, metadata={"format": "pt", "method": self.name})
+        if hasattr(network, "exit"):
+            with atomic_write(folder / EXIT_FILE) as file:
+                file.write_text(json.dumps(asdict(network.exit)) + "\n")
 
 
 METHODS: dict[str, type[Method]] = {}

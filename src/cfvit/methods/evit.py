@@ -6,16 +6,12 @@ The authors lower the keep rate from 1 in the first epochs; here it is fixed.
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cfvit.files import atomic_write
 from cfvit.methods.base import Method, register
 from cfvit.methods.cf_vit import CfViT, build_model
 from cfvit.methods.plain_blocks import (
@@ -29,7 +25,6 @@ from cfvit.methods.plain_blocks import (
     transform,
 )
 from cfvit.modeling.config import ModelConfig
-from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
 
@@ -86,18 +81,10 @@ class CfEViT(CfViT):
 
     title = "CF-ViT with EViT"
     options_class = KeepRate
+    save, load = Method.save, Method.load
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         network: Any = build_model(config, weights, class_names, ReorganisingFineStage)
         require_plain_vit(network.backbone)
         network.keep = self.options.keep_rate
         return network
-
-    def save(self, network: Any, folder: Path) -> None:
-        Method.save(self, network, folder)
-        with atomic_write(folder / "exit.json") as file:
-            file.write_text(json.dumps(asdict(network.exit)) + "\n")
-
-    def load(self, network: Any, folder: Path) -> Any:
-        network.exit = Exit(**json.loads((folder / "exit.json").read_text()))
-        return Method.load(self, network, folder)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,11 @@ from cfvit.methods.base import Batch, Method, count_points
 from cfvit.modeling.exit import confidence_of, goes_on
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What a stage says of a batch, and the next one takes over."""
 
     logits: Tensor  # ``[B, classes]``
     parts: tuple[Tensor, ...] = ()  # whatever the next stage needs, with a row for each image
-
-    def __getitem__(self, images: Tensor) -> Seen:
-        """The rows of a mask."""
-        return Seen(self.logits[images], tuple(part[images] for part in self.parts))
 
 
 class MultiExitNetwork(nn.Module):
@@ -47,57 +41,39 @@ class MultiExitNetwork(nn.Module):
     def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
         """A stage, on images ``[B, 3, S, S]`` and what the stage before saw of them; None for the first."""
 
-    def forward(self, images: Tensor, stages: int | None = None) -> list[Tensor]:
+    def forward(self, images: Tensor, stages: int | None = None) -> dict[str, Tensor]:
         """Logits ``[B, classes]`` at all exits, or at the first ``stages``."""
-        answers, seen = [], None
-        for index in range(stages or len(self.exits)):
+        answers, seen = {}, None
+        for index, name in enumerate(self.exits[:stages]):
             seen = self.stage(index, images, seen)
-            answers.append(seen.logits)
+            answers[name] = seen.logits
         return answers
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the stage at which each image exits by its confidence and ``etas``: ``[B, classes], [B]``."""
-        seen = self.stage(0, images, None)
-        logits, stages = seen.logits, torch.zeros(len(images), dtype=torch.long, device=images.device)
-        going = torch.arange(len(images), device=images.device)
-        for index, eta in enumerate(self.etas.tolist(), start=1):
-            hard = goes_on(confidence_of(seen.logits), eta)
-            going = going[hard]
-            if len(going) == 0:
-                break
-            seen = self.stage(index, images[going], seen[hard])
-            logits, stages = logits.index_copy(0, going, seen.logits), stages.index_fill(0, going, index)
-        return logits, stages
 
 
 class MultiExit(Method):
     """All exits learn side by side; the operating points are the exits, each at the cost of all stages up to it."""
 
     def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        losses = [self.answer_loss(logits, batch) for logits in running(batch.images)]
-        return torch.stack(losses).sum()
+        return torch.stack([self.answer_loss(logits, batch) for logits in running(batch.images).values()]).sum()
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        def answer(stages: int, images: Tensor) -> Tensor:
-            return network(images, stages)[-1]
+        def answer(stages: int, name: str, images: Tensor) -> Tensor:
+            return network(images, stages)[name]
 
-        return {name: partial(answer, stages) for stages, name in enumerate(network.exits, start=1)}
+        return {name: partial(answer, stages, name) for stages, name in enumerate(network.exits, start=1)}
 
     def answers(self, network: Any, images: Tensor) -> dict[str, Tensor]:
-        return dict(zip(network.exits, network(images), strict=True))  # all in one pass
+        return network(images)  # all in one pass
 
     def macs(self, network: Any) -> dict[str, int]:
         """Counts each stage once; an exit costs all stages up to it."""
-        seen: list[Seen | None] = [None]
+        seen = None
 
-        def stages(meta: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-            def run(index: int, image: Tensor) -> Tensor:
-                seen.append(meta.stage(index, image, seen[-1]))
-                return image
+        def run(meta: Any, index: int, image: Tensor) -> None:
+            nonlocal seen
+            seen = meta.stage(index, image, seen)
 
-            return {name: partial(run, index) for index, name in enumerate(network.exits)}
-
-        costs = count_points(network, stages)
+        costs = count_points(network, lambda meta: {n: partial(run, meta, i) for i, n in enumerate(network.exits)})
         return dict(zip(costs, accumulate(costs.values()), strict=True))
 
     def exits(self, network: Any, logits: dict[str, Tensor]) -> Tensor:
