@@ -616,6 +616,13 @@ def test_arguments_that_timm_does_not_take_are_refused(kwargs: dict[str, Any], f
         create_model("deit_tiny_patch16_224", **kwargs)
 
 
+@pytest.mark.parametrize("rate", [2, -0.5, float("nan"), True, "0.1", 1.0])
+@pytest.mark.parametrize("name", ["drop_path_rate", "proj_drop_rate"])
+def test_rates_that_would_fail_in_training_are_refused(name: str, rate: Any, fails: Fails) -> None:
+    with fails(f"^{name} is {rate!r}: give at least 0 and less than 1$"):
+        create_model("deit_tiny_patch16_224", **{name: rate})
+
+
 @pytest.mark.parametrize("reserved", [{"img_size": 224}, {"in_chans": 1}, {"pretrained": True}])
 def test_arguments_that_follow_from_ours_are_refused(reserved: dict[str, Any], fails: Fails) -> None:
     with fails(rf"^{next(iter(reserved))} cannot be given to timm"):

@@ -445,7 +445,7 @@ def test_damaged_checkpoint(content: bytes | None, recipe: Recipe, tmp_path: Pat
         train(recipe, tmp_path, resume=True)
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "average", "step"])
+@pytest.mark.parametrize("part", ["model", "optimizer", "scaler", "average", "step", "class_names"])
 def test_a_checkpoint_that_lacks_a_part_is_told(
     part: str, recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]
 ) -> None:
@@ -454,6 +454,10 @@ def test_a_checkpoint_that_lacks_a_part_is_told(
     torch.save({name: value for name, value in state.items() if name != part}, tmp_path / "checkpoint.pt")
     with fails("has a damaged checkpoint.pt .*: train anew"):
         train(short, tmp_path, resume=True)
+    if part == "class_names":
+        torch.save({**state, part: 3}, tmp_path / "checkpoint.pt")
+        with fails("has a damaged checkpoint.pt .class_names is no list.: train anew"):
+            train(short, tmp_path, resume=True)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -37,6 +36,7 @@ from cfvit.modeling.weights import (
     MODEL_TYPE,
     WEIGHTS_FILE,
     Weights,
+    digest_of,
     from_hub,
     is_of_plain_network,
     read_weights,
@@ -115,17 +115,13 @@ def weights_digest(model: CoarseToFineViT) -> str:
     Of their values as float32, so that neither the device nor a precision that loses nothing matters. The
     blocks' matrices are left out, which would slow down loading: training changes the norms and biases too.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if ".blocks." in name and tensor.ndim > 1:
-            continue
-        values = tensor.detach().float() if tensor.is_floating_point() else tensor
-        digest.update(name.encode())
-        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    tensors = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in sorted(model.state_dict().items())
+        if ".blocks." not in name or tensor.ndim <= 1
+    }
     fine = (model.config.informative_ratio, model.config.fine_merged)
-    if fine != (0.5, 0):  # the paper's leaves digests as they were before there were others
-        digest.update(repr(fine).encode())
-    return digest.hexdigest()[:16]
+    return digest_of(tensors, "" if fine == (0.5, 0) else repr(fine))[:16]  # digests are older than other fine stages
 
 
 def warn_of_other_weights(model: CoarseToFineViT, calibration: Calibration, source: Path) -> None:

@@ -159,6 +159,9 @@ class ModelConfig:
             raise UsageError("in_chans cannot be given to timm: images have 3 channels")
         if taken:
             raise UsageError(f"{taken} cannot be given to timm: it follows from cfvit's own arguments")
+        for name, rate in self.timm_kwargs.items():  # timm takes any, and fails or drops all in training
+            if name.endswith("_rate") and not (type(rate) in (int, float) and 0 <= rate < 1):
+                raise UsageError(f"{name} is {rate!r}: give at least 0 and less than 1")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import hashlib
 import json
 import pickle
 import re
@@ -117,6 +118,16 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
                 f"{source} cannot be used: {name} holds values that are not finite, as after a training that diverged: "
                 "give an earlier checkpoint"
             )
+
+
+def digest_of(tensors: Mapping[str, Tensor], more: str = "") -> str:
+    """A SHA-256 of weights by name and value, on whatever device they are, and of ``more``."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest.update(more.encode())
+    return digest.hexdigest()
 
 
 HUB = ("hf-hub:", "hf_hub:")

@@ -114,7 +114,9 @@ def _require_same_data(
         dist.all_gather_object(others, others[0])
     compared = [(f"process {rank}", *data) for rank, data in enumerate(others)]
     if checkpoint is not None:
-        names = checkpoint.get("class_names", ["(an older checkpoint)"])
+        names = checkpoint.get("class_names")
+        if not isinstance(names, list):
+            raise CfvitError(f"{out} has a damaged {CHECKPOINT_FILE} (class_names is no list): train anew")
         compared.append((f"the checkpoint in {out}", names, checkpoint.get("images", images.fingerprint)))
     for where, names, fingerprint in compared:
         for index, (here, there) in enumerate(zip_longest(class_names, names)):

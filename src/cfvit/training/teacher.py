@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -21,7 +20,7 @@ from cfvit.checkpoints import CONFIG_FILE
 from cfvit.data import difference_of_classes, have_one_order
 from cfvit.errors import CfvitError
 from cfvit.modeling.backbones import in_timms_keys, require_fit
-from cfvit.modeling.weights import is_of_plain_network, read_weights
+from cfvit.modeling.weights import digest_of, is_of_plain_network, read_weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,11 +40,7 @@ class Teacher:
 
     def weights_sha256(self) -> str:
         """A digest of its weights, their names included: the same on any device."""
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return digest_of(self.model.state_dict())
 
     def require_classes(self, class_names: Sequence[str]) -> None:
         """Refuses data of other classes than the teacher's.
