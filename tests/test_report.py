@@ -412,12 +412,3 @@ def test_a_full_disk_leaves_the_old_page(write: Write, fails: Fails, monkeypatch
         write(make_collected(6, 7))
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_without_matplotlib_the_message_says_what_to_install(
-    write: Write, tmp_path: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with fails(r"install cfvit\[plots\]"):
-        write(make_collected(5, 7))
-    assert list(tmp_path.iterdir()) == []

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+from cyclopts.types import PositiveFloat
+
 from cfvit.benchmark.names import EngineName
 from cfvit.cli.application import app, print_json, print_table, say
-from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Positive, Share, several
+from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Share, several
 from cfvit.errors import UsageError
 from cfvit.modeling.config import read_grid
 
@@ -31,7 +33,7 @@ def bench(
     data: str | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
     rounds: Count = 100,
-    seconds: Positive = 20,
+    seconds: PositiveFloat = 20,
     out: Path | None = None,
     json: Json = False,
 ) -> None:

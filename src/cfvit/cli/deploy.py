@@ -7,10 +7,9 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import Parameter
-from cyclopts.validators import Number
+from cyclopts.types import NonNegativeFloat, PositiveFloat, UInt16
 
 from cfvit.cli.application import app, eta_text, say
 from cfvit.cli.parameters import (
@@ -18,8 +17,6 @@ from cfvit.cli.parameters import (
     CalibrationFile,
     Count,
     Flag,
-    NotNegative,
-    Positive,
     Share,
     Threshold,
     load_model,
@@ -94,21 +91,21 @@ def serve(
     threshold: Threshold = None,
     calibration: CalibrationFile = None,
     host: str = "127.0.0.1",
-    port: Annotated[int, Parameter(validator=Number(gte=0, lte=65535))] = 8000,
+    port: UInt16 = 8000,
     name: str | None = None,
     coarse_batch: Count | None = None,
-    coarse_wait: NotNegative | None = None,
+    coarse_wait: NonNegativeFloat | None = None,
     fine_batch: Count | None = None,
-    fine_wait: NotNegative | None = None,
+    fine_wait: NonNegativeFloat | None = None,
     least_eta: Share | None = None,
-    target_wait: Positive = 500,
+    target_wait: PositiveFloat = 500,
     gmacs: float | None = None,
     max_waiting: Count = 128,
     max_images: Count = 32,
     max_body: Count = 16,
     max_pixels: Count = 50,
-    time_limit: Positive = 30,
-    notice: NotNegative = 1,
+    time_limit: PositiveFloat = 30,
+    notice: NonNegativeFloat = 1,
     decoders: Count = 4,
     api_key: Path | None = None,
     allow_parameters: Flag = False,

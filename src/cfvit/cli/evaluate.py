@@ -30,12 +30,9 @@ from cfvit.cli.parameters import (
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
-    from cfvit.data import DataSource
-    from cfvit.evaluation.metrics import Evaluation, Scores
-    from cfvit.modeling.model import CoarseToFineViT
+    from cfvit.evaluation.metrics import Scores
 
 DEFAULT_THRESHOLDS = (0.0, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
-REPORT_FILE = "report.html"
 
 
 @app.command(name="eval")
@@ -75,22 +72,19 @@ def evaluate(
                 "--against needs neither labels nor eta: give --report, --calibration, --plain in a call of their own"
             )
         return _check_drift(name, data, against, batch_size, workers, json)
+    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
     from cfvit.evaluation.metrics import Evaluation, evaluate_method, evaluate_model, labelled_images
     from cfvit.inference.engines.packing import accelerate
-    from cfvit.methods.base import create_method
-    from cfvit.plots.report import require_report
+    from cfvit.plots.report import require_report, write_report
     from cfvit.processes import join_processes
 
-    exported = is_exported(name, report=report, calibration=calibration, plain=plain)
-    network, config, method = _open_scored(name, exported, calibration, of_a_run=calibration is None and report is None)
-    about = network.model if exported else network
+    network, about, method, base = _open_scored(name, calibration, report, plain)
     if report is not None and about.threshold is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
-    source = labelled_images(about, data)
-    base: Any = None if plain is None else create_method("plain").build(config, plain, about.class_names).eval()
+    source, page = labelled_images(about, data), report and report / "report.html"
     with join_processes() as process:
-        if report is not None and process.leads:
-            require_report(report / REPORT_FILE)
+        if page and process.leads:
+            require_report(page)
         base = base and accelerate(base.to(process.device))
         if method is None:
             result = evaluate_model(network, source, thresholds, batch_size, workers, process, base)
@@ -98,45 +92,38 @@ def evaluate(
             result = evaluate_method(method, network, source, batch_size, workers, process, base)
         if process.leads:
             _print_evaluation(result, json)
-            if report is not None and isinstance(result, Evaluation):
-                _write_report(report / REPORT_FILE, result, network, source, name, data, calibration)
+        if page and process.leads and isinstance(result, Evaluation):
+            kept = calibration or Path(name)
+            record = read_calibration(kept) if kept.is_file() or (kept / CALIBRATION_FILE).is_file() else None
+            own = record if record is not None and record.exit == network.exit else None  # of this very eta
+            write_report(page, result, model=network, source=source, model_name=name, data_name=data, calibration=own)
+            say(f"the report is {page}")
     return int(bool(result.unreadable) or any(stage.not_finite for stage in result.stages))
 
 
-def _open_scored(name: str, exported: bool, calibration: Path | None, of_a_run: bool) -> tuple[Any, Any, Any]:
-    """An exported engine, a network of a run or a model, its configuration, and its method unless it has two stages."""
+def _open_scored(
+    name: str, calibration: Path | None, report: Path | None, plain: str | None
+) -> tuple[Any, Any, Any, Any]:
+    """A model, a network of a run or an exported engine; what is known of it; its method, unless it has two stages.
+
+    And the plain ViT to compare with, if there is one.
+    """
     from cfvit.inference.engines.exported import ExportedEngine
+    from cfvit.methods.base import create_method
     from cfvit.modeling.model import CoarseToFineViT
     from cfvit.training.setup import CLASSES_FILE, open_run
 
-    if exported:
-        return ExportedEngine(name), None, None
-    if of_a_run and (Path(name) / CLASSES_FILE).is_file():
+    if is_exported(name, report=report, calibration=calibration, plain=plain):
+        engine = ExportedEngine(name)
+        return engine, engine.model, None, None
+    if calibration is None and report is None and (Path(name) / CLASSES_FILE).is_file():
         recipe, method, network = open_run(Path(name))
         config = recipe.model_config(len(network.class_names))
-        return network, config, None if isinstance(network, CoarseToFineViT) else method
-    model = load_model(name, calibration)
-    return model, model.config, None
-
-
-def _write_report(
-    path: Path,
-    result: Evaluation,
-    model: CoarseToFineViT,
-    source: DataSource,
-    name: str,
-    data: str,
-    calibration: Path | None,
-) -> None:
-    """The report of an evaluation, with the record of the model's eta where that is of this very eta."""
-    from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
-    from cfvit.plots.report import write_report
-
-    kept = calibration or Path(name)
-    record = read_calibration(kept) if kept.is_file() or (kept / CALIBRATION_FILE).is_file() else None
-    own = record if record is not None and record.exit == model.exit else None
-    write_report(path, result, model=model, source=source, model_name=name, data_name=data, calibration=own)
-    say(f"the report is {path}")
+    else:
+        network, method = load_model(name, calibration), None
+        config = network.config
+    base = None if plain is None else create_method("plain").build(config, plain, network.class_names).eval()
+    return network, network, None if isinstance(network, CoarseToFineViT) else method, base
 
 
 def _print_evaluation(result: Scores, json: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.types import NonNegativeInt
 from cyclopts.validators import Number
 
 from cfvit.errors import UsageError
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "deit_tiny_imagenet"
 Count = Annotated[int, Parameter(validator=Number(gte=1))]
 Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
-Positive = Annotated[float, Parameter(validator=Number(gt=0))]
-NotNegative = Annotated[float, Parameter(validator=Number(gte=0))]
 Flag = Annotated[bool, Parameter(negative="")]
 several = Parameter(consume_multiple=True, negative="")
 
@@ -32,7 +31,7 @@ Threshold = Annotated[
 CalibrationFile = Annotated[Path | None, Parameter(help="use this calibration.json instead of the model's own eta")]
 Json = Annotated[Flag, Parameter(help="one JSON object per line on stdout, nothing else there")]
 BatchSize = Annotated[Count, Parameter(help="images per batch")]
-Workers = Annotated[int, Parameter(validator=Number(gte=0), help="processes that load images")]
+Workers = Annotated[NonNegativeInt, Parameter(help="processes that load images")]
 RecipeFile = Annotated[Path | None, Parameter(help="YAML of recipe fields, such as a run's recipe.yaml")]
 
 

@@ -75,9 +75,8 @@ def draw_trade_off(trade: TradeOff, macs: StageMacs, chosen: Operation, name: st
         axis.plot(macs.both / 1e9, accuracy[-1], "^", label="always fine", **ends)
         axis.plot(chosen.gmacs.value, chosen.accuracy.value, "o", color=FINE, ms=7, ls="", label="eta in use")
         axis.axvline(macs.backbone / 1e9, color=QUIET, ls=(0, (4, 3)), lw=1.2, label="plain backbone's cost")
+        axis.set(xlabel="mean cost of an image, GMACs", ylabel="top-1 accuracy, %")
         axis.set_xlim(0, 1.06 * max(macs.both, macs.backbone) / 1e9)
-        axis.set_xlabel("mean cost of an image, GMACs")
-        axis.set_ylabel("top-1 accuracy, %")
         figure.legend(loc="outside upper left", ncols=3)
         return _svg(figure, name, "Accuracy against mean cost of an image; the table below has its numbers")
 
@@ -93,12 +92,12 @@ def draw_reliability(stages: Sequence[Reliability], name: str) -> str:
             bins = len(reliability.counts)
             centres, width = (np.arange(bins) + 0.5) / bins, 0.92 / bins
             filled = np.flatnonzero(reliability.counts)
-            right = [
-                share_estimate(int(reliability.hits[i]), int(reliability.counts[i]), LEVEL).mapped(lambda v: 100 * v)
-                for i in filled
-            ]
-            above.bar(centres[filled], [each.value for each in right], width=width, color=colour, alpha=0.45, lw=0)
-            lows, highs = [each.low for each in right], [each.high for each in right]
+            counted = zip(reliability.hits[filled].tolist(), reliability.counts[filled].tolist(), strict=True)
+            right = [share_estimate(hits, count, LEVEL) for hits, count in counted]
+            above.bar(
+                centres[filled], [100 * each.value for each in right], width=width, color=colour, alpha=0.45, lw=0
+            )
+            lows, highs = [100 * each.low for each in right], [100 * each.high for each in right]
             above.vlines(centres[filled], lows, highs, color=colour, lw=1.3)
             above.plot([0, 1], [0, 100], color=QUIET, ls=(0, (4, 3)), lw=1.2)
             above.set(xlim=(0, 1), ylim=(0, 100))
@@ -116,9 +115,7 @@ def draw_exit_shares(shares: list[float], name: str) -> str:
     with new_figure(_WIDTH, 2.4, _PAGE_SETTINGS) as figure:
         axis = figure.subplots()
         axis.hist([100 * share for share in shares], bins=20, range=(0, 100), color=COARSE, rwidth=0.92)
-        axis.set_xlim(0, 100)
-        axis.set_xlabel("images of a class that are answered at the coarse stage, %")
-        axis.set_ylabel("classes")
+        axis.set(xlabel="images of a class that are answered at the coarse stage, %", ylabel="classes", xlim=(0, 100))
         median = 100 * float(np.median(shares))
         return _svg(figure, name, f"Exit shares of {len(shares)} classes; the median is {median:.0f}%")
 

@@ -106,9 +106,7 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     with png(path, 9.6, 3.7, dpi=110) as figure:
         coarse, attention, fine = figure.subplots(1, 3)
         for axis in (coarse, attention, fine):
-            axis.set_xticks([])
-            axis.set_yticks([])
-
+            axis.set(xticks=[], yticks=[])
         half = image.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))  # all that the coarse stage sees
         coarse.imshow(half, extent=extent, interpolation="nearest")
         _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)

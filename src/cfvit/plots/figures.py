@@ -274,8 +274,7 @@ def draw_attention(path: Path, caption: str, *, pictures: Sequence[AttentionPict
 
 
 def _hide_ticks(axis: Axes) -> None:
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
 

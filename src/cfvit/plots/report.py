@@ -153,7 +153,6 @@ def write_report(
     Raises:
         CfvitError: matplotlib is not installed, or the file cannot be written; it is then as it was.
     """
-    require_report(path)
     collected, macs, threshold, exit = result.collected, result.macs, cast(float, result.calibrated), model.exit
     coarse, fine = collected.logits["coarse"], collected.logits["fine"]
     trade = rank_images(coarse, fine, collected.labels, exit.measure, exit.coarse_temperature)
