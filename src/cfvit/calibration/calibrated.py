@@ -14,7 +14,7 @@ import scipy
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from cfvit.calibration.images import ADD_CLASSES, check_images, check_logits, missing_classes
+from cfvit.calibration.images import check_images, check_logits, require_classes
 from cfvit.calibration.targets import (
     STARTS,
     Drop,
@@ -190,9 +190,7 @@ def calibrate(
     """
     check_images(coarse, fine, labels)
     count = len(labels)
-    missing = missing_classes(labels.tolist(), class_names or range(coarse.shape[1]), count)
-    if missing and not allow_missing_classes:
-        raise CfvitError(f"{missing}: {ADD_CLASSES}")
+    missing = require_classes(labels.tolist(), class_names or range(coarse.shape[1]), count, allow_missing_classes)
     rule = Exit(measure, coarse_temperature, fine_temperature, coarse_weight=coarse_weight)
     fine = rule.answer(coarse, fine)
     if not (is_number(level) and 0 < level < 1):
@@ -200,10 +198,9 @@ def calibrate(
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
-    worse, better = int(trade.worse[go_on]), int(trade.better[go_on])
-    drop, lost = paired_difference(worse, better, count, level), share_estimate(worse, count, level)
-    if eta >= 1:  # the fine stage is compared with itself
-        drop = lost = Estimate(0.0, 0.0, 0.0)
+    worse = int(trade.worse[go_on])
+    drop = paired_difference(worse, int(trade.better[go_on]), count, level).mapped(lambda share: 100 * share)
+    nothing = Estimate(0.0, 0.0, 0.0)  # at eta 1 the fine stage is compared with itself
     return Calibration(
         target=target,
         threshold=eta,
@@ -215,8 +212,8 @@ def calibrate(
         images=count,
         classes=coarse.shape[1],
         level=float(level),
-        drop=drop.mapped(lambda share: 100 * share),
-        worse=lost,
+        drop=drop if eta < 1 else nothing,
+        worse=share_estimate(worse, count, level) if eta < 1 else nothing,
         latency=None if latency is None else operation.fine_share.mapped(latency.expected),
         coarse_accuracy=trade.accuracy(0, level),
         fine_accuracy=trade.accuracy(count, level),

@@ -13,7 +13,6 @@ from cfvit.calibration.targets import count_images
 from cfvit.data import DataSource, ImageError, progress_bar
 from cfvit.errors import CfvitError
 
-ADD_CLASSES = "add some, or pass allow_missing_classes=True (--allow-missing-classes)"
 _NAMED_CLASSES = 5
 
 
@@ -50,6 +49,14 @@ def missing_classes(present: Collection[int], names: Sequence[object], images: i
     others = len(missing) - _NAMED_CLASSES
     named = f"{', '.join(missing[:_NAMED_CLASSES])}{f' and {others} more' if others > 0 else ''}"
     return f"classes {named} have none of the {count_images(images)}"
+
+
+def require_classes(present: Collection[int], names: Sequence[object], images: int, allow_missing: bool) -> str:
+    """As `missing_classes`. Raises `CfvitError` if one is missing and that is not allowed."""
+    missing = missing_classes(present, names, images)
+    if missing and not allow_missing:
+        raise CfvitError(f"{missing}: add some, or pass allow_missing_classes=True (--allow-missing-classes)")
+    return missing
 
 
 def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:

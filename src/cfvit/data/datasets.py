@@ -12,6 +12,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, Protocol
 
@@ -55,21 +56,20 @@ class DataSource:
         Raises:
             CfvitError: a class that is not among them, or is there twice.
         """
-        counts = Counter(unicodedata.normalize("NFC", name) for name in class_names)
-        places = {unicodedata.normalize("NFC", name): place for place, name in enumerate(class_names)}
-        unknown = [name for name in self.class_names if unicodedata.normalize("NFC", name) not in places]
-        if unknown:
-            raise CfvitError(
-                f"class {unknown[0]!r} of the data is not among the model's {len(class_names)} classes "
-                f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"
-            )
-        twice = [name for name in self.class_names if counts[unicodedata.normalize("NFC", name)] > 1]
-        if twice:
-            raise CfvitError(
-                f"class {twice[0]!r} of the data is the name of several of the model's classes: give these "
-                "names of their own in model.class_names and save the model again"
-            )
-        moved = [places[unicodedata.normalize("NFC", name)] for name in self.class_names]
+        nfc = partial(unicodedata.normalize, "NFC")
+        counts, places = Counter(map(nfc, class_names)), {nfc(name): place for place, name in enumerate(class_names)}
+        for name in self.class_names:
+            if not counts[nfc(name)]:
+                raise CfvitError(
+                    f"class {name!r} of the data is not among the model's {len(class_names)} classes "
+                    f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"
+                )
+            if counts[nfc(name)] > 1:
+                raise CfvitError(
+                    f"class {name!r} of the data is the name of several of the model's classes: give these "
+                    "names of their own in model.class_names and save the model again"
+                )
+        moved = [places[nfc(name)] for name in self.class_names]
         targets = moved if self.targets is None else [moved[target] for target in self.targets]
         return replace(self, class_names=list(class_names), targets=targets)
 

@@ -25,10 +25,8 @@ IMAGE_SUFFIXES = frozenset(
 MAX_PIXELS = 178_956_970
 """Larger images are refused, as by Pillow itself: decoded, they would take more than 500 MB."""
 
-
 MAX_ASPECT = 200
 """Images that are longer for their width are refused: brought to a model's height, they would fill the memory."""
-
 
 PIXELS_AT_ONCE = 100_000_000
 """Threads decode no more pixels at the same time, about 1 GB in the worst case."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfvit.calibration import Calibration, LatencyBudget, Origin, StageLatency, Target, calibrate
 from cfvit.calibration.calibrated import FEW_IMAGES
-from cfvit.calibration.images import ADD_CLASSES, check_images, missing_classes, refuse_training_images
+from cfvit.calibration.images import check_images, missing_classes, refuse_training_images, require_classes
 from cfvit.calibration.targets import Budget, Promise, require_reachable
 from cfvit.calibration.tradeoff import (
     HIGHEST_TEMPERATURE,
@@ -83,14 +83,9 @@ def calibrate_model(
         CfvitError: a class without images, images of the training, logits that are not finite, a target out of reach.
     """
     names = model.class_names or range(model.config.num_classes)
-
-    def require_classes(present: Collection[int], count: int) -> None:
-        missing = missing_classes(present, names, count)
-        if missing and not allow_missing_classes:
-            raise CfvitError(f"{missing}: {ADD_CLASSES}")
-
     source = labelled_images(model, data)
-    require_classes(range(len(names)) if source.targets is None else source.targets, len(source))
+    present = range(len(names)) if source.targets is None else source.targets
+    require_classes(present, names, len(source), allow_missing_classes)
     process = Process(0, 1, best_device())
     network = frozen(model.eval().to(process.device))
     network.exit = Exit()  # the stages' own answers
@@ -108,7 +103,7 @@ def calibrate_model(
     labels = collected.labels
     for fine in fines:
         check_images(coarse, fine, labels)
-    require_classes(labels.tolist(), len(labels))
+    require_classes(labels.tolist(), names, len(labels), allow_missing_classes)
     fitted, kept, doubts = torch.arange(len(labels)), torch.arange(len(labels)), list[str]()
     if scale_temperatures or (best and isinstance(target, Promise)):
         fitted, kept, doubts = _halved(labels, names)
