@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import chain
@@ -25,20 +26,20 @@ from torch import Tensor
 from cfvit import CoarseToFineViT, Predictor, count_macs, load
 from cfvit.benchmark import contenders as contenders_module
 from cfvit.benchmark import measure as measure_module
-from cfvit.benchmark import real as real_module
 from cfvit.benchmark import run as run_module
 from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import (
     OWN_METHODS,
     Contender,
+    Engines,
     ForcedExits,
     own_contenders,
     peers_of,
+    prepare,
     spread_evenly,
     whole_fine_batches,
     whole_images,
 )
-from cfvit.benchmark.engines import Engines, prepare
 from cfvit.benchmark.measure import (
     Batch,
     Plan,
@@ -49,7 +50,6 @@ from cfvit.benchmark.measure import (
     random_images,
 )
 from cfvit.benchmark.names import EngineName
-from cfvit.benchmark.real import DECODING, FILES, SCALED, SCOPES, measure_real, read_images
 from cfvit.benchmark.report import (
     Bench,
     best_engines,
@@ -61,7 +61,7 @@ from cfvit.benchmark.report import (
     to_markdown,
     write_report,
 )
-from cfvit.benchmark.run import run_bench
+from cfvit.benchmark.run import DECODING, FILES, SCALED, SCOPES, inputs_of, measure_real, read_files, run_bench
 from cfvit.calibration import Estimate
 from cfvit.data import open_images
 from cfvit.errors import CfvitError
@@ -479,9 +479,10 @@ def test_real_images_go_through_the_model_at_its_own_eta(
     model, source = load(colour_model).requires_grad_(False), open_images(str(colours))
     assert model.threshold is not None
     batch = measure_real(Engines(model), source, 5, Plan(("torch",), (0.1,), 8, 1))
-    images = read_images(source, model, 5)
-    assert images.count == 20
-    stages = torch.cat([Predictor(model)(pixels).stage for pixels in images.resident])
+    files = read_files(source, 5)
+    assert [len(part) for part in files] == [5] * 4
+    with ThreadPoolExecutor() as pool:
+        stages = torch.cat([Predictor(model)(give()).stage for give in inputs_of(files, model, pool)["computing"]])
     assert [(row.name, row.engine, row.scope) for row in batch.rows] == [
         (name, engine, scope)
         for name, engine in (("backbone", "eager"), ("backbone", "torch"), ("predictor", "torch"))
@@ -532,7 +533,7 @@ def test_a_scope_does_its_own_work_within_the_call(
     colour_model: Path, colours: Path, timed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: Counter[tuple[str, str]] = Counter()
-    decode, transform = real_module.open_image, real_module.eval_transform
+    decode, transform = run_module.open_image, run_module.eval_transform
 
     def count(work: str, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def run(given: Any) -> Any:
@@ -541,8 +542,8 @@ def test_a_scope_does_its_own_work_within_the_call(
 
         return run
 
-    monkeypatch.setattr(real_module, "open_image", count("decode", decode))
-    monkeypatch.setattr(real_module, "eval_transform", lambda config: count("resize", transform(config)))
+    monkeypatch.setattr(run_module, "open_image", count("decode", decode))
+    monkeypatch.setattr(run_module, "eval_transform", lambda config: count("resize", transform(config)))
     measure_real(Engines(load(colour_model).requires_grad_(False)), open_images(str(colours)), 16, QUICK)
     within = {key: times for key, times in done.items() if key[1] != "before"}
     times = 16 * 2 * 3  # two batches, by three contenders
@@ -552,18 +553,17 @@ def test_a_scope_does_its_own_work_within_the_call(
 
 
 def test_few_images_are_used_again_and_unreadable_ones_left_out(
-    colour_model: Path, make_colours: Callable[..., Path], fails: Fails
+    make_colours: Callable[..., Path], fails: Fails
 ) -> None:
     folder = make_colours(per_class=1)
     (folder / "red" / "0.png").write_bytes(b"no image")
-    model = load(colour_model)
-    images = read_images(open_images(str(folder)), model, 32)
-    assert [len(batch) for batch in images.files] == [32, 32]
-    assert len(set(images.files[0])) == 2
+    files = read_files(open_images(str(folder)), 32)
+    assert [len(batch) for batch in files] == [32, 32]
+    assert len(set(files[0])) == 2
     for path in folder.rglob("*.png"):
         path.write_bytes(b"no image")
     with fails("none of the images can be read"):
-        read_images(open_images(str(folder)), model, 4)
+        read_files(open_images(str(folder)), 4)
 
 
 def test_real_images_need_an_eta(model: CoarseToFineViT, colours: Path, fails: Fails) -> None:

@@ -32,7 +32,7 @@ from cfvit import (
     load,
     open_image,
 )
-from cfvit.benchmark.engines import Engines
+from cfvit.benchmark.contenders import Engines
 from cfvit.data import open_images
 from cfvit.deploy import export as export_module
 from cfvit.deploy.graphs import stage_graphs

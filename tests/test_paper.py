@@ -19,15 +19,19 @@ from conftest import Outcome
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from cfvit import CoarseToFineViT, load, save
+from cfvit import load, save
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.data import EvalImages, open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import Collected, evaluate_model, labelled_images
+from cfvit.evaluation.timing import Timing
 from cfvit.methods.base import create_method
 from cfvit.modeling.exit import Exit, goes_on
-from cfvit.paper import rows
+from cfvit.paper import compare, figures
 from cfvit.paper import runs as running
+from cfvit.paper.compare import Setting, measure_speed, plain_setting
+from cfvit.paper.given import Contestant
+from cfvit.paper.given import compared as compare_with_plain
 from cfvit.paper.runs import Missing, Result, Run, Runs, logged_pace, read_record
 from cfvit.paper.studies import DEFAULT, RUNS
 from cfvit.paper.write import Request, reproduce
@@ -257,7 +261,7 @@ def test_seeds_are_averaged(out: Path, config: Path, cfvit_main: Main) -> None:
 def test_table_2_compares_with_the_plain_vit(
     out: Path, config: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "SPEED_ROUNDS", 1)
+    monkeypatch.setattr(compare, "MOST_ROUNDS", 1)
     outcome = cfvit_main("reproduce", "table2", "--config", config, "--out", out)
     assert outcome.status == 0, outcome.err
     table = _table(out / "table2.csv")
@@ -510,13 +514,13 @@ def test_figures_of_a_given_model(
     colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Main, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     titles: list[str] = []
-    draw = rows.pictures.draw_highest_lowest
+    draw = figures.pictures.draw_highest_lowest
 
     def drawn(*arguments: Any, **options: Any) -> None:
         titles.append(options["title"])
         draw(*arguments, **options)
 
-    monkeypatch.setattr(rows.pictures, "draw_highest_lowest", drawn)
+    monkeypatch.setattr(figures.pictures, "draw_highest_lowest", drawn)
     given = ["--data", colours, "--model", colour_model, "--workers", "0"]
     outcome = cfvit_main("reproduce", "all", *given, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
@@ -661,7 +665,7 @@ def test_runs_of_any_methods_are_set_side_by_side(
     monkeypatch: pytest.MonkeyPatch,
     cfvit_main: Main,
 ) -> None:
-    monkeypatch.setattr("cfvit.paper.rivals.MOST_ROUNDS", 1)
+    monkeypatch.setattr("cfvit.paper.compare.MOST_ROUNDS", 1)
     (tmp_path / "reds.txt").write_text("red\n")
     held = make_colours("held", per_class=20, seed=7)
     given = ["--runs", rivals, "--plain", plain_weights, "--calibration-data", held, "--data", colours]
@@ -769,24 +773,33 @@ def test_conditions_say_where_it_ran(recipe: Recipe) -> None:
     assert all(told.values())
 
 
-def test_speed_is_of_the_share_that_is_asked_for(
-    make_model: Callable[..., CoarseToFineViT], recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+def test_speed_is_the_mean_of_operating_points_by_the_share_of_images_that_each_answers(
+    colour_model: Path,
+    colours: Path,
+    plain_weights: Path,
+    make_colours: Callable[..., Path],
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, stages = make_model(), []
+    cost, answered = {"timm": 9.0, "plain/plain": 4.0, "default/coarse": 1.0, "default/fine": 3.0}, {}
 
-    def run_once(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, Any]:
-        assert list(calls) == ["plain", "a quarter", "none"]
-        answers = {name: call() for name, call in calls.items()}
-        assert rounds == 3
-        assert answers["plain"].shape == (32, 7)
-        stages.extend(float(answers[name].stage.float().mean()) for name in ("a quarter", "none"))
-        return {name: SimpleNamespace(median=2.0) for name in calls}
+    def time_in_turn(calls: dict[str, Any], rounds: int, device: torch.device, seconds: float) -> dict[str, Timing]:
+        answered.update({name: [call() for call in calls[name]] for name in cost})
+        return {name: Timing(((cost.get(name, 1.0),),) * 8) for name in calls}
 
-    monkeypatch.setattr(rows, "time_in_turn", run_once)
-    models = {"a quarter": (model, 0.25), "none": (model, 0.0)}
-    measured = rows.images_per_second(("plain", model.backbone), models, recipe, 3)
-    assert stages == [0.25, 0.0]
-    assert measured == {"plain": 16.0, "a quarter": 16.0, "none": 16.0}
+    monkeypatch.setattr("cfvit.benchmark.measure.time_in_turn", time_in_turn)
+    model = load(colour_model)
+    ours = Contestant(create_method("cf_vit"), model, model.config)
+    held, scored = make_colours("held", per_class=2, seed=7), recipe.replace({"data": str(colours)})
+    results, _ = compare_with_plain({DEFAULT: ours}, str(plain_weights), str(held), scored, ())
+    (plain,), (result,) = results["plain"], results[DEFAULT]
+    half = torch.arange(len(result.validation.labels) - 1) % 2
+    settings = [plain_setting(plain), *(Setting("all", DEFAULT, result, stops) for stops in (0 * half, half))]
+    timm, *rows = measure_speed(settings, scored, (4,))[4].rows
+    assert [row.images_per_second for row in rows] == pytest.approx([32 / 4, 32 / 1, 32 / 2])
+    assert [row.ratio.value for row in rows] == pytest.approx([1, 4, 2])
+    assert (timm.engine, timm.images_per_second) == ("eager", pytest.approx(32 / 9))
+    assert [[len(logits) for logits in each] for each in answered.values()] == [[4] * 8] * 4
 
 
 def test_the_pace_of_a_training_is_the_median_of_its_log(tmp_path: Path) -> None:

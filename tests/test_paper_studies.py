@@ -17,20 +17,12 @@ from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import Collected
 from cfvit.methods.base import create_method
 from cfvit.modeling.config import Objective
-from cfvit.paper.rows import (
-    Cell,
-    OperatingPoint,
-    Row,
-    Sources,
-    count_right,
-    make,
-    mean_row,
-    seed_of_picture,
-    uncertainty,
-)
+from cfvit.paper.compare import OperatingPoint
+from cfvit.paper.figures import count_right
+from cfvit.paper.rows import Cell, Row, Sources, mean_row, seed_of_picture, uncertainty
 from cfvit.paper.runs import Record, Result, duration, parse_budget, time_left
 from cfvit.paper.studies import DEFAULT, PLAIN, RUNS, STUDIES, Published, find_studies, runs_needed
-from cfvit.paper.write import table_of, write_csv
+from cfvit.paper.write import KINDS, make, table_of, write_csv
 from cfvit.training.recipe import RECIPES, Recipe
 
 Fails = Callable[..., AbstractContextManager[None]]
@@ -81,6 +73,7 @@ def test_contradictions_of_the_paper_are_noted_where_they_are() -> None:
 @pytest.mark.parametrize("study", STUDIES.values(), ids=lambda study: study.name)
 def test_studies_are_of_runs_and_rows_that_there_are(study: Any) -> None:
     assert set(study.runs) <= set(RUNS)
+    assert study.kind in KINDS
     for variant in study.variants:
         if study.kind == "ablation":
             assert set(variant.published.values) == set(study.measures) - {"gmacs_as_paper"}

@@ -18,8 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from cfvit.benchmark.contenders import BACKBONE, PREDICTOR, STREAM, Contender, own_contenders
-from cfvit.benchmark.engines import IN_TORCH, Engines, prepare
+from cfvit.benchmark.contenders import (
+    BACKBONE,
+    IN_TORCH,
+    PREDICTOR,
+    STREAM,
+    Contender,
+    Engines,
+    own_contenders,
+    prepare,
+)
 from cfvit.benchmark.names import EngineName
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
@@ -57,10 +65,10 @@ class Entry:
 
     name: str  # of the contender
     engine: EngineName  # for which it was prepared
-    images: str  # `RANDOM` or `REAL`
-    scope: str  # what was timed, `COMPUTING` or more
-    reference: str  # the scope of the backbone and the predictor that it is compared with
-    fine_share: float | None  # share of images that went on; None where all are treated alike
+    images: str = RANDOM  # or `REAL`
+    scope: str = COMPUTING  # what was timed, or more
+    reference: str = COMPUTING  # the scope of the backbone and the predictor that it is compared with
+    fine_share: float | None = None  # share of images that went on; None where all are treated alike
     macs: float  # mean cost of an image in multiply-accumulates
     images_per_round: int  # images that a round answered
     parts: Mapping[str, float]  # the timed calls (`Batch.seconds`) of a round, and the weight of each; weights sum to 1
@@ -80,14 +88,9 @@ class Row(Entry):
     rounds: int  # number of rounds that were counted
     images_per_second: float  # by the median round
     mean_ms: float  # mean milliseconds of a call; of a stream, of a batch
-    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
-    # batches
+    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for later batches
     p50_ms: float | None
-    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
-    # batches
     p95_ms: float | None
-    # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for those of later
-    # batches
     p99_ms: float | None
     spread: float  # interquartile range of the rounds over their median
     ratio: Estimate  # how many times faster than the backbone in the same engine, from the same rounds
@@ -183,18 +186,10 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
             calls |= {name: runner(images, counts) for name, counts in names.items() if name not in calls}
             count = len(images) * max(map(len, ways))
             exact = None if share is None else sum(sum(counts) * weight for counts, weight in ways.items()) / count
-            entry = Entry(
-                name=contender.name,
-                engine=engine,
-                images=RANDOM,
-                scope=COMPUTING,
-                reference=COMPUTING,
-                fine_share=exact,
-                macs=contender.macs + (exact or 0) * (contender.fine_macs or 0),
-                images_per_round=count,
-                parts={name: ways[counts] for name, counts in names.items()},
-            )
-            entries.append(entry)
+            cost = contender.macs + (exact or 0) * (contender.fine_macs or 0)
+            parts = {name: ways[counts] for name, counts in names.items()}
+            own: dict[str, Any] = {"fine_share": exact, "macs": cost, "images_per_round": count, "parts": parts}
+            entries.append(Entry(name=contender.name, engine=engine, **own))
     return measure(entries, calls, len(images), model, plan)
 
 
@@ -229,10 +224,11 @@ def measure(
         timing, scope = entry.per_image(timings), entry.reference
         predictors = [rival for (name, _, where), rival in compared.items() if (name, where) == (PREDICTOR, scope)]
         predictor = compared.get((PREDICTOR, entry.engine, scope), next(iter(predictors), None))
-        weighted = [(seconds, weight) for name, weight in entry.parts.items() for seconds in timings[name].calls]
-        seconds, weights = zip(*weighted, strict=True)
-        found = [None if entry.name == STREAM else percentile(seconds, share, weights) for share in (0.5, 0.95, 0.99)]
-        p50, p95, p99 = (None if each is None else 1e3 * each for each in found)
+        weighted = [(1e3 * each, weight) for name, weight in entry.parts.items() for each in timings[name].calls]
+        calls_ms, weights = zip(*weighted, strict=True)
+        p50, p95, p99 = (
+            None if entry.name == STREAM else percentile(calls_ms, share, weights) for share in (0.5, 0.95, 0.99)
+        )
         peak = None
         if device.type == "cuda" or (entry.scope == COMPUTING and entry.engine in IN_TORCH):
             given = (calls[name] for name in entry.parts)

@@ -1,4 +1,4 @@
-"""A trained model that a user gives in place of runs: a cfvit model, or a plain ViT of timm's for Figure 1."""
+"""Trained networks that a user gives: a cfvit model, a plain ViT of timm's, or the runs in a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, create_model
 from cfvit.modeling.weights import is_of_plain_network
 from cfvit.paper.runs import Result, score
-from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN, Study
+from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import CLASSES_FILE, open_run
@@ -36,29 +36,22 @@ def is_plain_vit(name: str) -> bool:
     return name.startswith("local-dir:") or (timm.is_model(name) and not Path(name).exists())
 
 
-def suits(study: Study, name: str) -> bool:
-    """Whether a study needs no more than this model."""
-    return study.kind in ("patches", "attention") or (not is_plain_vit(name) and study.runs == (DEFAULT,))
-
-
 def results_of_model(name: str, recipe: Recipe) -> dict[str, list[Result]]:
     """What a model answers to the validation images of the recipe's data, by the run whose place it takes.
 
     Raises:
         CfvitError: no such model, weights that cannot be had, data of other classes.
     """
-    plain = is_plain_vit(name)
-    model = (_plain_vit(name) if plain else load(name)).eval().to(best_device())
+    model = (_plain_vit(name) if is_plain_vit(name) else load(name)).eval().to(best_device())
     images = EvalImages(labelled_images(model, recipe.val_data or recipe.data[0]), model.data_config)
-    network = backbone_of(model)
-    method, answering = (create_method("plain"), network) if plain else (create_method("cf_vit"), model)
+    network, plain = backbone_of(model), create_method("plain")
+    method, answering = (plain, network) if is_plain_vit(name) else (create_method("cf_vit"), model)
     scored = score(lambda batch: method.answers(answering, batch), recipe, images)
     whole = Result(method, method.macs(answering), scored, None, lambda: (model, images), rule=model.exit)
     seen = Collected({}, scored.labels, scored.indices, [])  # Figure 1 needs to know which images can be read alone
-    backbone = Result(
-        create_method("plain"), create_method("plain").macs(network), seen, None, lambda: (network, images)
-    )
-    return {PLAIN: [backbone], COARSE_GRID: [whole]} | ({} if plain else {DEFAULT: [whole]})
+    backbone = Result(plain, plain.macs(network), seen, None, lambda: (network, images))
+    own = {} if is_plain_vit(name) else {DEFAULT: [whole]}
+    return {PLAIN: [backbone], COARSE_GRID: [whole], **own}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +63,11 @@ class Contestant:
     config: ModelConfig
     untrained: bool = False  # whether its weights are those that its run started from
 
-
-def contestant_of(model: str) -> Contestant:
-    """A coarse-to-fine model that `cfvit.load` reads."""
-    network = load(model)
-    return Contestant(create_method("cf_vit"), network, network.config)
+    @property
+    def form(self) -> str:
+        """What networks that are compared have in common, in words."""
+        height, width = self.network.image_size
+        return f"{self.config.num_classes} classes and images of {height} x {width}"
 
 
 def contestants_in(folder: Path) -> dict[str, Contestant]:
@@ -93,17 +86,29 @@ def contestants_in(folder: Path) -> dict[str, Contestant]:
     return found
 
 
+def _plain_beside(name: str, first: str, rival: Contestant) -> Contestant:
+    """The plain ViT that a network is compared with: a file of backbone weights, or as of `is_plain_vit`."""
+    if is_plain_vit(name):
+        model = _plain_vit(name)
+        plain, class_names, config = backbone_of(model), model.class_names, model.config
+    else:
+        plain, config = create_method("plain").build(rival.config, name), rival.config
+        class_names = classes_of(name, config.backbone)[0]
+    known = rival.network.class_names
+    if class_names and known and (difference := difference_of_classes(known, class_names)):
+        raise CfvitError(
+            f"{name} is of other classes than {first}: {difference}; give the plain ViT that it was made from"
+        )
+    return Contestant(create_method("plain"), plain, config)
+
+
 def compared(
-    contestants: Mapping[str, Contestant],
-    plain: str,
-    calibration_data: str,
-    recipe: Recipe,
-    part_files: Sequence[Path],
+    rivals: Mapping[str, Contestant], plain: str, calibration_data: str, recipe: Recipe, part_files: Sequence[Path]
 ) -> tuple[dict[str, list[Result]], dict[str, frozenset[int]]]:
     """Networks and a plain ViT, scored on images to choose eta on and on the recipe's validation images.
 
     Args:
-        contestants: by the run whose place they take.
+        rivals: by the run whose place they take.
         plain: a file of backbone weights, a timm model, or ``local-dir:FOLDER``.
         part_files: see `read_part`.
 
@@ -113,57 +118,43 @@ def compared(
     Raises:
         CfvitError: models or data that do not go together, or images that are in both data sets.
     """
-    device, first = best_device(), next(iter(contestants.values()))
-    as_timm_has_it = is_plain_vit(plain)
-    other = backbone_of(_plain_vit(plain)) if as_timm_has_it else create_method("plain").build(first.config, plain)
-    theirs = f"{other.num_classes} classes and images of {other.image_size[0]} x {other.image_size[1]}"
-    named = other.class_names if as_timm_has_it else classes_of(plain, first.config.backbone)[0]
-    known = first.network.class_names
-    if named and known and (difference := difference_of_classes(known, named)):
-        raise CfvitError(
-            f"{plain} is of other classes than {next(iter(contestants))}: {difference}; give the plain ViT that it was "
-            "made from"
-        )
-    for name, each in contestants.items():
-        size = each.network.image_size
-        ours = f"{each.config.num_classes} classes and images of {size[0]} x {size[1]}"
-        if ours != theirs:
-            raise CfvitError(f"{name} has {ours}, {plain} has {theirs}: give the plain ViT that it was made from")
-        if (
-            each.network.data_config != first.network.data_config
-            or each.network.class_names != first.network.class_names
-        ):
+    first, network = next((name, rival.network) for name, rival in rivals.items())
+    every = {**rivals, PLAIN: _plain_beside(plain, first, rivals[first])}
+    for name, rival in rivals.items():
+        if rival.form != every[PLAIN].form:
             raise CfvitError(
-                f"{name} has other classes or another preprocessing than {next(iter(contestants))}: leave it out"
+                f"{name} has {rival.form}, {plain} has {every[PLAIN].form}: give the plain ViT that it was made from"
             )
-    all_of_them = {**contestants, PLAIN: Contestant(create_method("plain"), other, first.config)}
-    fast = {name: accelerate(each.network.eval().to(device)) for name, each in all_of_them.items()}
+        own = rival.network
+        if (own.data_config, own.class_names) != (network.data_config, network.class_names):
+            raise CfvitError(f"{name} has other classes or another preprocessing than {first}: leave it out")
     data = recipe.val_data or recipe.data[0], calibration_data
-    sources = [labelled_images(first.network, each) for each in data]
+    sources = [labelled_images(network, each) for each in data]
     parts = {path.stem: read_part(path, sources[0].class_names) for path in part_files}
     if shared := shared_images(sources[0], sources[1], range(len(sources[1]))):
         raise CfvitError(
             f"{len(shared)} images to score on are also among those to choose eta on, {sources[0].name(shared[0][0])} "
             "first: give other --calibration-data"
         )
-    # opened anew, since a tar that was read here is not fit for loading processes
-    images = [EvalImages(labelled_images(first.network, each), first.network.data_config) for each in data]
+    fast = {name: accelerate(each.network.eval().to(best_device())) for name, each in every.items()}
 
     def answers(batch: Tensor) -> dict[str, Tensor]:
-        answered = {name: each.method.answers(fast[name], batch) for name, each in all_of_them.items()}
+        answered = {name: each.method.answers(fast[name], batch) for name, each in every.items()}
         return {f"{name}/{point}": logits for name, points in answered.items() for point, logits in points.items()}
 
+    # opened anew, since a tar that was read here is not fit for loading processes
+    images = [EvalImages(labelled_images(network, each), network.data_config) for each in data]
     both = [score(answers, recipe, each) for each in images]
     results = {}
-    for name, each in all_of_them.items():
+    for name, each in every.items():
         macs, rule = each.method.macs(each.network), getattr(each.network, "exit", Exit())
-        own = [
-            Collected({at: scored.logits[f"{name}/{at}"] for at in macs}, scored.labels, scored.indices, [])
-            for scored in both
-        ]
-        results[name] = [
-            Result(each.method, macs, own[0], own[1], lambda net=each.network: (net, images[0]), rule=rule)
-        ]
+        scored, held = (
+            Collected({at: answered.logits[f"{name}/{at}"] for at in macs}, answered.labels, answered.indices, [])
+            for answered in both
+        )
+        opened = each.network, images[0]
+        result = Result(each.method, macs, scored, held, lambda opened=opened: opened, None, rule, each.untrained)
+        results[name] = [result]
     return results, parts
 
 

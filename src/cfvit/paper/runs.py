@@ -54,6 +54,7 @@ class Result:
     open: Callable[[], tuple[Any, EvalImages]]  # the network and the validation images
     seed: int | None = None  # of its training; None of a model that was given
     rule: Exit = field(default_factory=Exit)  # how its confidence is measured
+    untrained: bool = False  # whether its weights are those that its run started from
 
     @property
     def stages(self) -> StageMacs:
@@ -404,3 +405,9 @@ def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, ima
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(images)} images can be read: check the data")
     return collected
+
+
+def read_images(images: EvalImages, indices: Sequence[int]) -> Tensor:
+    """Images by their numbers in the data set."""
+    place = {index: item for item, index in enumerate(images.indices)}
+    return torch.stack([images[place[index]][0] for index in indices]).to(best_device())

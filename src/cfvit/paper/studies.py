@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from importlib import resources
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic.dataclasses import dataclass
@@ -105,8 +105,7 @@ class Study:
 
     name: str  # on the command line
     title: str
-    # how its rows are made from the runs
-    kind: Literal["ablation", "operating_points", "comparison", "curves", "patches", "attention", "counts", "examples"]
+    kind: str  # how its rows are made from the runs, see `cfvit.paper.write.KINDS`
     variants: tuple[Variant, ...]  # what is compared
     measures: tuple[str, ...] = ()  # columns of an ablation, see `cfvit.paper.rows.MEASURES`
     etas: tuple[float | str, ...] = ()  # of the operating points: numbers, "parity", or "near parity"

@@ -6,7 +6,6 @@ import csv
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfvit.benchmark.conditions import Conditions, conditions_of
+from cfvit.calibration.images import missing_classes
+from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write, require_writable
-from cfvit.paper.given import compared, contestant_of, contestants_in, is_plain_vit, results_of_model, suits
-from cfvit.paper.rivals import compare_methods, measure_speed
-from cfvit.paper.rows import HEADINGS, MEASURES, NEAR_PARITY, Cell, Made, Row, Sources, make
+from cfvit.methods.base import create_method
+from cfvit.paper import compare, figures, rows
+from cfvit.paper.given import Contestant, compared, contestants_in, is_plain_vit, results_of_model
+from cfvit.paper.rows import HEADINGS, MEASURES, Made, Row, Sources
 from cfvit.paper.runs import Missing, Run, Runs, duration, logged_pace
 from cfvit.paper.studies import (
     ALL,
     COARSE_GRID,
     DEFAULT,
+    FAMILIES,
     PAPER,
     PLAIN,
     SETTING,
@@ -47,8 +50,12 @@ OF_RUNS = {
 }
 """What can be made of trained runs of any methods, and its title."""
 
-Show = Callable[[Study, Made], object]
-Say = Callable[[str], object]
+OF_IMAGES = {make.__name__: make for make in (figures.counts, figures.patches, figures.attention, figures.examples)}
+KINDS: Mapping[str, Callable[[Study, Sources], Made]] = OF_IMAGES | {
+    make.__name__: make
+    for make in (rows.ablation, rows.curves, compare.operating_points, compare.comparison, compare.methods)
+}
+"""How the rows and the picture of a study are made, by its kind. Those of images need each of their runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +73,14 @@ class Request:
     plain: str | None = None  # the plain ViT to compare with; with `calibration_data` alone
     calibration_data: str | None = None  # labelled images that eta is chosen on
     parts: tuple[Path, ...] = ()  # files that name the classes of a part of the data, for rows of their own
-    speed: bool = True  # whether table 2 measures images per second
+    speed: bool = True  # whether images per second are measured
     command: str = ""  # as it was given, for the record
 
 
-def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
+Show = Callable[[Study, Made], object]
+
+
+def reproduce(request: Request, show: Show, say: Callable[[str], object]) -> list[Missing]:
     """Makes what is asked for. Runs that do not fit into the budget are left out and named.
 
     Args:
@@ -89,13 +99,27 @@ def reproduce(request: Request, show: Show, say: Say) -> list[Missing]:
     _require_sense(request)
     require_writable(request.out / RUNS_FILE)
     conditions = conditions_of(dtype_of(request.recipe, best_device()), request.command)
-    if request.runs is not None:
-        _compare_runs(request, request.runs, studies, conditions, show)
-        return []
-    if request.model is not None:
-        _reproduce_with_model(request, request.model, studies, conditions, show)
-        return []
-    return _reproduce_with_runs(request, studies, conditions, show, say)
+    if request.runs is None and request.model is None:
+        return _reproduce_with_runs(request, studies, conditions, show, say)
+    recipe, of_given = request.recipe, _of_model if request.runs is None else _of_runs
+    suited, sources, given = of_given(request, studies)
+    beside = f", beside the plain ViT {request.plain}; eta chosen on {request.calibration_data}"
+    account = _account(
+        conditions,
+        data=recipe.val_data or recipe.data[0],
+        images=f"{len(sources.of(PLAIN)[0].validation.labels):,} scored",
+        recipe=f"none, {given}{beside if request.plain else ''}",
+        epochs="0",
+        seeds="none",
+    )
+    for study in suited:
+        made = make(study, sources)
+        if study.kind in ("patches", "attention") and DEFAULT in sources.results:
+            note = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
+            made = replace(made, notes=(*made.notes, note))
+        write_study(study, made, request.out, account)
+        show(study, made)
+    return []
 
 
 def _require_sense(request: Request) -> None:
@@ -123,8 +147,27 @@ def _require_sense(request: Request) -> None:
         raise UsageError("--part divides images that --plain and --calibration-data are given for: give these")
 
 
+def make(study: Study, sources: Sources) -> Made:
+    """Rows and picture of a study from what is there."""
+    if study.kind in OF_IMAGES and not all(map(sources.of, study.runs)):  # then there is nothing to draw
+        runs = [(variant, len(sources.of(variant.run))) for variant in study.variants]
+        made = Made([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
+    else:
+        made = KINDS[study.kind](study, sources)
+    others = [family for family in FAMILIES if family != sources.family]
+    notes = [note for note in study.notes if sources.family in note or not any(other in note for other in others)]
+    notes += made.notes
+    scored = next((result.validation for run in study.runs for result in sources.of(run)), None)
+    if scored is not None:  # the validation images are the same for all runs of a study
+        if study.kind not in OF_IMAGES:
+            notes.append(rows.uncertainty(scored))
+        if missing := missing_classes(scored.labels.tolist(), sources.class_names, len(scored.labels)):
+            notes.append(f"Of the validation data, {missing}: nothing is known of them.")
+    return replace(made, notes=tuple(notes))
+
+
 def _reproduce_with_runs(
-    request: Request, studies: Sequence[Study], conditions: Conditions, show: Show, say: Say
+    request: Request, studies: Sequence[Study], conditions: Conditions, show: Show, say: Callable[[str], object]
 ) -> list[Missing]:
     """Studies of runs that are trained where they are not there; each study is written as soon as its runs are."""
     recipe, out = request.recipe, request.out
@@ -174,34 +217,29 @@ def _reproduce_with_runs(
     return left_out
 
 
-def _reproduce_with_model(
-    request: Request, model: str, studies: Sequence[Study], conditions: Conditions, show: Show
-) -> None:
+def _of_model(request: Request, studies: Sequence[Study]) -> tuple[Sequence[Study], Sources, str]:
     """Studies that need no more than one trained model, or for Table 2 that and a plain ViT."""
-    recipe, of_plain = request.recipe, is_plain_vit(model)
-    data, parts, scored_on = recipe.val_data or recipe.data[0], dict[str, frozenset[int]](), ""
+    model, recipe = str(request.model), request.recipe
+    of_plain, parts = is_plain_vit(model), {}
     if request.plain is None or request.calibration_data is None:
-        suited = [study for study in studies if suits(study, model)]
+        suited = [
+            study
+            for study in studies
+            if study.kind in ("patches", "attention") or (not of_plain and study.runs == (DEFAULT,))
+        ]
         if request.name != ALL and not suited:
             needed = "a plain ViT" if of_plain else "one trained model"
             raise UsageError(f"{request.name} needs more than {needed}: leave out --model and its runs are trained")
         results = results_of_model(model, recipe)
     else:
         variants = tuple(variant for variant in studies[0].variants if variant.run in (PLAIN, DEFAULT))
-        suited = [replace(studies[0], kind="comparison", etas=(NEAR_PARITY, *studies[0].etas), variants=variants)]
-        given = {DEFAULT: contestant_of(model)}
-        results, parts = compared(given, request.plain, request.calibration_data, recipe, request.parts)
-        scored_on = f", beside the plain ViT {request.plain}; eta chosen on {request.calibration_data}"
+        etas = (compare.NEAR_PARITY, *studies[0].etas)
+        suited = [replace(studies[0], kind="comparison", etas=etas, variants=variants)]
+        network = load(model)
+        rival = Contestant(create_method("cf_vit"), network, network.config)
+        results, parts = compared({DEFAULT: rival}, request.plain, request.calibration_data, recipe, request.parts)
     shown = results.get(DEFAULT, results.get(COARSE_GRID, []))[0]
     network, images = shown.open()
-    account = _account(
-        conditions,
-        data=data,
-        images=f"{len(shown.validation.labels):,} scored",
-        recipe=f"none, the model {model} as it was given{scored_on}",
-        epochs="0",
-        seeds="none",
-    )
     sources = Sources(
         results,
         {},
@@ -211,46 +249,33 @@ def _reproduce_with_model(
         plain="A plain ViT" if of_plain else "The backbone of a CF-ViT, run alone,",
         parts=parts,
     )
-    for study in suited:
-        made = make(study, sources)
-        if study.kind in ("patches", "attention") and not of_plain:
-            note = "In place of a plain ViT stands the backbone of the given CF-ViT, which was trained for both stages."
-            made = replace(made, notes=(*made.notes, note))
-        write_study(study, made, request.out, account)
-        show(study, made)
+    return suited, sources, f"the model {model} as it was given"
 
 
-def _compare_runs(request: Request, folder: Path, studies: Sequence[Study], conditions: Conditions, show: Show) -> None:
+def _of_runs(request: Request, studies: Sequence[Study]) -> tuple[Sequence[Study], Sources, str]:
     """Studies that set trained runs of any methods side by side."""
-    recipe, plain, held = request.recipe, request.plain, request.calibration_data
-    assert plain is not None and held is not None  # `_require_sense` has seen to it
-    contestants = contestants_in(folder)
-    results, parts = compared(contestants, plain, held, recipe, request.parts)
-    speeds = measure_speed(contestants, results, recipe) if request.speed else {}
-    scored, images = results[PLAIN][0].validation, results[PLAIN][0].open()[1]
-    account = _account(
-        conditions,
-        data=recipe.val_data or recipe.data[0],
-        images=f"{len(scored.labels):,} scored",
-        recipe=f"none, the runs in {folder} as they were given, beside the plain ViT {plain}; eta chosen on {held}",
-        epochs="0",
-        seeds="none",
-    )
-    sources = Sources(results, {}, recipe, images.source.class_names, parts=parts)
+    folder, plain, held = request.runs, request.plain, request.calibration_data
+    assert folder is not None and plain is not None and held is not None  # `_require_sense` has seen to it
+    results, parts = compared(contestants_in(folder), plain, held, request.recipe, request.parts)
+    settings = list(compare.settings_of(results, compare.DROPS))
+    speeds = compare.measure_speed(settings, request.recipe, rows.BATCH_SIZES) if request.speed else {}
+    class_names = results[PLAIN][0].open()[1].source.class_names
     variants = tuple(Variant(name, name) for name in results)
-    for study in (study for study in studies if study.name in OF_RUNS):
-        of_runs = replace(study, title=OF_RUNS[study.name], variants=variants, notes=(), published=())
-        made = make(of_runs, sources, partial(compare_methods, contestants, speeds))
-        write_study(of_runs, made, request.out, account)
-        show(of_runs, made)
+    suited = [
+        replace(study, title=OF_RUNS[study.name], kind="methods", variants=variants, notes=(), published=())
+        for study in studies
+        if study.name in OF_RUNS
+    ]
+    sources = Sources(results, {}, request.recipe, class_names, parts=parts, speeds=speeds)
+    return suited, sources, f"the runs in {folder} as they were given"
 
 
-def _account(conditions: Conditions, *, trained_on: str = "", **run: str) -> dict[str, str]:
+def _account(conditions: Conditions, **run: str) -> dict[str, str]:
     """What was run, by name, in the order of reading."""
     where = asdict(conditions)
-    here = {name: where[name] for name in ("hardware", "dtype")}
-    code = {name: where[name] for name in ("versions", "commit", "date")}
-    return {"command": f"`{where['command']}`", **run, **here, "trained on": trained_on, **code}
+    at_the_end = {name: where.pop(name) for name in ("versions", "commit", "date")}
+    trained_on = {"trained on": run.pop("trained_on", "")}
+    return {"command": f"`{where.pop('command')}`", **run, **where, **trained_on, **at_the_end}
 
 
 def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditions) -> dict[str, str]:
@@ -258,19 +283,14 @@ def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditio
     recipe, named = request.recipe, RECIPES[request.recipe_name].to_dict()
     skipped = {"data", "val_data", "seed", "eval_interval", "workers", "log_interval", "checkpoint_interval"}
     changes = [f"{k} {value}" for k, value in recipe.to_dict().items() if k not in skipped and value != named[k]]
-    images = "none, no run is there"
-    if runs:
-        counts = runs[0].record.images
-        images = (
-            f"{counts['train']:,} to train on, {counts['holdout']:,} held out, "
-            f"{counts['validation']:,} to validate on (one is {100 / counts['validation']:.2g} points)"
-        )
+    images = "{train:,} to train on, {holdout:,} held out, {validation:,} to validate on (one is {point:.2g} points)"
+    counts = [{**run.record.images, "point": 100 / run.record.images["validation"]} for run in runs[:1]]
     place = "{hardware}, {dtype}, {versions}, commit {commit}"
     elsewhere = {place.format(**run.record.conditions) for run in runs} - {place.format(**asdict(conditions))}
     return _account(
         conditions,
         data=recipe.data[0] if recipe.val_data is None else f"{recipe.data[0]}, validated on {recipe.val_data}",
-        images=images,
+        images=images.format(**counts[0]) if counts else "none, no run is there",
         recipe=f"{request.recipe_name}, with {', '.join(changes)}" if changes else request.recipe_name,
         epochs=str(recipe.epochs),
         seeds=", ".join(map(str, request.seeds)),
@@ -288,55 +308,46 @@ def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str])
         account: what was run, by name.
     """
     write_csv(out / f"{study.name}.csv", made.rows)
-    picture, shown = out / f"{study.name}.png", [f"![{study.title}]({study.name}.png)", ""]
+    picture, text = out / f"{study.name}.png", [f"# {study.title}", ""]
     if made.draw is None:
         picture.unlink(missing_ok=True)
-        shown = []
     else:
         caption = "Ours: {data}, {images}; recipe {recipe}; epochs {epochs}; seed {seeds}; {hardware}, {dtype}. "
         made.draw(picture, f"{caption.format(**account)}Paper: {SETTING}.")
+        text += [f"![{study.title}]({study.name}.png)", ""]
     headings, lines = table_of(made.rows)
-    table = [
-        f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |"
-        for words in (headings, ["---"] * len(headings), *lines)
-    ]
-    legend = f"Columns headed *paper* and places are of {PAPER} ({SETTING})."
-    notes = [*(f"- {note}" for note in made.notes), *([""] if made.notes else [])]
-    run = [f"- {name}: {value}" for name, value in account.items() if value]
-    text = [f"# {study.title}", "", *shown, *table, "", legend, "", *notes, "## What was run", "", *run, ""]
+    for words in (headings, ["---"] * len(headings), *lines):
+        text.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
+    text += ["", f"Columns headed *paper* and places are of {PAPER} ({SETTING}).", ""]
+    text += [*(f"- {note}" for note in made.notes), *[""][: len(made.notes)], "## What was run", ""]
+    text += [*(f"- {name}: {value}" for name, value in account.items() if value), ""]
     with atomic_write(out / f"{study.name}.md") as file:
         file.write_text("\n".join(text), encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """One line for each row; of each measure ours, the spread over seeds, and the paper's."""
-    columns, lines = ["row"], [{"row": row.name} for row in rows]
-    for measure in _measures_of(rows):
-        cells = [row.cells.get(measure, Cell(None)) for row in rows]
-        figures: dict[str, Sequence[float | None]] = {
-            measure: [cell.ours for cell in cells],
-            f"{measure}_spread": [None if cell.ours is None else cell.spread for cell in cells],
-            f"{measure}_paper": [cell.paper for cell in cells],
-        }
-        if any(cell.interval for cell in cells):
-            ends = [cell.interval or (None, None) for cell in cells]
-            figures |= {f"{measure}_low": [low for low, _ in ends], f"{measure}_high": [high for _, high in ends]}
-        columns += figures
-        for name, values in figures.items():
-            for line, value in zip(lines, values, strict=True):
-                line[name] = _plain(value)
-    for line, row in zip(lines, rows, strict=True):
-        line |= {"seeds": str(row.seeds), "place": row.place, "missing": row.missing or ""}
-    _write_lines(path, [*columns, "seeds", "place", "missing"], lines)
+    measures = _measures_of(rows)
+    with_interval = {name for name in measures if any(row.cell(name).interval for row in rows)}
+
+    def line(row: Row) -> dict[str, str]:
+        values: dict[str, float | None] = {}
+        for name in measures:
+            cell = row.cell(name)
+            values[name] = cell.ours
+            values[f"{name}_spread"] = None if cell.ours is None else cell.spread
+            values[f"{name}_paper"] = cell.paper
+            if name in with_interval:
+                values[f"{name}_low"], values[f"{name}_high"] = cell.interval or (None, None)
+        figures = {name: _plain(value) for name, value in values.items()}
+        return {"row": row.name, **figures, "seeds": str(row.seeds), "place": row.place, "missing": row.missing or ""}
+
+    _write_lines(path, list(line(Row("", {}))), map(line, rows))
 
 
 def _measures_of(rows: Sequence[Row]) -> list[str]:
     """Measures that some row has a figure of, in the order of `HEADINGS`."""
-    return [name for name in HEADINGS if any(_has_figure(row.cells.get(name)) for row in rows)]
-
-
-def _has_figure(cell: Cell | None) -> bool:
-    return cell is not None and (cell.ours is not None or cell.paper is not None)
+    return [name for name in HEADINGS if any(row.cell(name).known for row in rows)]
 
 
 def _plain(value: float | None) -> str:
@@ -356,7 +367,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns: list[list[str]] = [["", *(row.name for row in rows)]]
     for measure in _measures_of(rows):
         text, digits = HEADINGS[measure]
-        cells = [row.cells.get(measure, Cell(None)) for row in rows]
+        cells = [row.cell(measure) for row in rows]
         columns.append([text])
         for row, cell in zip(rows, cells, strict=True):
             spread = f" (spread {cell.spread:.{digits}f})" if row.seeds > 1 else ""
@@ -388,12 +399,12 @@ def print_table(study: Study, made: Made) -> None:
 
 def as_json(study: Study, row: Row) -> dict[str, Any]:
     """A row as one JSON object."""
-    measures = {name: asdict(cell) for name, cell in row.cells.items() if _has_figure(cell)}
-    for cell in measures.values():
-        if cell["interval"] is None:
-            del cell["interval"]
-        if cell["sure"]:
-            del cell["sure"]
+    usual = {"interval": None, "sure": True}  # left out
+    measures = {
+        name: {key: value for key, value in asdict(cell).items() if key not in usual or value != usual[key]}
+        for name, cell in row.cells.items()
+        if cell.known
+    }
     named = {"study": study.name, "row": row.name, "seeds": row.seeds}
     return {**named, "measures": measures, "place": row.place or None, "missing": row.missing}
 
@@ -410,18 +421,13 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     columns += ("hardware", "dtype", "versions", "commit", "command")
     lines = []
     for run in runs:
-        record = run.record
+        record, staged = run.record, "fine" in run.macs
         figures: dict[str, float | None] = {"images_per_second": record.images_per_second}
         figures |= {f"training_{name}": value for name, value in logged_pace(run.folder).items()}
-        staged = "fine" in run.macs
         figures |= {name: MEASURES[name](run) for name in (("coarse", "fine") if staged else ("accuracy", "gmacs"))}
-        eta = run.parity(plains[run.seed]) if staged and run.seed in plains else None
-        if eta is not None:
-            (point,) = run.at([eta])
-            figures |= {"accuracy": point.accuracy, "gmacs": point.gmacs}
-            figures |= {"exit_share": 100 * point.exit_share, "eta": eta}
-        values: dict[str, Any] = {name: _plain(value) for name, value in figures.items()}
-        values |= {"run": record.name, "model": f"{run.recipe.backbone}, method {record.method}", "grid": record.grid}
-        values |= {"seed": record.seed, "epochs": run.recipe.epochs, "seconds": f"{record.seconds:.0f}"}
-        lines.append({**values, **record.conditions})
+        if staged and run.seed in plains and (eta := run.parity(plains[run.seed])) is not None:
+            figures |= {name: value for name, (value,) in rows.values_of(run.at([eta])).items()}
+        about = {"model": f"{run.recipe.backbone}, method {record.method}", "epochs": run.recipe.epochs}
+        about |= {"run": record.name, "grid": record.grid, "seed": record.seed, "seconds": f"{record.seconds:.0f}"}
+        lines.append({**{name: _plain(value) for name, value in figures.items()}, **about, **record.conditions})
     _write_lines(path, columns, lines)

@@ -9,16 +9,14 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cfvit import CoarseToFineViT
-from cfvit.data import EvalImages, eval_loader, open_data
 from cfvit.modeling.timm_vit import patch_side
-from cfvit.paper.patches import (
+from cfvit.paper.figures import (
     answer_from_patches,
+    answers_by_attention,
     attention_pictures,
     class_attention_of_blocks,
-    score_highest_lowest,
 )
 from cfvit.plots.explain import explain
 
@@ -124,65 +122,29 @@ def test_all_patches_in_any_order_give_timms_own_answer(plain: Any) -> None:
 # Figure 1 (a)
 
 
-def _batches(model: Any, count: int, unreadable: list[int]) -> Any:
-    """What a loader gives, in batches of 4; the labels are the model's own answers, so that it is always right."""
-    images = _images(model, count)
-    with torch.no_grad():
-        labels = model(images).argmax(dim=-1)
-    labels[unreadable] = -1
-    return list(zip(images.split(4), labels.split(4), torch.arange(count).split(4), strict=True))
-
-
 @torch.no_grad()
-def _literal_score(model: Any, batches: Any, kept: int, sign: int) -> list[float]:
-    right, total = [0] * len(model.blocks), 0
-    for images, labels, _ in batches:
-        for image, label in zip(images, labels.tolist(), strict=True):
-            if label < 0:
-                continue
-            total += 1
-            for block, row in enumerate(_rows(model, image[None])[:, 0]):
-                best = sorted(range(12), key=lambda i, row=row: -sign * float(row[i]))[:kept]
-                right[block] += int(_without(model, image, best).argmax()) == label
-    return [100 * hits / total for hits in right]
+def _literal_answers(model: Any, image: Tensor, kept: int) -> list[int]:
+    answers = [int(model(image[None]).argmax())]
+    for row in _rows(model, image[None])[:, 0]:
+        for sign in (1, -1):
+            best = sorted(range(12), key=lambda i, row=row, sign=sign: -sign * float(row[i]))[:kept]
+            answers.append(int(_without(model, image, best).argmax()))
+    return answers
 
 
 @pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "vit_small_patch16_dinov3"])
-def test_scores_are_those_of_a_plain_loop_without_unreadable_images(name: str) -> None:
+def test_answers_by_attention_are_those_of_a_plain_loop(name: str) -> None:
     model = _make(name)
-    batches = _batches(model, 22, [3, 20, 21])
-    done: list[int] = []
-    scores = score_highest_lowest(model, batches, CPU, 3, done.append)
-    assert scores.highest == pytest.approx(_literal_score(model, batches, 3, 1))
-    assert scores.lowest == pytest.approx(_literal_score(model, batches, 3, -1))
-    assert scores.whole == 100
-    assert done == [4, 4, 4, 4, 4, 2]
-    assert len({*scores.highest, *scores.lowest}) > 2, "all alike: nothing was told apart"
+    images = _images(model, 12)
+    answers = answers_by_attention(model, images, 3)
+    assert answers.tolist() == [_literal_answers(model, image, 3) for image in images]
+    assert len(set(answers.double().mean(dim=0).tolist())) > 2, "all alike: nothing was told apart"
 
 
 def test_with_all_patches_kept_nothing_is_lost() -> None:
     model = _make("deit_tiny_patch16_224")
-    scores = score_highest_lowest(model, _batches(model, 6, []), CPU, 12)
-    assert scores.highest == scores.lowest == [100.0] * 3
-
-
-@pytest.mark.parametrize("kept", [0, 13])
-def test_a_number_of_patches_that_there_is_not_is_refused(kept: int, fails: Fails) -> None:
-    model = _make("deit_tiny_patch16_224")
-    with fails(f"{kept} of 12 patches to keep: give 1 to 12"):
-        score_highest_lowest(model, _batches(model, 2, []), CPU, kept)
-
-
-def test_files_of_which_none_can_be_read_are_refused(
-    make_model: Callable[..., CoarseToFineViT], make_colours: Callable[..., Any], fails: Fails
-) -> None:
-    model = make_model()
-    folder = make_colours(per_class=1)
-    for file in folder.rglob("*.png"):
-        file.write_bytes(b"no image")
-    loader: DataLoader = eval_loader(EvalImages(open_data(str(folder)), model.data_config), 2, 0, CPU)
-    with fails("none of the images can be read"):
-        score_highest_lowest(model.backbone, loader, CPU, 5)
+    answers = answers_by_attention(model, _images(model, 6), 12)
+    assert (answers == answers[:, :1]).all()
 
 
 # Figure 1 (b)
@@ -211,14 +173,3 @@ def test_pictures_hold_the_last_blocks_attention_of_both_models(
         assert picture.image.shape == (16, 24, 3)
     assert model.config is config
     assert not fine.training
-
-
-def test_models_of_two_image_sizes_are_refused(
-    make_model: Callable[..., CoarseToFineViT],
-    make_timm_model: Callable[..., Any],
-    make_images: Callable[..., Tensor],
-    fails: Fails,
-) -> None:
-    model = make_model()
-    with fails("images of 32 x 32 pixels for a plain ViT of 24 x 24: give one size"):
-        attention_pictures(model, make_timm_model(img_size=24), make_images(model, 1))
