@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import accumulate, chain
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -170,7 +170,7 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
     Args:
         contenders: the plain backbone first.
     """
-    calls: dict[str, Call] = {}
+    calls: dict[str, Sequence[Call]] = {}
     entries: list[Entry] = []
     reference: tuple[Contender, EngineName] = (contenders[0], "eager")
     pairs = [
@@ -183,7 +183,7 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
         for share in plan.shares if contender.fine_macs is not None else (None,):
             ways = {(0,): 1.0} if share is None else contender.share_out(len(images), share)
             names = {f"{contender.name}, {engine}, {' '.join(map(str, counts))} on": counts for counts in ways}
-            calls |= {name: runner(images, counts) for name, counts in names.items() if name not in calls}
+            calls |= {name: [runner(images, counts)] for name, counts in names.items() if name not in calls}
             count = len(images) * max(map(len, ways))
             exact = None if share is None else sum(sum(counts) * weight for counts, weight in ways.items()) / count
             cost = contender.macs + (exact or 0) * (contender.fine_macs or 0)
@@ -195,7 +195,7 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
 
 def measure(
     entries: Sequence[Entry],
-    calls: Mapping[str, Call | Sequence[Call]],
+    calls: Mapping[str, Sequence[Call]],
     batch_size: int,
     model: nn.Module,
     plan: Plan,
@@ -204,15 +204,15 @@ def measure(
 
     Args:
         entries: the backbone first; for each scope it is among them in eager torch and in all other engines.
-        calls: by the names in the entries' parts.
+        calls: of a round, by the names in the entries' parts.
     """
     parameter = next(model.parameters())
     device, side = parameter.device, MATRIX_SIDES.get(parameter.device.type, 1024)
-    products: dict[str, Call] = {}
+    products: dict[str, Sequence[Call]] = {}
     in_torch: list[EngineName] = ["eager", *(engine for engine in plan.engines if engine in IN_TORCH)]
     for engine in in_torch:
         layer = prepare(nn.Linear(side, side).to(device, parameter.dtype), engine)
-        products[f"matrix product, {engine}"] = partial(layer, torch.randn(side, side).to(device, parameter.dtype))
+        products[f"matrix product, {engine}"] = [partial(layer, torch.randn(side, side).to(device, parameter.dtype))]
     timings = time_in_turn({**calls, **products}, plan.rounds, device, plan.seconds)
     matrix_rate = side**3 / min(timings[name].median for name in products)
     compared: dict[tuple[str, str, str], Timing] = {}  # each contender at the first share
@@ -231,29 +231,28 @@ def measure(
         )
         peak = None
         if device.type == "cuda" or (entry.scope == COMPUTING and entry.engine in IN_TORCH):
-            given = (calls[name] for name in entry.parts)
-            each_call = chain.from_iterable([call] if callable(call) else call for call in given)
-            peak = max(peak_bytes(call, device) for call in each_call) / 1e6
-        row = Row(
-            **vars(entry),
-            batch_size=batch_size,
-            gmacs=entry.macs / 1e9,
-            rounds=len(timing.rounds),
-            images_per_second=1 / timing.median,
-            mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
-            p50_ms=p50,
-            p95_ms=p95,
-            p99_ms=p99,
-            spread=timing.spread,
-            ratio=paired_ratio(compared[BACKBONE, entry.engine, scope].totals, timing.totals),
-            eager_ratio=paired_ratio(compared[BACKBONE, "eager", scope].totals, timing.totals),
-            predictor_ratio=None if predictor is None else paired_ratio(timing.totals, predictor.totals),
-            macs_ratio=entries[0].macs / entry.macs,
-            matrix_share=entry.macs / timing.median / matrix_rate,
-            peak_megabytes=peak,
-            steady=drift <= STEADY,
+            peak = max(peak_bytes(call, device) for name in entry.parts for call in calls[name]) / 1e6
+        rows.append(
+            Row(
+                **vars(entry),
+                batch_size=batch_size,
+                gmacs=entry.macs / 1e9,
+                rounds=len(timing.rounds),
+                images_per_second=1 / timing.median,
+                mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
+                p50_ms=p50,
+                p95_ms=p95,
+                p99_ms=p99,
+                spread=timing.spread,
+                ratio=paired_ratio(compared[BACKBONE, entry.engine, scope].totals, timing.totals),
+                eager_ratio=paired_ratio(compared[BACKBONE, "eager", scope].totals, timing.totals),
+                predictor_ratio=None if predictor is None else paired_ratio(timing.totals, predictor.totals),
+                macs_ratio=entries[0].macs / entry.macs,
+                matrix_share=entry.macs / timing.median / matrix_rate,
+                peak_megabytes=peak,
+                steady=drift <= STEADY,
+            )
         )
-        rows.append(row)
     raw = {name: timing.rounds for name, timing in timings.items()}
     return Batch(batch_size, rows, matrix_rate / 1e9, drift, raw)
 

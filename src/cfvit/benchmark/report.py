@@ -25,6 +25,10 @@ PAPERS_SPEED = ((None, None, 2601), (0.5, 0.24, 4903), (0.75, 0.51, 3701), (1.0,
 PAPERS_COLUMNS = ("eta", "hard", "paper, images/s", "paper, x", "here, images/s", "here, x backbone, same engine")
 
 
+KINDS = ("batches", "real")
+"""The images of a `Bench`: random, and real."""
+
+
 @dataclass(frozen=True)
 class Bench:
     """A whole run."""
@@ -40,6 +44,11 @@ class Bench:
     real: tuple[Batch, ...] = ()  # on real images, by batch size; none without data
 
     @property
+    def measured(self) -> tuple[Batch, ...]:
+        """All batch sizes, on random and then on real images."""
+        return (*self.batches, *self.real)
+
+    @property
     def largest(self) -> Batch:
         """The random images of the largest batch size."""
         return max(self.batches, key=lambda batch: batch.batch_size)
@@ -50,7 +59,7 @@ class Bench:
         return [
             *self.notes,
             *best_engines(self),
-            *(text for batch in (*self.batches, *self.real) for text in doubts_of(batch)),
+            *(text for batch in self.measured for text in doubts_of(batch)),
         ]
 
 
@@ -151,30 +160,25 @@ def papers_comparison(bench: Bench) -> list[list[str]]:
         return []
     batch = bench.largest
     predictors = [row for row in batch.rows if row.name == PREDICTOR]
-    fastest = max(predictors, key=lambda row: row.images_per_second, default=batch.rows[-1])
+    engine = max(predictors, key=lambda row: row.images_per_second, default=batch.rows[-1]).engine
     table = []
     for eta, share, speed in PAPERS_SPEED:
         name = {None: BACKBONE, 1.0: BOTH_STAGES}.get(share, PREDICTOR)
-        here = ["-", "-"]
-        for row in batch.rows:
-            near = row.fine_share is None or abs(row.fine_share - (share or 0)) <= NEAR
-            if (row.name, row.engine) == (name, fastest.engine) and near:
-                here = [f"{row.images_per_second:.0f}", _ratio(row.ratio, row.telling)]
-                break
+        alike = [row for row in batch.rows if (row.name, row.engine) == (name, engine)]
+        near = [row for row in alike if row.fine_share is None or abs(row.fine_share - (share or 0)) <= NEAR]
+        here = [[f"{row.images_per_second:.0f}", _ratio(row.ratio, row.telling)] for row in near]
         setting = ["plain", "-"] if eta is None else [f"{eta}", f"{share:.0%}"]
-        table.append([*setting, str(speed), f"{speed / PAPERS_SPEED[0][2]:.2f}", *here])
+        table.append([*setting, str(speed), f"{speed / PAPERS_SPEED[0][2]:.2f}", *(here or [["-", "-"]])[0]])
     return table
 
 
 def summary(bench: Bench) -> dict[str, Any]:
     """What a reader of rows has to know of the run and of each batch size, without the rows."""
-    run = asdict(replace(bench, batches=(), real=()))
-    told = ("batch_size", "matrix_gmacs_per_second", "drift", "steady")
+    run = {name: value for name, value in asdict(replace(bench, batches=(), real=())).items() if name not in KINDS}
+    about = ("batch_size", "matrix_gmacs_per_second", "drift", "steady")
     measured = [
-        {"images": batch.rows[0].images, **{name: getattr(batch, name) for name in told}}
-        for batch in (*bench.batches, *bench.real)
+        {"images": batch.rows[0].images, **{name: getattr(batch, name) for name in about}} for batch in bench.measured
     ]
-    run = {name: value for name, value in run.items() if name not in ("batches", "real")}
     return {**run, "notes": bench.sentences, "measured": measured}
 
 
@@ -186,11 +190,7 @@ def to_json(bench: Bench) -> dict[str, Any]:
         rows = [row.to_dict() for row in batch.rows]
         return {**asdict(batch), "steady": batch.steady, "rows": rows, "seconds": seconds}
 
-    return {
-        **summary(bench),
-        "batches": [batch_to_json(batch) for batch in bench.batches],
-        "real": [batch_to_json(batch) for batch in bench.real],
-    }
+    return {**summary(bench), **{kind: [batch_to_json(batch) for batch in getattr(bench, kind)] for kind in KINDS}}
 
 
 def to_markdown(bench: Bench) -> str:
@@ -199,7 +199,7 @@ def to_markdown(bench: Bench) -> str:
     conditions = f"{made.hardware}; {made.dtype}; {made.versions}; commit {made.commit}; {made.date}."
     lines = [f"# Speed of {bench.model}", "", f"`{made.command}`", "", conditions, ""]
     lines += [f"- {text[0].upper()}{text[1:]}." for text in bench.sentences]
-    for batch in (*bench.batches, *bench.real):
+    for batch in bench.measured:
         title = heading(batch)
         lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown_table(COLUMNS, map(cells, batch.rows))]
         if beside := peers_comparison(batch):
@@ -230,7 +230,7 @@ def write_report(bench: Bench, folder: Path) -> None:
             for row in batch.rows
             if row.name != BACKBONE
         ]
-        for batch in (*bench.batches, *bench.real)
+        for batch in bench.measured
     }
     title = f"{bench.model}, {bench.conditions.dtype}, {bench.conditions.hardware}"
     draw_speed(panels, title, folder / "bench.png")

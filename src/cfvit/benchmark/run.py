@@ -107,13 +107,13 @@ def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Pl
     model, macs, weight = engines.model, count_macs(engines.model), next(engines.model.parameters())
     files = read_files(source, batch_size)
     count = sum(map(len, files))
-    calls: dict[str, Call | Sequence[Call]] = {}
+    calls: dict[str, Sequence[Call]] = {}
     entries: list[Entry] = []
 
-    def add(name: str, engine: EngineName, scope: str, call: Call | Sequence[Call], share: float | None) -> None:
-        """A row, timed by a call or by several that make up a round."""
+    def add(name: str, engine: EngineName, scope: str, round: Sequence[Call], share: float | None) -> None:
+        """A row, timed by the calls that make up a round."""
         key = f"{name}, {engine}, {scope}"
-        calls[key] = call
+        calls[key] = round
         about = {"images": REAL, "scope": scope, "reference": scope if scope in SCOPES else DECODING}
         cost = macs.backbone if share is None else macs.expected(share)
         own: dict[str, Any] = {"fine_share": share, "macs": cost, "images_per_round": count, "parts": {key: 1.0}}
@@ -139,10 +139,10 @@ def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Pl
                 for scope, batches in inputs.items():
                     add(PREDICTOR, engine, scope, batch_calls(answer, scope, batches, weight), share)
                 for scope, batches in inputs.items():
-                    add(STREAM, engine, scope, stream_call(predictor, scope, batches, weight), share)
+                    add(STREAM, engine, scope, [stream_call(predictor, scope, batches, weight)], share)
                 for scope, scaled in ((FILES, False), (SCALED, True))[: 1 + (engine in IN_TORCH)]:
                     read = partial(classify_files, paths, predictor, batch_size, scaled_decode=scaled)
-                    add(STREAM, engine, scope, partial(lambda answers: list(answers()), read), share)
+                    add(STREAM, engine, scope, [partial(lambda answers: list(answers()), read)], share)
         return measure(entries, calls, batch_size, model, plan)
 
 

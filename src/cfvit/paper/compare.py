@@ -216,15 +216,23 @@ class OperatingPoint:
         eta = self.threshold(result, plain)
         return None if eta is None else Setting(self.name, self.run, result, result.goes_on(eta).long(), (eta,))
 
-    def row(self, results: Sequence[Result], plains: Mapping[int | None, Result], missing: str | None = None) -> Row:
+    def row(
+        self,
+        results: Sequence[Result],
+        plains: Mapping[int | None, Result],
+        missing: str | None = None,
+        timed: Mapping[str, Sequence[float]] | None = None,
+    ) -> Row:
         """The row of this point.
 
         Args:
             plains: the plain ViT by seed.
+            timed: values of other measures.
         """
+        timed = timed or {}
         if self.eta is None:
             values = {name: [MEASURES[name](result) for result in results] for name in ("accuracy", "gmacs")}
-            return mean_row(self.name, {"eta": (), "exit_share": (), **values}, self.published, missing)
+            return mean_row(self.name, {"eta": (), "exit_share": (), **values, **timed}, self.published, missing)
         etas = [(result, self.threshold(result, plains.get(result.seed))) for result in results]
         reached = [point for result, eta in etas if eta is not None for point in result.at([eta])]
         unknown = sum(result.seed not in plains for result, eta in etas if eta is None)
@@ -235,7 +243,7 @@ class OperatingPoint:
         ):
             if count:
                 reasons.append(reason if count == len(results) else f"{reason} for {count} of {len(results)} seeds")
-        return mean_row(self.name, values_of(reached), self.published, "; ".join(reasons) or None)
+        return mean_row(self.name, {**values_of(reached), **timed}, self.published, "; ".join(reasons) or None)
 
 
 def points_of(study: Study, family: str) -> list[OperatingPoint]:
@@ -257,29 +265,24 @@ def operating_points(study: Study, sources: Sources) -> Made:
     """Tables 2 and 3: CF-ViT at some etas, beside its plain ViT and the paper's rows."""
     points = points_of(study, sources.family)
     plains = {result.seed: result for result in sources.of(PLAIN)}
-    rows = [point.row(sources.of(point.run), plains, sources.missing.get(point.run)) for point in points]
     notes = [
         "eta at parity is the cheapest one whose accuracy on the hold-out is at least the plain ViT's there; the "
         "validation images are only scored."
     ]
     speeds: dict[str, float] = {}
-    if study.name == "table2":
-        if plains and sources.speed:
-            settings, size = _first_settings(points, sources), 256 if best_device().type == "cuda" else 32
-            _, *timed = measure_speed(settings, sources.recipe, (size,))[size].rows
-            speeds = {each.name: row.images_per_second for each, row in zip(settings, timed, strict=True)}
-            notes.append(
-                f"Images per second are of the first seed, on validation images in batches of {size}, all rows "
-                "prepared alike and timed in turn; images that go on wait for a full batch."
-            )
-        for place, point in enumerate(points):
-            speed, printed = speeds.get(point.name), {} if point.published is None else point.published.values
-            ratio = None if speed is None else speed / speeds[points[0].name]
-            cells = {
-                "images_per_second": Cell(speed, 0.0, printed.get("images_per_second")),
-                "speedup": Cell(ratio, 0.0, printed.get("speedup")),
-            }
-            rows[place] = replace(rows[place], cells={**rows[place].cells, **cells})
+    if study.name == "table2" and plains and sources.speed:
+        settings, size = _first_settings(points, sources), 256 if best_device().type == "cuda" else 32
+        _, *measured = measure_speed(settings, sources.recipe, (size,))[size].rows
+        speeds = {each.name: row.images_per_second for each, row in zip(settings, measured, strict=True)}
+        notes.append(
+            f"Images per second are of the first seed, on validation images in batches of {size}, all rows prepared "
+            "alike and timed in turn; images that go on wait for a full batch."
+        )
+    rows = []
+    for point in points:
+        speed = [speeds[point.name]] if point.name in speeds else []
+        timed = {"images_per_second": speed, "speedup": [each / speeds[points[0].name] for each in speed]}
+        rows.append(point.row(sources.of(point.run), plains, sources.missing.get(point.run), timed))
     beside = [point.published for point in points]
     rows += [published_row(row) for row in study.published if row.family == sources.family and row not in beside]
     curves = [our_curve(each, sources.of(each.run)) for each in study.variants if sources.of(each.run)]

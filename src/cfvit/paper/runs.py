@@ -229,15 +229,17 @@ class Runs:
                     f"{folder} holds a run with {name} {getattr(was, name)!r}, not {getattr(recipe, name)!r}: "
                     "give the same recipe as before, or choose another --out"
                 )
-        record = read_record(folder)
-        if record is None or not record.finished:
+        grid = "x".join(map(str, dict.fromkeys(recipe.grid)))  # 7 for 7 x 7
+        new = Record(folder.name, recipe.method, grid, seed, recipe.epochs, asdict(self.conditions))
+        record = read_record(folder) or new
+        if not record.finished:
             # the log tells of an evaluation after the last epoch, also of a run by `cfvit train` on many GPUs
             ends = {line["epoch"] + 1 for line in _read_log(folder) if line.get("event") == "eval"}
             if recipe.epochs not in ends or not (folder / WEIGHTS_FILE).exists():
-                missing = self._train(recipe, folder)
-                if missing is not None:
-                    return missing
-            self._score(recipe, folder)
+                record = self._train(recipe, folder, record)
+            if isinstance(record, Missing):
+                return record
+            self._score(recipe, folder, record)
         return read_run(recipe, folder)
 
     def finished(self) -> list[Run]:
@@ -247,14 +249,16 @@ class Runs:
         done = [folder for folder, record in records if record is not None and record.finished]
         return [read_run(load_recipe("deit", folder / loop.RECIPE_FILE), folder) for folder in done]
 
-    def _train(self, recipe: Recipe, folder: Path) -> Missing | None:
-        """Trains a run as far as the budget allows; None if it is trained."""
+    def _train(self, recipe: Recipe, folder: Path, record: Record) -> Record | Missing:
+        """Trains a run as far as the budget allows."""
         resume, fork = (folder / loop.CHECKPOINT_FILE).exists(), None
         default = self.folder / f"{DEFAULT}-seed{recipe.seed}"
         if not resume and default != folder and (default / loop.ALL_CELLS_FILE).exists():
             changed = _changed_fields(recipe, load_recipe("deit", default / loop.RECIPE_FILE))
             fork = default if set(changed) <= loop.FREE_TO_FORK else None
-        record = read_record(folder) or self._new_record(recipe, folder, fork)
+        if fork is not None:
+            left = recipe.epochs - round(recipe.all_cells_share * recipe.epochs)
+            record = replace(record, epochs=left, forked_from=fork.name)
         others = [each for each in map(read_record, self.folder.glob("*-seed*")) if each is not None]
         seconds = time_left(record, others)
         if seconds is None and time.monotonic() < self.deadline < math.inf:
@@ -281,16 +285,9 @@ class Runs:
         if stopped and not self.time_is_up():  # by a signal: whoever sent it wants the whole command to end
             raise Stopped(f"stopped in {folder.name}: the same command again goes on from there")
         reason = "was stopped by the budget and can be resumed"
-        return Missing(folder.name, reason, time_left(record, others)) if stopped else None
+        return Missing(folder.name, reason, time_left(record, others)) if stopped else record
 
-    def _new_record(self, recipe: Recipe, folder: Path, fork: Path | None = None) -> Record:
-        shared = 0 if fork is None else round(recipe.all_cells_share * recipe.epochs)
-        grid = "x".join(map(str, dict.fromkeys(recipe.grid)))  # 7 for 7 x 7
-        epochs, conditions = recipe.epochs - shared, asdict(self.conditions)
-        begun = None if fork is None else fork.name
-        return Record(folder.name, recipe.method, grid, recipe.seed, epochs, conditions, forked_from=begun)
-
-    def _score(self, recipe: Recipe, folder: Path) -> None:
+    def _score(self, recipe: Recipe, folder: Path, record: Record) -> None:
         """Runs the model over hold-out and validation images, and keeps its answers and its record."""
         started = time.monotonic()
         images, method, network = restore(recipe, folder)
@@ -303,7 +300,6 @@ class Runs:
             tensors |= {f"{name}.labels": scored.labels, f"{name}.indices": scored.indices}
         with atomic_write(folder / SCORES_FILE) as file:
             save_file(tensors, file)
-        record = read_record(folder) or self._new_record(recipe, folder)
         seconds = record.seconds + time.monotonic() - started
         macs = method.macs(network)
         if isinstance(network, CoarseToFineViT):
