@@ -263,8 +263,8 @@ def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
         names, inside = tree.names(), tree.names
         name = _split_among(names, lambda name: bool(inside(name)), split, root)  # noqa: B023 - called at once
         entered = entered or name is not None
-        single = len(names) == 1 and not tree.images_in() and names[0].lower() not in _SPLIT_NAMES - {path.stem}
-        if name is None and single and tree.names(names[0]) and not tree.images_in(names[0]):
+        single = len(names) == 1 and not tree.has_images() and names[0].lower() not in _SPLIT_NAMES - {path.stem}
+        if name is None and single and tree.names(names[0]) and not tree.has_images(names[0]):
             name = names[0]
         if name is None:
             return root, tree, entered

@@ -85,9 +85,9 @@ class Tree:
         """The names of the folders right below one, in natural order."""
         return sorted((posixpath.basename(f) for f in self.folders if posixpath.dirname(f) == folder), key=natural_key)
 
-    def images_in(self, folder: str = "") -> list[str]:
-        """The paths of the images that lie right in a folder, in natural order."""
-        return sorted((path for path in self.images if posixpath.dirname(path) == folder), key=natural_key)
+    def has_images(self, folder: str = "") -> bool:
+        """Whether images lie right in a folder."""
+        return any(posixpath.dirname(path) == folder for path in self.images)
 
     def below(self, folder: str) -> Tree:
         """One of the folders as a tree of its own."""
@@ -119,7 +119,7 @@ class Tree:
         """A tar as the folder of its name; if it holds but one folder, as that folder."""
         self._add_name(path)
         inner = _scan_tar(tar)
-        while len(inner.names()) == 1 and not inner.images_in():
+        while len(inner.names()) == 1 and not inner.has_images():
             inner = inner.below(inner.names()[0])
         self.folders |= {f"{path}/{folder}" for folder in inner.folders}
         self.images |= {f"{path}/{name}": image for name, image in inner.images.items()}
