@@ -57,20 +57,11 @@ def test_yaml_holds_the_papers_variants(yaml_file: Callable[[str], Path]) -> Non
 def test_print_recipe_shows_the_papers_variants(
     cfvit_main: Callable[..., Outcome], yaml_file: Callable[[str], Path]
 ) -> None:
-    flags = [
-        "--selection",
-        "negative",
-        "--feature-reuse",
-        "none",
-        "--coarse-label-weight",
-        "1",
-        "--method",
-        "coarse_only",
-    ]
+    words = {"selection": "negative", "feature_reuse": "none", "coarse_label_weight": "1", "method": "coarse_only"}
+    flags = [part for name, word in words.items() for part in (f"--{name.replace('_', '-')}", word)]
     outcome = cfvit_main("train", "--recipe", "digits", "--print-recipe", *flags)
     assert outcome.status == 0, outcome.err
     printed = load_recipe("deit", yaml_file("\n".join(outcome.out)))
-    words = {flag[2:].replace("-", "_"): word for flag, word in zip(flags[::2], flags[1::2], strict=True)}
     assert printed == RECIPES["digits"].replace(words)
 
 

@@ -4,7 +4,7 @@
 images in use. A model takes over its `Exit`: ``model.exit = calibration.exit``.
 """
 
-from cfvit.calibration.calibrated import Calibration, ConfidenceProfile, Drift, Origin, calibrate, check_drift
+from cfvit.calibration.calibrated import Calibration, Drift, Origin, calibrate, check_drift
 from cfvit.calibration.targets import (
     Accuracy,
     Drop,

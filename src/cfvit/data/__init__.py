@@ -11,7 +11,7 @@ from cfvit.data.datasets import (
     readable_class_names,
     split_holdout,
 )
-from cfvit.data.images import IMAGE_SUFFIXES, MAX_ASPECT, MAX_PIXELS, ImageError, eval_transform, open_image
+from cfvit.data.images import MAX_PIXELS, ImageError, eval_transform, open_image
 from cfvit.data.loading import (
     FAILURES_IN_A_ROW,
     UNREADABLE,

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from cfvit.data.loading import SECONDS_BETWEEN_LINES
@@ -51,7 +51,6 @@ class Reporter:
     def __init__(self, out: Path, active: bool, step: int) -> None:
         self.active = active
         self.log: IO[str] | None = None
-        self.task: TaskID | None = None
         self.board: Any = None
         self.unit, self.spoken = "step", time.monotonic()
         self.console = Console(stderr=True)
@@ -64,6 +63,7 @@ class Reporter:
             console=self.console,
             disable=not active or not self.console.is_terminal,
         )
+        self.task = self.progress.add_task("", visible=False, loss="")
         if active:
             if (out / LOG_FILE).exists():
                 lines = [line for line in (out / LOG_FILE).read_text().splitlines() if _step_of(line) <= step]
@@ -103,15 +103,12 @@ class Reporter:
 
     def start(self, place: str, unit: str, total: int, done: int = 0) -> None:
         """A bar for what comes next, ``done`` of its ``total`` steps or images behind it."""
-        if self.task is not None:
-            self.progress.remove_task(self.task)
+        self.progress.remove_task(self.task)
         self.unit = unit
         self.task = self.progress.add_task(place, total=total, completed=done, loss="")
 
     def advance(self, count: int = 1, loss: Tensor | None = None) -> None:
         """So many steps or images further. The loss is read, which waits for a GPU, only where it is shown."""
-        if self.task is None:
-            return
         task, shown = self.progress.tasks[-1], not self.progress.disable
         speaks = not shown and time.monotonic() - self.spoken >= SECONDS_BETWEEN_LINES
         text = "" if loss is None or not (shown or speaks) else f"loss {loss.item():.3f}"
