@@ -127,7 +127,6 @@ def calibrate(
     from cfvit.calibration.calibrated import write_calibration
     from cfvit.checkpoints import save_exit, trained_config
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
-    from cfvit.files import require_writable
     from cfvit.modeling.exit import Exit
 
     checked: Any = measure
@@ -137,7 +136,6 @@ def calibrate(
     except CfvitError as error:  # it was given on the command line
         raise UsageError(str(error)) from error
     path = _calibration_path(model, out)
-    require_writable(path)
     network = load_model(model, None)
     calibration, config, unreadable = calibrate_model(
         network,
@@ -166,21 +164,22 @@ def calibrate(
 
 
 def _calibration_path(model: str, out: Path | None) -> Path:
-    """Where to write, which is a new file or a former calibration."""
+    """Where to write, which is a new file or a former calibration, and can be written."""
     from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
+    from cfvit.files import require_writable
 
-    if out is None:
-        if Path(model).is_dir():
-            return Path(model) / CALIBRATION_FILE
+    if out is None and not Path(model).is_dir():
         raise UsageError(f"{model} is no folder to write to: name a file with --out FILE.json")
-    if out.suffix != ".json":
+    if out is not None and out.suffix != ".json":
         raise UsageError(f"--out {out} does not end in .json: name a file such as {CALIBRATION_FILE}")
-    if out.exists():
+    if out is not None and out.exists():
         try:
             read_calibration(out)
         except CfvitError as error:
             raise UsageError(f"--out {out} is there and is no calibration: name a new file") from error
-    return out
+    path = out or Path(model) / CALIBRATION_FILE
+    require_writable(path)
+    return path
 
 
 def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:

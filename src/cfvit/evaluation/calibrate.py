@@ -38,7 +38,6 @@ from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative
 from cfvit.processes import Process, best_device
 
-Images = tuple[Tensor, Tensor, Tensor]
 MERGED_SHARE = 0.08
 """Of the fine sequence's patches, how many `fine_stages_of` merges before a block: 10 of 124 at alpha 0.5."""
 _SEED = 0
@@ -99,18 +98,15 @@ def calibrate_model(
         refuse_training_images(open_data(data, "validation"), *training)
     forward = partial(_answers, accelerate(network), configs)
     collected, unreadable = collect_with_progress(forward, model.data_config, source, batch_size, workers, process)
-    coarse, *fines = collected.logits.values()
-    labels = collected.labels
+    (coarse, *fines), labels = collected.logits.values(), collected.labels
     for fine in fines:
         check_images(coarse, fine, labels)
     require_classes(labels.tolist(), names, len(labels), allow_missing_classes)
     fitted, kept, doubts = torch.arange(len(labels)), torch.arange(len(labels)), list[str]()
     if scale_temperatures or (best and isinstance(target, Promise)):
         fitted, kept, doubts = _halved(labels, names)
-    rules = [
-        _fitted_rule((coarse[fitted], fine[fitted], labels[fitted]), measure, scale_temperatures, best)
-        for fine in fines
-    ]
+    fitting = (measure, scale_temperatures, best)
+    rules = [_fitted_rule(coarse[fitted], fine[fitted], labels[fitted], *fitting) for fine in fines]
 
     def calibrated(place: int, rows: Tensor) -> Calibration:
         macs, latency = costs[place]
@@ -142,9 +138,10 @@ def _answers(network: CoarseToFineViT, configs: Sequence[ModelConfig], images: T
     return found
 
 
-def _fitted_rule(images: Images, measure: Measure | None, temperatures: bool, best: bool) -> dict[str, Any]:
+def _fitted_rule(
+    coarse: Tensor, fine: Tensor, labels: Tensor, measure: Measure | None, temperatures: bool, best: bool
+) -> dict[str, Any]:
     """An exit rule, fitted on images: of the measure that is given, or with ``best`` of the best one."""
-    coarse, fine, labels = images
     options: dict[str, Any] = {} if measure is None else {"measure": measure}
     if temperatures:
         options["coarse_temperature"] = fit_temperature(coarse, labels)
