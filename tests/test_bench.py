@@ -212,6 +212,13 @@ def test_every_call_answers_by_what_it_names(
         torch.testing.assert_close(streamed[order], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def small_ranet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of fewer layers, which take long to build and count."""
+    monkeypatch.setattr("cfvit.methods.ranet.LAYERS", 2)
+
+
+@pytest.mark.usefixtures("small_ranet")
 def test_each_method_is_a_peer(model: CoarseToFineViT) -> None:
     peers, _ = peers_of(model)
     for peer in peers:
@@ -801,6 +808,7 @@ def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_
         image.verify()
 
 
+@pytest.mark.usefixtures("small_ranet")
 def test_a_network_without_peers_says_why(make_model: Callable[..., CoarseToFineViT]) -> None:
     bench = _run(make_model(reg_tokens=1), (1,))
     peers = {row.name.split(", ")[0] for row in bench.batches[0].rows} - {*NAMES[:6]}

@@ -27,7 +27,7 @@ MakeImages = Callable[..., Tensor]
 
 @pytest.fixture
 def model(make_model: MakeModel) -> CoarseToFineViT:
-    return make_model(**{**WIDE, "depth": 2})
+    return make_model(**{**WIDE, "depth": 1})
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_what_is_packed_can_be_compiled(
             torch.testing.assert_close(predictor(images).logits, model(images).fine, atol=1e-4, rtol=0)
     assert traced.frame_count == 2
     operators = [node.target for graph in traced.graphs for node in graph.graph.nodes if node.op == "call_function"]
-    assert operators.count(torch.ops.cfvit.packed_linear.default) == 2 * 4 * 2 + 2
+    assert operators.count(torch.ops.cfvit.packed_linear.default) == 2 * 4 + 2
 
 
 def test_a_compiled_predictor_measures_by_the_models_rule(
@@ -187,7 +187,7 @@ def test_two_compiled_models_do_not_answer_for_each_other(
         return known(run, backend=backend, options=options)
 
     monkeypatch.setattr(torch, "compile", compile if older else partial(known, backend=backend))
-    models = [make_model(depth=depth) for depth in (1, 2)]
+    models = [make_model(depth=1, seed=seed) for seed in (0, 1)]
     for model in models:
         images = make_images(model, 2)
         expected = Predictor(model, 1, compile=False)(images).logits

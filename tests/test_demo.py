@@ -11,9 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import sklearn.datasets
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from cfvit.benchmark.measure import compare_with_backbone
 from cfvit.cli import digits_demo as demo
@@ -42,6 +40,8 @@ def test_digits_are_all_scans_each_once(digits: Path) -> None:
 
 
 def test_a_digit_is_its_scan_in_the_folder_of_its_class(digits: Path) -> None:
+    from sklearn.datasets import load_digits  # takes as long to import as torch
+
     images, labels = load_digits(return_X_y=True)
     for number in (0, 400, 1796):
         (path,) = digits.glob(f"*/*/{number:04d}.png")
@@ -72,7 +72,9 @@ def test_verdict(drop: float, saved: float, speedup: float, words: list[str]) ->
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every 12th scan, as if these were all, and a short measurement of speed."""
-    scans: Any = load_digits()
+    import sklearn.datasets
+
+    scans: Any = sklearn.datasets.load_digits()
     scans.images, scans.target = scans.images[::12], scans.target[::12]
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: scans)
     monkeypatch.setattr(demo, "BENCH_BATCH", 8)

@@ -29,7 +29,7 @@ from cfvit.data.trees import FOREIGN_FOLDERS, scan
 from cfvit.errors import CfvitError
 
 Fails = Callable[..., Any]
-FUZZ = int(os.environ.get("CFVIT_FUZZ", "300"))
+FUZZ = int(os.environ.get("CFVIT_FUZZ", "100"))
 """Examples of each fuzz test."""
 
 

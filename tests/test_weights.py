@@ -35,7 +35,7 @@ from cfvit.modeling.weights import read_weights
 
 Make = Callable[..., CoarseToFineViT]
 Fails = Callable[..., Any]
-FUZZ = int(os.environ.get("CFVIT_FUZZ", "300"))
+FUZZ = int(os.environ.get("CFVIT_FUZZ", "100"))
 NAME = "deit_tiny_patch16_224"
 TINY: dict[str, Any] = {"embed_dim": 24, "num_heads": 2, "depth": 2, "patch_size": 4}
 
