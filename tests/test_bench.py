@@ -182,9 +182,9 @@ def test_exits_are_forced_whatever_the_confidence(value: float, count: int, goin
     confidence = torch.full((count,), value)
     engine: Any = SimpleNamespace(model=None, weight=None, fine=None, coarse=lambda images: (None, confidence))
     forced = ForcedExits(engine)
-    forced.going = spread_evenly(count, going, torch.device("cpu"))
+    forced.confidence = 1 - spread_evenly(count, going, torch.device("cpu")).float()
     on = goes_on(forced.coarse(torch.empty(count))[1], 0.5)
-    assert torch.equal(on, forced.going)
+    assert torch.equal(on, forced.confidence == 0)
     assert on.sum() == going
     if going:
         gaps = on.nonzero().flatten().diff()

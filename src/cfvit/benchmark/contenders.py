@@ -189,17 +189,16 @@ def runs(network: Callable[[Tensor], Any]) -> Runner:
 
 
 class ForcedExits:
-    """An engine whose confidences are moved, so that the chosen images of a batch go on at a threshold of 0.5."""
+    """An engine whose confidences are replaced, so that the chosen images of a batch go on at a threshold of 0.5."""
 
-    going: Tensor  # which images of the next batch go on, ``[B]`` of bool
+    confidence: Tensor  # of the next batch: 0 for images that go on, 1 for others, ``[B]``; made before timing begins
 
     def __init__(self, engine: Engine) -> None:
         self.engine, self.model, self.weight, self.fine = engine, engine.model, engine.weight, engine.fine
 
     def coarse(self, images: Tensor) -> tuple[Any, Tensor]:
-        """The engine's coarse stage; confidences lie between -1, where they are not numbers, and 1."""
-        state, confidence = self.engine.coarse(images)
-        return state, torch.where(self.going, confidence - 2, confidence + 2)
+        """The engine's coarse stage."""
+        return self.engine.coarse(images)[0], self.confidence
 
 
 def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
@@ -229,11 +228,11 @@ def _with_exits(engine: Engine, answer: Callable[[Predictor, Iterator[Tensor], i
 
     def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
         """The images again for each of the counts, so many of them going on."""
-        going = [spread_evenly(len(images), count, images.device) for count in counts]
+        confidences = [1 - spread_evenly(len(images), count, images.device).float() for count in counts]
 
         def batches() -> Iterator[Tensor]:
-            for now in going:  # a stream looks at a batch before it asks for the next one
-                forced.going = now
+            for confidence in confidences:  # a stream looks at a batch before it asks for the next one
+                forced.confidence = confidence
                 yield images
 
         return lambda: answer(predictor, batches(), len(images))

@@ -15,7 +15,7 @@ from cfvit.errors import CfvitError
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.exported import ExportedEngine, ExportedModel
 from cfvit.inference.engines.pytorch import TorchEngine
-from cfvit.inference.stream import COARSE, FINE, Prediction, Stream, StreamedPrediction, in_order, placed
+from cfvit.inference.stream import Prediction, Stream, StreamedPrediction, in_order, placed
 from cfvit.modeling.batches import check_images
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import goes_on
@@ -93,15 +93,15 @@ class Predictor:
         check_images(images, self.model.image_size)  # also where no image goes on
         images = placed(images, self.engine.weight)
         state, confidence = self.engine.coarse(images)
-        hard = goes_on(confidence, self.threshold).nonzero().flatten()
+        on = goes_on(confidence, self.threshold)
+        hard, stage = on.nonzero().flatten(), on.long()  # COARSE is 0, FINE is 1
         if 0 < len(hard) == len(images):
-            return Prediction(*self.engine.fine(images, state), torch.full_like(hard, FINE))
-        logits, stage = state.logits, torch.full_like(confidence, COARSE, dtype=torch.long)
+            return Prediction(*self.engine.fine(images, state), stage)
+        logits = state.logits
         if len(hard):
             fine_logits, fine_confidence = self.engine.fine(images[hard], state[hard])
             logits = logits.index_copy(0, hard, fine_logits)
             confidence = confidence.index_copy(0, hard, fine_confidence)
-            stage[hard] = FINE
         return Prediction(logits, confidence, stage)
 
     def stream(
