@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from cfvit import Predictor, load
-from cfvit.deploy.server import Settings, serve
+from cfvit.deploy.server import Settings, create_app, serve
 from cfvit.inference.engines.exported import open_graph, read_exported
 
 QUEUES = {  # options of the two-stage servers
@@ -64,7 +64,7 @@ class PlainEngine:
 @app.command
 def plain(folder: Path, /) -> None:
     """Serves the plain backbone of a folder; the measurement starts this."""
-    serve(Predictor(PlainEngine(folder), 0.0), Settings(name="model"), "127.0.0.1", 0)
+    serve(create_app(Predictor(PlainEngine(folder), 0.0), Settings(name="model")), "127.0.0.1", 0)
 
 
 def start(cpu: int | None, *command: str | Path) -> tuple[subprocess.Popen[Any], str]:

@@ -141,7 +141,7 @@ def test_each_image_gets_its_own_answer_once(
         seen = [number for batch in engine.batches[stage] for number in batch]
         assert len(seen) == len(set(seen))
         assert set(seen) <= futures.keys()
-        assert all(len(batch) <= scheduler.options[stage].batch for batch in engine.batches[stage])
+        assert all(len(batch) <= scheduler.options[stage][0] for batch in engine.batches[stage])
 
 
 def test_callers_on_many_threads_get_their_own_answers(engine: FakeEngine) -> None:
@@ -178,7 +178,7 @@ def test_an_image_that_was_cancelled_is_not_computed_further(gated: FakeEngine) 
     hard, waiting = scheduler.submit(images(HARD[:2]))
     assert gated.begun.wait(SOON)
     assert hard.cancel() and waiting.cancel()
-    assert scheduler.waiting == scheduler.queue_length(COARSE) == 0
+    assert scheduler.waiting == scheduler.lengths[COARSE] == 0
     gated.gate.release(1000)  # pyright: ignore[reportOptionalMemberAccess]
     assert scheduler.drain(SOON)
     assert gated.batches == ([[HARD[0]]], [])

@@ -28,10 +28,11 @@ import uvicorn
 from conftest import Outcome
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from starlette.testclient import TestClient
 from torch import Tensor
 
 from cfvit import Prediction, Predictor, eval_transform, load, open_image
-from cfvit.deploy.scheduler import StageOptions
+from cfvit.deploy.scheduler import Scheduler, StageOptions
 from cfvit.deploy.server import Server, Settings, create_app
 from cfvit.plots.explain import explain
 
@@ -97,11 +98,12 @@ def expected(predictor: Predictor, tensors: Tensor) -> Prediction:
     return answer
 
 
-def serve(predictor: Predictor, use: Use, **settings: Any) -> None:
+def serve(predictor: Predictor, use: Use, queues: dict[str, Any] | None = None, **settings: Any) -> None:
     """Runs ``await use(client, service)`` against a server with such settings; its engine is held from then on."""
 
     async def main() -> None:
-        app = create_app(predictor, Settings(**{"name": "colours", "time_limit": 600.0, **settings}))
+        scheduler = Scheduler(predictor.engine, predictor.threshold, **(queues or {}))
+        app = create_app(predictor, Settings(**{"name": "colours", "time_limit": 600.0, **settings}), scheduler)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=SOON) as client:
             engine: Any = predictor.engine
@@ -117,6 +119,20 @@ def serve(predictor: Predictor, use: Use, **settings: Any) -> None:
     asyncio.run(main())
 
 
+@contextmanager
+def asking(predictor: Predictor, **settings: Any) -> Iterator[TestClient]:
+    """A client of a server with such settings, which asks one thing after another."""
+    app = create_app(predictor, Settings(name="colours", time_limit=600.0, **settings))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(predictor: Predictor) -> Iterator[TestClient]:
+    with asking(predictor) as client:
+        yield client
+
+
 async def until(true: Callable[[], bool]) -> None:
     """Waits until something has come about."""
     async with asyncio.timeout(SOON):
@@ -124,7 +140,7 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def refusal(response: httpx.Response, status: int, match: str) -> None:
+def refusal(response: Any, status: int, match: str) -> None:
     """Checks that a request was refused in one line."""
     assert response.status_code == status, response.text
     (error,) = response.json().values()
@@ -194,43 +210,36 @@ def test_300_mixed_requests_at_once_get_the_predictors_answers(
     async def use(client: httpx.AsyncClient, service: Any) -> None:
         await asyncio.gather(*(ask(client, number % 6) for number in range(300)))
 
-    serve(predictor, use, max_waiting=1200)
+    serve(predictor, use, {"max_waiting": 1200})
 
 
-def test_the_inference_protocol_tells_of_the_model(predictor: Predictor, photos: list[bytes]) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        assert (await client.get("/v2")).json()["name"] == "cfvit"
-        assert (await client.get("/v2/health/live")).json() == {"live": True}
-        assert (await client.get("/v2/health/ready")).json() == (await client.get(f"{MODEL}/ready")).json()
-        about = (await client.get(MODEL)).json()
-        assert about["inputs"][0] == {"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}
-        outputs = {each["name"]: each for each in about["outputs"]}
-        asked = {"id": "17", "inputs": [encoded(photos[:2])], "outputs": [{"name": "label"}, {"name": "stage"}]}
-        answer = (await client.post(INFER, json=asked)).raise_for_status().json()
-        assert (answer["id"], answer["model_name"]) == ("17", "colours")
-        assert [each["name"] for each in answer["outputs"]] == ["stage", "label"]
-        for each in answer["outputs"]:
-            assert each["datatype"] == outputs[each["name"]]["datatype"]
-            assert each["shape"] == [2] and len(each["data"]) == 2
-
-    serve(predictor, use)
+def test_the_inference_protocol_tells_of_the_model(client: TestClient, photos: list[bytes]) -> None:
+    assert client.get("/v2").json()["name"] == "cfvit"
+    assert client.get("/v2/health/live").json() == {"live": True}
+    assert client.get("/v2/health/ready").json() == client.get(f"{MODEL}/ready").json()
+    about = client.get(MODEL).json()
+    assert about["inputs"][0] == {"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}
+    outputs = {each["name"]: each for each in about["outputs"]}
+    asked = {"id": "17", "inputs": [encoded(photos[:2])], "outputs": [{"name": "label"}, {"name": "stage"}]}
+    answer = client.post(INFER, json=asked).raise_for_status().json()
+    assert (answer["id"], answer["model_name"]) == ("17", "colours")
+    assert [each["name"] for each in answer["outputs"]] == ["stage", "label"]
+    for each in answer["outputs"]:
+        assert each["datatype"] == outputs[each["name"]]["datatype"]
+        assert each["shape"] == [2] and len(each["data"]) == 2
 
 
-def test_unknown_addresses_are_told_which_there_are(predictor: Predictor) -> None:
+def test_unknown_addresses_are_told_which_there_are(client: TestClient) -> None:
     known = f"POST /predict, .*GET /stats, .*GET {MODEL}, .*PUT {MODEL}/parameters, POST {INFER}$"
-
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        other = "/v2/models/other"
-        unknown = [("GET", "/stat"), ("POST", "/nowhere"), ("DELETE", "/app.css/x"), ("PUT", f"{other}/parameters")]
-        unknown += [("GET", other), ("POST", f"{other}/infer"), ("GET", f"{other}/infer"), ("POST", "/app.css")]
-        for method, path in unknown:
-            refusal(await client.request(method, path), 404, f"there is no {method} {path} here, but GET /, {known}")
-        response = await client.get("/predict")
-        refusal(response, 405, "/predict takes POST, not GET")
-        assert response.headers["Allow"] == "POST"
-        refusal(await client.post(f"{MODEL}/parameters"), 405, "takes PUT, not POST")
-
-    serve(predictor, use)
+    other = "/v2/models/other"
+    unknown = [("GET", "/stat"), ("POST", "/nowhere"), ("DELETE", "/app.css/x"), ("PUT", f"{other}/parameters")]
+    unknown += [("GET", other), ("POST", f"{other}/infer"), ("GET", f"{other}/infer"), ("POST", "/app.css")]
+    for method, path in unknown:
+        refusal(client.request(method, path), 404, f"there is no {method} {path} here, but GET /, {known}")
+    response = client.get("/predict")
+    refusal(response, 405, "/predict takes POST, not GET")
+    assert response.headers["Allow"] == "POST"
+    refusal(client.post(f"{MODEL}/parameters"), 405, "takes PUT, not POST")
 
 
 def test_what_is_asked_again_and_again_is_not_logged(
@@ -263,7 +272,7 @@ def test_an_answer_says_how_long_its_image_waited_and_was_computed(held: Predict
             spent = image["milliseconds_waiting"] + image["milliseconds_computing"]
             assert spent <= answer["milliseconds"] + 1e-6
 
-    serve(held, use, coarse=StageOptions(1, 0.0))
+    serve(held, use, {"coarse": StageOptions(1, 0.0)})
 
 
 @contextmanager
@@ -357,44 +366,36 @@ WRONG_INPUTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG_INPUTS)
-def test_wrong_tensors_are_refused(name: str, predictor: Predictor) -> None:
+def test_wrong_tensors_are_refused(name: str, client: TestClient) -> None:
     given, match = WRONG_INPUTS[name]
-
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.post(INFER, content=json.dumps({"inputs": [given]})), 400, match)
-
-    serve(predictor, use)
+    refusal(client.post(INFER, content=json.dumps({"inputs": [given]})), 400, match)
 
 
 WRONG_BODIES = [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"inputs": []}', b'{"inputs": [{"name": 3}]}', b"[" * 100_000]
 
 
 @pytest.mark.parametrize("body", WRONG_BODIES, ids=range(len(WRONG_BODIES)))
-def test_what_is_no_request_of_the_protocol_is_refused(body: bytes, predictor: Predictor) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.post(INFER, content=body), 400, "Open Inference Protocol")
-        for length in ("-1", "x", "9" * 30, str(len(body) + 1)):
-            header = {"Inference-Header-Content-Length": length}
-            refusal(await client.post(INFER, content=body, headers=header), 400, "give the bytes of the JSON")
-
-    serve(predictor, use)
+def test_what_is_no_request_of_the_protocol_is_refused(body: bytes, client: TestClient) -> None:
+    refusal(client.post(INFER, content=body), 400, "Open Inference Protocol")
+    for length in ("-1", "x", "9" * 30, str(len(body) + 1)):
+        header = {"Inference-Header-Content-Length": length}
+        refusal(client.post(INFER, content=body, headers=header), 400, "give the bytes of the JSON")
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", b"\xff\xff\xff\xff", b"\0\0\0\0\0\0\0\0", b"\1\0\0\0ab"])
-def test_binary_files_that_do_not_fit_are_refused(data: bytes, predictor: Predictor) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        asked = binary({"name": "files", "datatype": "BYTES", "shape": [1]}, data)
-        refusal(await client.post(INFER, **asked), 400, "lengths in front")
-
-    serve(predictor, use)
+def test_binary_files_that_do_not_fit_are_refused(data: bytes, client: TestClient) -> None:
+    asked = binary({"name": "files", "datatype": "BYTES", "shape": [1]}, data)
+    refusal(client.post(INFER, **asked), 400, "lengths in front")
 
 
-def test_outputs_that_are_not_known_are_refused(predictor: Predictor, photos: list[bytes]) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        asked = {"inputs": [encoded(photos[:1])], "outputs": [{"name": "tokens"}]}
-        refusal(await client.post(INFER, json=asked), 400, "'tokens'")
+@pytest.mark.parametrize(("data", "match"), [(b"12345", "bytes in part"), (b"1234", "1 values for the shape")])
+def test_binary_numbers_that_do_not_fit_are_refused(data: bytes, match: str, client: TestClient) -> None:
+    refusal(client.post(INFER, **binary(GOOD, data)), 400, match)
 
-    serve(predictor, use)
+
+def test_outputs_that_are_not_known_are_refused(client: TestClient, photos: list[bytes]) -> None:
+    asked = {"inputs": [encoded(photos[:1])], "outputs": [{"name": "tokens"}]}
+    refusal(client.post(INFER, json=asked), 400, "'tokens'")
 
 
 def png(width: int, height: int) -> bytes:
@@ -405,31 +406,26 @@ def png(width: int, height: int) -> bytes:
 
 def test_images_that_cannot_be_read_are_refused(predictor: Predictor, photos: list[bytes], tmp_path: Path) -> None:
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # Pillow would start Ghostscript
-
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.post("/predict"), 400, "the body is empty")
+    with asking(predictor, max_pixels=400) as client:
+        refusal(client.post("/predict"), 400, "the body is empty")
         for body in (b"\0", b'{"image": "/etc/passwd"}', str(tmp_path).encode(), program):
-            refusal(await client.post("/predict", content=body), 422, "not an image")
-        refusal(await client.post("/predict", content=photos[0][:-30]), 422, "damaged")
-        refusal(await client.post("/predict", content=png(20, 21)), 422, "20 x 21 pixels are more than 400")
-        refusal(await client.post(INFER, json={"inputs": [encoded([b"no image"])]}), 422, "not an image")
+            refusal(client.post("/predict", content=body), 422, "not an image")
+        refusal(client.post("/predict", content=photos[0][:-30]), 422, "damaged")
+        refusal(client.post("/predict", content=png(20, 21)), 422, "20 x 21 pixels are more than 400")
+        refusal(client.post(INFER, json={"inputs": [encoded([b"no image"])]}), 422, "not an image")
         several = [("image", ("a.png", photos[0])), ("image", ("b.png", b"no image"))]
-        refusal(await client.post("/predict", files=several), 422, "^image 2: not an image")
-        assert (await client.post("/predict", content=photos[0])).status_code == 200
-
-    serve(predictor, use, max_pixels=400)
+        refusal(client.post("/predict", files=several), 422, "^image 2: not an image")
+        assert client.post("/predict", content=photos[0]).status_code == 200
 
 
 def test_forms_that_cannot_be_read_are_refused(predictor: Predictor, photos: list[bytes]) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.post("/predict", files={"image": (None, "text")}), 400, "has no file")
+    with asking(predictor, max_images=2) as client:
+        refusal(client.post("/predict", files={"image": (None, "text")}), 400, "has no file")
         for kind in ("multipart/form-data", "multipart/form-data; boundary=x", "multipart/mixed; boundary=\xff"):
             header = [(b"Content-Type", kind.encode("latin-1"))]
-            refusal(await client.post("/predict", content=b"--x\r\nno form", headers=header), 400, "form")
-        refusal(await client.post("/predict", files=[("image", ("a", p)) for p in photos[:3]]), 400, "at most 2 files")
-        refusal(await client.post("/explain", files=[("image", ("a", p)) for p in photos[:2]]), 400, "at most 1 file")
-
-    serve(predictor, use, max_images=2)
+            refusal(client.post("/predict", content=b"--x\r\nno form", headers=header), 400, "form")
+        refusal(client.post("/predict", files=[("image", ("a", p)) for p in photos[:3]]), 400, "at most 2 files")
+        refusal(client.post("/explain", files=[("image", ("a", p)) for p in photos[:2]]), 400, "at most 1 file")
 
 
 def test_large_bodies_are_refused(predictor: Predictor, photos: list[bytes]) -> None:
@@ -445,11 +441,8 @@ def test_large_bodies_are_refused(predictor: Predictor, photos: list[bytes]) -> 
     serve(predictor, use, max_body=1000)
 
 
-def test_values_too_large_for_the_model_are_refused(predictor: Predictor, tensors: Tensor) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.post(INFER, json={"inputs": [floats(tensors[:1] * 1e37)]}), 422, "not a number")
-
-    serve(predictor, use)
+def test_values_too_large_for_the_model_are_refused(client: TestClient, tensors: Tensor) -> None:
+    refusal(client.post(INFER, json={"inputs": [floats(tensors[:1] * 1e37)]}), 422, "not a number")
 
 
 def test_requests_beyond_the_limit_are_refused_at_once(held: Predictor, photos: list[bytes]) -> None:
@@ -465,7 +458,7 @@ def test_requests_beyond_the_limit_are_refused_at_once(held: Predictor, photos: 
         metrics = (await client.get("/metrics")).text
         assert 'cfvit_refusals_total{limit="requests"} 1.0' in metrics
 
-    serve(held, use, max_waiting=3)
+    serve(held, use, {"max_waiting": 3})
 
 
 def test_images_beyond_the_limit_are_refused_at_once(held: Predictor, photos: list[bytes]) -> None:
@@ -478,7 +471,7 @@ def test_images_beyond_the_limit_are_refused_at_once(held: Predictor, photos: li
         held.engine.go.set()  # pyright: ignore[reportAttributeAccessIssue]
         assert (await first).status_code == 200
 
-    serve(held, use, max_waiting=3)
+    serve(held, use, {"max_waiting": 3})
 
 
 def test_a_client_that_leaves_frees_its_place(held: Predictor, photos: list[bytes]) -> None:
@@ -511,7 +504,7 @@ def test_a_client_that_leaves_frees_its_place(held: Predictor, photos: list[byte
         assert (await client.post("/predict", content=photos[0])).status_code == 200
         assert held.engine.seen == begun + 1  # pyright: ignore[reportAttributeAccessIssue]
 
-    serve(held, use, max_waiting=3, coarse=StageOptions(1, 0.0))
+    serve(held, use, {"max_waiting": 3, "coarse": StageOptions(1, 0.0)})
 
 
 def test_a_request_has_a_time_limit(held: Predictor, photos: list[bytes]) -> None:
@@ -560,7 +553,7 @@ def test_a_failure_of_the_engine_is_told_and_the_server_goes_on(held: Predictor,
 
 
 def test_the_key_is_asked_for(predictor: Predictor, photos: list[bytes]) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
+    with asking(predictor, api_key="secret") as client:
         for wrong in (
             {},
             {"Authorization": "Bearer other"},
@@ -569,39 +562,32 @@ def test_the_key_is_asked_for(predictor: Predictor, photos: list[bytes]) -> None
         ):
             headers = [(name.encode(), value.encode()) for name, value in wrong.items()]
             for address in ("/predict", "/explain", INFER):
-                response = await client.post(address, content=photos[0], headers=headers)
+                response = client.post(address, content=photos[0], headers=headers)
                 refusal(response, 401, "send Authorization: Bearer KEY")
             for address in ("/stats", "/metrics", MODEL, "/v2"):
-                assert (await client.get(address, headers=headers)).status_code == 401
+                assert client.get(address, headers=headers).status_code == 401
         right = {"Authorization": "Bearer secret"}
-        assert (await client.post("/predict", content=photos[0], headers=right)).status_code == 200
-        assert (await client.get("/v2/health/ready")).status_code == 200
-
-    serve(predictor, use, api_key="secret")
+        assert client.post("/predict", content=photos[0], headers=right).status_code == 200
+        assert client.get("/v2/health/ready").status_code == 200
 
 
 def test_eta_can_be_changed_where_that_is_allowed(predictor: Predictor, photos: list[bytes]) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
+    with asking(predictor, allow_parameters=True) as client:
         for eta, stage in ((0, 0), (1, 1), (0.0, 0)):
-            changed = await client.put(f"{MODEL}/parameters", json={"eta": eta})
+            changed = client.put(f"{MODEL}/parameters", json={"eta": eta})
             assert changed.raise_for_status().json() == {"eta": eta}
-            assert (await client.get("/stats")).json()["eta"] == eta
-            (answer,) = (await client.post("/predict", content=photos[0])).json()["predictions"]
+            assert client.get("/stats").json()["eta"] == eta
+            (answer,) = client.post("/predict", content=photos[0]).json()["predictions"]
             assert (answer["stage"], answer["eta"]) == (stage, eta)
         for wrong in ({}, {"eta": 1.1}, {"eta": "0.5"}, {"eta": None}, {"eta": 0.5, "more": 1}, [], 3):
-            refusal(await client.put(f"{MODEL}/parameters", json=wrong), 422, "body")
-        refusal(await client.put(f"{MODEL}/parameters", content=b'{"eta": NaN}'), 422, "body")
-        assert service.scheduler.eta == 0
-
-    serve(predictor, use, allow_parameters=True)
+            refusal(client.put(f"{MODEL}/parameters", json=wrong), 422, "body")
+        refusal(client.put(f"{MODEL}/parameters", content=b'{"eta": NaN}'), 422, "body")
+        assert client.get("/stats").json()["eta"] == 0
 
 
-def test_eta_is_fixed_otherwise(predictor: Predictor) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        refusal(await client.put(f"{MODEL}/parameters", json={"eta": 0}), 403, "--allow-parameters")
-        assert service.scheduler.eta == predictor.threshold
-
-    serve(predictor, use)
+def test_eta_is_fixed_otherwise(client: TestClient, predictor: Predictor) -> None:
+    refusal(client.put(f"{MODEL}/parameters", json={"eta": 0}), 403, "--allow-parameters")
+    assert client.get("/stats").json()["eta"] == predictor.threshold
 
 
 def test_under_load_eta_falls_and_the_answer_tells_so(held: Predictor, photos: list[bytes]) -> None:
@@ -615,55 +601,49 @@ def test_under_load_eta_falls_and_the_answer_tells_so(held: Predictor, photos: l
         assert (await client.get("/stats")).json()["eta_now"] == 0
         assert 'cfvit_eta{which="now"} 0.0' in (await client.get("/metrics")).text
 
-    serve(held, use, least_eta=0.0, target_wait=1e-6, coarse=StageOptions(1, 0.0))
+    serve(held, use, {"least_eta": 0.0, "target_wait": 1e-6, "coarse": StageOptions(1, 0.0)})
 
 
-def test_an_image_is_explained(predictor: Predictor, photos: list[bytes], tensors: Tensor) -> None:
+def test_an_image_is_explained(client: TestClient, predictor: Predictor, photos: list[bytes], tensors: Tensor) -> None:
     (shown,) = explain(predictor.engine, tensors[:1], predictor.threshold)
     macs = predictor.macs
-
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        answer = (await client.post("/explain", content=photos[0])).raise_for_status().json()
-        assert answer["grid"] == list(shown.attention.shape)
-        np.testing.assert_allclose(answer["class_attention"], shown.attention.flatten(), atol=1e-5)
-        assert answer["split"] == shown.split.flatten().tolist()
-        for stage, (label, sure) in zip(("coarse", "fine"), shown.answers, strict=True):
-            assert answer[stage][0] == {"label": label, "probability": pytest.approx(sure, abs=1e-5)}
-            assert answer[f"{stage}_confidence"] == pytest.approx(sure, abs=1e-5)
-            assert sum(guess["probability"] for guess in answer[stage]) == pytest.approx(1, abs=1e-5)  # 3 classes
-            assert answer[f"milliseconds_{stage}"] > 0
-        assert (answer["eta"], answer["stage"]) == (predictor.threshold, shown.stage)
-        assert answer["gmacs_plain"] == macs.backbone / 1e9
-        for eta, stage, spent in ((0, 0, macs.coarse), (1, 1, macs.both)):
-            answer = (await client.post("/explain", content=photos[0], params={"eta": eta})).json()
-            assert (answer["stage"], answer["gmacs"], answer["eta"]) == (stage, spent / 1e9, eta)
-        for wrong in ("2", "-0.1", "nan", "x", ""):
-            refusal(await client.post("/explain", content=photos[0], params={"eta": wrong}), 422, "eta")
-
-    serve(predictor, use)
+    answer = client.post("/explain", content=photos[0]).raise_for_status().json()
+    assert answer["grid"] == list(shown.attention.shape)
+    np.testing.assert_allclose(answer["class_attention"], shown.attention.flatten(), atol=1e-5)
+    assert answer["split"] == shown.split.flatten().tolist()
+    for stage, (label, sure) in zip(("coarse", "fine"), shown.answers, strict=True):
+        assert answer[stage][0] == {"label": label, "probability": pytest.approx(sure, abs=1e-5)}
+        assert answer[f"{stage}_confidence"] == pytest.approx(sure, abs=1e-5)
+        assert sum(guess["probability"] for guess in answer[stage]) == pytest.approx(1, abs=1e-5)  # 3 classes
+        assert answer[f"milliseconds_{stage}"] > 0
+    assert (answer["eta"], answer["stage"]) == (predictor.threshold, shown.stage)
+    assert answer["gmacs_plain"] == macs.backbone / 1e9
+    for eta, stage, spent in ((0, 0, macs.coarse), (1, 1, macs.both)):
+        answer = client.post("/explain", content=photos[0], params={"eta": eta}).json()
+        assert (answer["stage"], answer["gmacs"], answer["eta"]) == (stage, spent / 1e9, eta)
+    for wrong in ("2", "-0.1", "nan", "x", ""):
+        refusal(client.post("/explain", content=photos[0], params={"eta": wrong}), 422, "eta")
 
 
 def test_figures_count_what_was_answered(predictor: Predictor, photos: list[bytes], expected: Prediction) -> None:
-    async def use(client: httpx.AsyncClient, service: Any) -> None:
-        before = (await client.get("/stats")).json()
+    with asking(predictor) as client:
+        before = client.get("/stats").json()
         assert before["p50_ms"] is None and before["requests_per_second"] == 0
         for photo in photos:
-            await client.post("/predict", content=photo)
-        await client.post("/predict", content=b"no image")
-        stats = (await client.get("/stats")).json()
+            client.post("/predict", content=photo)
+        client.post("/predict", content=b"no image")
+        stats = client.get("/stats").json()
         fine = int(expected.stage.sum())
         assert stats["images"] == {"coarse": len(photos) - fine, "fine": fine}
         assert stats["queues"] == {"coarse": 0, "fine": 0} and stats["waiting"] == 0 and stats["ready"]
         assert 0 < stats["p50_ms"] <= stats["p95_ms"] and stats["requests_per_second"] > 0
-        metrics = (await client.get("/metrics")).text
+        metrics = client.get("/metrics").text
         assert f'cfvit_images_total{{stage="fine"}} {fine}.0' in metrics
         assert f'cfvit_image_seconds_count{{stage="fine"}} {fine}.0' in metrics
         assert f'cfvit_batch_images_sum{{stage="coarse"}} {len(photos)}.0' in metrics
         assert 'cfvit_requests_total{route="/predict",status="422"} 1.0' in metrics
         assert 'cfvit_queue_images{stage="coarse"} 0.0' in metrics
         assert f'cfvit_eta{{which="set"}} {predictor.threshold}' in metrics
-
-    serve(predictor, use)
 
 
 def test_a_signal_ends_the_server_in_order_under_load(colour_model: Path, photos: list[bytes]) -> None:

@@ -138,8 +138,8 @@ def serve(
         browser_runtime: dist/ of onnxruntime-web: the page can run an ONNX export in the browser
     """
     try:
-        from cfvit.deploy.scheduler import DEFAULTS, StageOptions
-        from cfvit.deploy.server import Settings
+        from cfvit.deploy.scheduler import Scheduler, StageOptions
+        from cfvit.deploy.server import Settings, create_app
         from cfvit.deploy.server import serve as run
     except ImportError as error:
         raise CfvitError(f"serving needs {error.name}: install cfvit[serve]") from error
@@ -159,28 +159,25 @@ def serve(
     least, most = predictor.macs.coarse / 1e9, predictor.macs.both / 1e9
     if gmacs is not None and not least <= gmacs <= most:
         raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
-    given = ((coarse_batch, coarse_wait), (fine_batch, fine_wait))
-    coarse, fine = (
-        StageOptions(batch or default.batch, default.wait if wait is None else wait / 1e3)
-        for (batch, wait), default in zip(
-            given, DEFAULTS.get(predictor.engine.weight.device.type, DEFAULTS["cuda"]), strict=True
-        )
-    )
     settings = Settings(
         name=name,
         max_body=max_body * 2**20,
         max_pixels=max_pixels * 1_000_000,
         max_images=max_images,
-        max_waiting=max_waiting,
         time_limit=time_limit,
         decoders=decoders,
         api_key=key,
         allow_parameters=allow_parameters,
-        coarse=coarse,
-        fine=fine,
-        least_eta=least_eta,
-        target_wait=target_wait / 1e3,
-        gmacs=gmacs,
         browser_runtime=browser_runtime,
     )
-    run(predictor, settings, host, port, notice)
+    scheduler = Scheduler(
+        predictor.engine,
+        predictor.threshold,
+        coarse=StageOptions(coarse_batch, None if coarse_wait is None else coarse_wait / 1e3),
+        fine=StageOptions(fine_batch, None if fine_wait is None else fine_wait / 1e3),
+        max_waiting=max_waiting,
+        least_eta=least_eta,
+        target_wait=target_wait / 1e3,
+        fine_share=None if gmacs is None else (gmacs - least) / (most - least),
+    )
+    run(create_app(predictor, settings, scheduler), host, port, notice)

@@ -117,7 +117,7 @@ def _predict_into(
 ) -> Tally:
     """All answers in one file, see `cfvit.deploy.batch`."""
     from cfvit.data import iter_images, progress_bar
-    from cfvit.deploy.batch import PART_SIZE, deal, model_digest, open_job, parse_shard
+    from cfvit.deploy.batch import PART_SIZE, deal, model_digest, open_job
     from cfvit.inference.files import as_row, classify_files
 
     answer: Callable[[Iterator[tuple[int, list[Path]]]], Iterator[tuple[int, Iterable[dict[str, Any]]]]]
@@ -140,7 +140,7 @@ def _predict_into(
         "scaled_decode": scaled_decode,
         "shard": shard,
     }
-    images = iter_images(paths) if shard is None else deal(iter_images(sorted(set(paths))), parse_shard(shard))
+    images = iter_images(paths) if shard is None else deal(iter_images(sorted(set(paths))), shard)
     with open_job(output, settings, images, options.get("part_size", PART_SIZE)) as job:
         say(f"{job.total:,} images, {job.done:,} of them answered before" if job.done else f"{job.total:,} images")
         with progress_bar(job.total, done=job.done) as advance:

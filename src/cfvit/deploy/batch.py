@@ -27,33 +27,26 @@ PART_SIZE = 256
 
 JOB_FILE, IMAGES_FILE, LOCK_FILE = "job.json", "images.jsonl", "lock"
 
-Shard = tuple[int, int]
-"""``(i, n)``: the i-th of n, counted from 1."""
 
-
-def parse_shard(text: str) -> Shard:
-    """The shard that ``i/n`` names.
-
-    Raises:
-        UsageError: it names none.
-    """
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
-        raise UsageError(f"--shard is {text!r}: give i/n, such as 1/4 for the first of four, i from 1 to n")
-    return int(first), int(second)
-
-
-def deal(paths: Iterable[Path], shard: Shard) -> Iterator[Path]:
-    """The images of a shard.
+def deal(paths: Iterable[Path], shard: str) -> Iterator[Path]:
+    """The images of a shard ``i/n``: the i-th of n, counted from 1.
 
     A path alone decides whose it is, by a digest, and not its place in a list. So shards do not overlap and leave
     nothing out if machines list folders in another order, or if one of them sees a file that another does not see yet.
+
+    Raises:
+        UsageError: another text.
     """
-    number, count = shard
-    for path in paths:
+    first, slash, second = shard.partition("/")
+    if not (slash and first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second)):
+        raise UsageError(f"--shard is {shard!r}: give i/n, such as 1/4 for the first of four, i from 1 to n")
+    number, count = int(first), int(second)
+
+    def is_ours(path: Path) -> bool:
         digest = hashlib.blake2b(os.fsencode(path.as_posix()), digest_size=8).digest()
-        if int.from_bytes(digest, "big") % count == number - 1:
-            yield path
+        return int.from_bytes(digest, "big") % count == number - 1
+
+    return filter(is_ours, paths)
 
 
 def model_digest(model: CoarseToFineViT | ExportedModel) -> str:
@@ -85,9 +78,8 @@ class Job:
     @property
     def done(self) -> int:
         """How many images are in the partition files that there are."""
-        answered = sum(self._part(number).exists() for number in range(self.parts))
-        last = self.parts * self.part_size - self.total if self.parts and self._part(self.parts - 1).exists() else 0
-        return answered * self.part_size - last
+        sizes = (min(self.part_size, self.total - first) for first in range(0, self.total, self.part_size))
+        return sum(size for number, size in enumerate(sizes) if self._part(number).exists())
 
     def unanswered(self) -> Iterator[tuple[int, list[Path]]]:
         """The parts without a partition file, by their numbers."""

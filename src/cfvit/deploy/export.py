@@ -79,16 +79,9 @@ def export(
         raise CfvitError(f"format is {format!r}: give one of {', '.join(get_args(Format))}")
     if model.config.selection == "random":
         raise CfvitError("a model that splits random cells cannot be exported: use selection attention or negative")
-    try:
-        versions = {name: version(name) for name in ("cfvit", "torch", *PACKAGES[format])}
-    except ImportError as error:
-        raise CfvitError(f"exporting to {format} needs {error.name}: install cfvit[{format}]") from error
+    versions = _versions(format, int8 is not None)
     if int8 is not None:
         warn_if_slow()
-        try:
-            versions["nncf"] = version("nncf")
-        except ImportError as error:
-            raise CfvitError("int8 needs nncf: install cfvit[int8]") from error
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     source = weights_digest(model)
     if isinstance(model.backbone.patch_embed, lvvit.ConvStem):
@@ -127,23 +120,38 @@ def export(
             if int8 is not None:
                 about = quantise_export(model, graphs, about, made, int8)
             _write_about(about, made)
-            given = {"about": about, "package": PACKAGES[format][-1], "about_file": EXPORT_FILE}
-            (made / "example.py").write_text(fill_template("deploy/templates/example.py.j2", **given))
-            folder.mkdir(parents=True, exist_ok=True)
-            old = [f"{stage}.{suffix}" for stage in (*graphs, "whole") for suffix in ("onnx", "xml", "bin")]
-            for name in (EXPORT_FILE, WEIGHTS_FILE, *old):
-                (folder / name).unlink(missing_ok=True)
-            for file in sorted(made.iterdir(), key=lambda file: file.name == EXPORT_FILE):  # it says that all is there
-                shutil.move(file, folder / file.name)
+            _put_in_place(folder, made)
     except OSError as error:
         raise unwritable(folder, error) from error
     return about
 
 
+def _versions(format: Format, int8: bool) -> dict[str, str]:
+    """Of the packages that make an export. A missing one raises `CfvitError`."""
+    try:
+        return {name: version(name) for name in ("cfvit", "torch", *PACKAGES[format], *(["nncf"] if int8 else []))}
+    except ImportError as error:
+        what, extra = ("int8", "int8") if error.name == "nncf" else (f"exporting to {format}", format)
+        raise CfvitError(f"{what} needs {error.name}: install cfvit[{extra}]") from error
+
+
+def _put_in_place(folder: Path, made: Path) -> None:
+    """Puts a complete export in the place of what a folder may have of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    old = [f"{stage}.{suffix}" for stage in ("coarse", "fine", "whole") for suffix in ("onnx", "xml", "bin")]
+    for name in (EXPORT_FILE, WEIGHTS_FILE, *old):
+        (folder / name).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.name == EXPORT_FILE):  # it says that all is there
+        shutil.move(file, folder / file.name)
+
+
 def _write_about(about: ExportedModel, folder: Path) -> None:
+    """Writes all but the graphs."""
     values = {**asdict(about), "data_config": dict(about.data_config)}
     values["config"]["timm_kwargs"] = dict(about.config.timm_kwargs)
     (folder / EXPORT_FILE).write_text(json.dumps(values, indent=2) + "\n")
+    given = {"about": about, "package": PACKAGES[about.format][-1], "about_file": EXPORT_FILE}
+    (folder / "example.py").write_text(fill_template("deploy/templates/example.py.j2", **given))
 
 
 @torch.inference_mode()

@@ -30,18 +30,15 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> None
         CfvitError: no model there, or the Hub cannot be reached or refuses.
     """
     folder = Path(folder)
-    own = folder / CARD_FILE
-    card = own.read_bytes() if own.is_file() else model_card(folder, name).encode()
-    files: dict[str, Path | bytes] = {
-        file: folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE) if (folder / file).is_file()
-    }
     load(folder)  # nothing is uploaded that does not load
+    own = (folder / file for file in (CONFIG_FILE, WEIGHTS_FILE, CALIBRATION_FILE, CARD_FILE))
+    files: dict[str, Path | bytes] = {path.name: path for path in own if path.is_file()}
+    if CARD_FILE not in files:
+        files[CARD_FILE] = model_card(folder, name).encode()
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        operations = [
-            huggingface_hub.CommitOperationAdd(file, content) for file, content in {**files, CARD_FILE: card}.items()
-        ]
+        operations = [huggingface_hub.CommitOperationAdd(file, content) for file, content in files.items()]
         api.create_commit(name, operations, commit_message="A model of cfvit")
     except Exception as error:  # the network, the Hub and its client raise whatever they like
         raise CfvitError(
@@ -56,15 +53,14 @@ def model_card(folder: str | Path, name: str) -> str:
         CfvitError: no model there.
     """
     model = load(folder)
-    macs = count_macs(model)
+    macs, record = count_macs(model), Path(folder) / CALIBRATION_FILE
+    found = read_calibration(record.parent) if record.is_file() else None
+    if found is not None and found.exit != model.exit:
+        found = None
     rows: list[tuple[str, float | None, float]] = [
-        ("0: coarse stage alone", None, macs.coarse),
-        ("1: every image in both stages", None, macs.both),
+        ("0: coarse stage alone", found and found.coarse_accuracy.value, macs.coarse),
+        ("1: every image in both stages", found and found.fine_accuracy.value, macs.both),
     ]
-    found = read_calibration(Path(folder)) if (Path(folder) / CALIBRATION_FILE).is_file() else None
-    found = found if found is not None and found.exit == model.exit else None
     if found is not None:
-        rows[0] = (rows[0][0], found.coarse_accuracy.value, macs.coarse)
-        rows[1] = (rows[1][0], found.fine_accuracy.value, macs.both)
         rows.insert(1, (f"{found.threshold:.3f}, calibrated", found.accuracy.value, found.gmacs.value * 1e9))
     return fill_template("deploy/templates/card.md.j2", model=model, name=name, macs=macs, rows=rows, found=found)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from cfvit.errors import CfvitError
+from cfvit.errors import CfvitError, first_problem
 
 
 class Failure(BaseModel):
@@ -156,17 +156,31 @@ def infer_schema() -> dict[str, Any]:
     return json.loads(text)
 
 
-def read_input(given: InputTensor, binary: bytes, size: tuple[int, int], most: int) -> list[Tensor] | list[bytes]:
-    """The images of a request: normalised ``[3, H, W]``, or files that are still to be decoded.
+def read_request(
+    body: bytes, json_length: str | None, size: tuple[int, int], most: int
+) -> tuple[InferRequest, list[Tensor] | list[bytes]]:
+    """What is asked for, and the images: normalised ``[3, H, W]``, or files that are still to be decoded.
 
     Args:
-        binary: what follows the JSON in the protocol's binary extension.
+        body: JSON, which by the protocol's binary extension is followed by the input's values.
+        json_length: the header ``Inference-Header-Content-Length``: how many bytes the JSON has; None if it is all.
         size: height and width of the model's images.
         most: images that are allowed.
 
     Raises:
-        CfvitError: another name, datatype, shape or number of values; values that are not numbers.
+        CfvitError: no such request; an input of another name, datatype, shape or number of values; values that are not
+            numbers.
     """
+    length = str(len(body)) if json_length is None else json_length
+    if not (length.isdecimal() and len(length) < 12 and int(length) <= len(body)):
+        raise CfvitError(f"Inference-Header-Content-Length is {length!r}: give the bytes of the JSON")
+    end = int(length)
+    try:
+        asked = InferRequest.model_validate_json(body[:end])
+    except ValidationError as error:
+        what = first_problem(error.errors())
+        raise CfvitError(f"not a request of the Open Inference Protocol ({what})") from error
+    given, binary = asked.inputs[0], body[end:]
     kinds = {("images", "FP32"): [3, *size], ("files", "BYTES"): []}
     if (given.name, given.datatype) not in kinds:
         raise CfvitError(f"input {given.name!r} of {given.datatype!r}: give 'images' of FP32 or 'files' of BYTES")
@@ -176,36 +190,40 @@ def read_input(given: InputTensor, binary: bytes, size: tuple[int, int], most: i
     if "binary_data_size" in given.parameters:
         if given.data is not None or given.parameters["binary_data_size"] != len(binary):
             raise CfvitError(f"{len(binary)} bytes follow the JSON: give as many as binary_data_size says, and no data")
-        return _binary_files(binary, given.shape[0]) if not each else _floats(np.frombuffer(binary, "<f4"), given.shape)
-    if given.data is None or binary:
+    elif given.data is None or binary:
         raise CfvitError(f"input {given.name!r} has no data, or bytes too many: give data, or binary_data_size")
-    if each:
-        try:
-            values = np.asarray(given.data)
-        except ValueError as error:
-            raise CfvitError("input 'images' has rows of different lengths: give numbers, one after another") from error
-        return _floats(values, given.shape)
+    return asked, _images(given, binary) if each else _files(given, binary)
+
+
+def _images(given: InputTensor, binary: bytes) -> list[Tensor]:
     try:
-        files = [base64.b64decode(text, validate=True) for text in given.data]
-    except (TypeError, ValueError) as error:
-        raise CfvitError("input 'files' has a value that is not base64: give each image file as base64 text") from error
-    if len(files) != given.shape[0]:
-        raise CfvitError(f"input 'files' has {len(files)} values for the shape {given.shape}: give as many")
-    return files
-
-
-def _floats(values: np.ndarray, shape: list[int]) -> list[Tensor]:
-    if values.dtype.kind not in "fiu" or values.size != math.prod(shape):
-        raise CfvitError(f"input 'images' has {values.size} values for the shape {shape}: give as many, all numbers")
+        values = np.frombuffer(binary, "<f4") if given.data is None else np.asarray(given.data)
+    except ValueError as error:
+        raise CfvitError(
+            "input 'images' has rows of different lengths, or bytes in part: give float32 numbers"
+        ) from error
+    if values.dtype.kind not in "fiu" or values.size != math.prod(given.shape):
+        raise CfvitError(
+            f"input 'images' has {values.size} values for the shape {given.shape}: give as many, all numbers"
+        )
     with np.errstate(over="ignore"):
-        images = torch.from_numpy(values.astype(np.float32).reshape(shape))
+        images = torch.from_numpy(values.astype(np.float32).reshape(given.shape))
     if not images.isfinite().all():
         raise CfvitError("input 'images' has values that are infinite or not a number: give normalised pixels")
     return list(images)
 
 
-def _binary_files(binary: bytes, count: int) -> list[bytes]:
-    """Each file with its length in front, in 4 bytes, the lowest first."""
+def _files(given: InputTensor, binary: bytes) -> list[bytes]:
+    """Files from base64; or from bytes, each with its length in front, in 4 bytes, the lowest first."""
+    count = given.shape[0]
+    if given.data is not None:
+        try:
+            files = [base64.b64decode(text, validate=True) for text in given.data]
+        except (TypeError, ValueError) as error:
+            raise CfvitError("input 'files' has a value that is not base64: give image files as base64 text") from error
+        if len(files) != count:
+            raise CfvitError(f"input 'files' has {len(files)} values for the shape {given.shape}: give as many")
+        return files
     files, place = [], 0
     while place + 4 <= len(binary) and len(files) < count:
         end = place + 4 + int.from_bytes(binary[place : place + 4], "little")

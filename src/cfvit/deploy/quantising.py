@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.calibration import Drop, TradeOff, rank_images
+from cfvit.calibration import Drop, rank_images
 from cfvit.calibration.targets import choose_eta
 from cfvit.data import UNREADABLE, DataSource, EvalImages, eval_loader, progress_bar
 from cfvit.deploy.graphs import silent, whole_graph, write_graphs
 from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import collect
+from cfvit.evaluation.metrics import collect, sweep
 from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, Quantised, Scores, without_telemetry
 from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import count_macs
@@ -135,33 +135,25 @@ def score(
     count = len(collected.labels)
     if count == 0:
         raise CfvitError(f"none of the {len(indices)} images to choose eta on can be read: check the data")
-    labelled, rule = bool(source.class_names), model.exit
-    logits = collected.logits
+    labelled, rule, macs, logits = bool(source.class_names), model.exit, count_macs(model), collected.logits
     labels = collected.labels if labelled else logits["fine"].argmax(dim=-1)
-    before, after = (
-        rank_images(logits[coarse], logits[fine], labels, rule.measure, rule.coarse_temperature)
-        for coarse, fine in (("coarse", "fine"), ("int8 coarse", "int8 fine"))
-    )
 
-    def scores(trade: TradeOff, eta: float | None) -> Scores:
-        hard = None if eta is None else trade.gone_on(eta)
-        coarse, fine, answered = (
-            None if place is None else 100 * int(trade.right[place]) / count for place in (0, count, hard)
-        )
-        assert coarse is not None
-        assert fine is not None
-        return Scores(coarse, fine, eta, answered, None if hard is None else hard / count)
+    def scores(coarse: Tensor, fine: Tensor, eta: float | None) -> Scores:
+        first, last, *chosen = sweep(coarse, fine, labels, macs, [0, 1] if eta is None else [0, 1, eta], rule)
+        answered, share = (chosen[0].accuracy, 1 - chosen[0].exit_share) if chosen else (None, None)
+        return Scores(first.accuracy, last.accuracy, eta, answered, share)
 
-    plain = scores(before, rule.eta)
-    eta = None
-    if plain.answered is not None:
-        eta = choose_eta(Drop(max(0.0, plain.fine - plain.answered)), after, count_macs(model))
+    before, eta = scores(logits["coarse"], logits["fine"], rule.eta), None
+    quantised = logits["int8 coarse"], logits["int8 fine"]
+    if before.answered is not None:
+        trade = rank_images(*quantised, labels, rule.measure, rule.coarse_temperature)
+        eta = choose_eta(Drop(max(0.0, before.fine - before.answered)), trade, macs)
     return Quantised(
         calibrated_on=calibrated_on,
         scored_on=count,
         measure="accuracy" if labelled else "agreement",
-        before=plain,
-        after=scores(after, eta),
+        before=before,
+        after=scores(*quantised, eta),
     )
 
 

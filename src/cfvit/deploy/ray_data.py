@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -72,6 +73,33 @@ class Answer:
         return {"part": row["part"], "rows": json.dumps(list(map(as_row, results)))}
 
 
+@contextmanager
+def joined(address: str, workers: int | None) -> Iterator[None]:
+    """Within it Ray is connected to a cluster; one that was started for it ends with it.
+
+    Raises:
+        CfvitError: the cluster cannot be reached, or fails.
+    """
+    started = not ray.is_initialized()
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address == "local":
+        options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, (workers or 1) + 1)}
+    try:
+        if started:
+            ray.init(**options)
+    except Exception as error:  # of whatever kind
+        raise CfvitError(f"no Ray cluster at {address} ({first_line(error)}): start one, or give local") from error
+    try:
+        yield
+    except (RayError, ConnectionError, RuntimeError) as error:
+        raise CfvitError(
+            f"Ray failed ({first_line(error)}): check the cluster at {address}, and give the same command to go on"
+        ) from error
+    finally:
+        if started:
+            ray.shutdown()
+
+
 def answers(
     parts: Iterable[tuple[int, list[Path]]],
     predictor: Predictor,
@@ -93,33 +121,20 @@ def answers(
     Raises:
         CfvitError: the cluster cannot be reached, has but one processor, or fails.
     """
-    started = not ray.is_initialized()
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": logging.ERROR}
-    if address == "local":
-        options |= {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, (workers or 1) + 1)}
-    try:
-        if started:
-            try:
-                ray.init(**options)
-            except Exception as error:  # of whatever kind
-                raise CfvitError(
-                    f"no Ray cluster at {address} ({first_line(error)}): start one, or give local"
-                ) from error
+    rows = [{"part": number, "paths": json.dumps(list(map(str, paths)))} for number, paths in parts]
+    if not rows:
+        return
+    with joined(address, workers):
         resources = ray.cluster_resources()
         gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
         if cpus < 2:
             raise CfvitError(f"the Ray cluster has {cpus} processors: give it 2, one to decode and one to answer")
         count = workers or gpus or max(1, int(cpus * CPUS_TO_ANSWER))
-        context = DataContext.get_current()
-        context.enable_progress_bars = False
+        DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        rows = [{"part": number, "paths": json.dumps(list(map(str, paths)))} for number, paths in parts]
-        if not rows:
-            return
         folder = getattr(predictor.engine, "folder", None)
         model = ray.put(predictor.model.cpu() if folder is None else folder.resolve())
-        data = ray.data.from_items(rows, override_num_blocks=len(rows))
-        data = data.map(
+        data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             partial(decode, data_config=predictor.model.data_config),
             memory=DECODING_BYTES,  # a demand of its own also keeps Ray from decoding within the workers, one by one
         )
@@ -132,10 +147,3 @@ def answers(
         )
         for row in data.iter_rows():
             yield row["part"], json.loads(row["rows"])
-    except (RayError, ConnectionError, RuntimeError) as error:
-        raise CfvitError(
-            f"Ray failed ({first_line(error)}): check the cluster at {address}, and give the same command to go on"
-        ) from error
-    finally:
-        if started:
-            ray.shutdown()

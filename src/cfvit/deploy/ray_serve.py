@@ -46,7 +46,7 @@ class Arguments(BaseModel):
     fine_wait: float = 0.0  # seconds that an image waits for others, at most
     max_replicas: int = 8  # of each deployment; there is one at least
     gpus: float = 0.0  # of a replica of either stage, such as 0.5
-    max_waiting: int = 128  # see `Settings`; of each replica that takes requests
+    max_waiting: int = 128  # see `Scheduler`; of each replica that takes requests
 
     def predictor(self) -> Predictor:
         """Loads the model."""
@@ -98,22 +98,18 @@ class Stages:
 
     Attributes:
         eta, eta_now: the confidence at which the coarse answer is given.
-        lengths: images of this replica that are with a stage.
+        lengths: images of this replica that are with each stage.
     """
 
-    def __init__(self, coarse: Any, fine: Any, predictor: Predictor) -> None:
+    def __init__(self, coarse: Any, fine: Any, predictor: Predictor, max_waiting: int) -> None:
         self.coarse, self.fine = coarse, fine
         self.eta = self.eta_now = predictor.threshold
-        self.image_size, self.lengths = predictor.model.image_size, [0, 0]
+        self.image_size, self.lengths, self.max_waiting = predictor.model.image_size, [0, 0], max_waiting
 
     @property
     def waiting(self) -> int:
         """Images of this replica without an answer."""
         return sum(self.lengths)
-
-    def queue_length(self, stage: int) -> int:
-        """Images of this replica that are with a stage."""
-        return self.lengths[stage]
 
     def retry_after(self) -> float:
         """Seconds after which to try again."""
@@ -156,9 +152,8 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> Any:
         predictor = self.given.predictor()
-        name = Path(self.given.model).name
-        settings = Settings(name=name, max_waiting=self.given.max_waiting, api_key=os.environ.get("CFVIT_API_KEY"))
-        return create_app(predictor, settings, Stages(self.coarse, self.fine, predictor))
+        settings = Settings(name=Path(self.given.model).name, api_key=os.environ.get("CFVIT_API_KEY"))
+        return create_app(predictor, settings, Stages(self.coarse, self.fine, predictor, self.given.max_waiting))
 
 
 def build(given: Arguments) -> serve.Application:

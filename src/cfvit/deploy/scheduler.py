@@ -21,22 +21,19 @@ from cfvit.modeling.exit import goes_on
 
 @dataclass(frozen=True)
 class StageOptions:
-    """How a stage's batches are filled."""
+    """How a stage's batches are filled; None for what suits the device, see `DEFAULTS`."""
 
-    batch: int  # the most images in a batch
-    wait: float  # a batch that is not full begins when its first image has waited so many seconds
+    batch: int | None = None  # the most images in a batch
+    wait: float | None = None  # a batch that is not full begins when its first image has waited so many seconds
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or not self.wait >= 0:
+        if (self.batch is not None and self.batch < 1) or not (self.wait is None or self.wait >= 0):
             raise CfvitError(f"a batch of {self.batch} after {self.wait} s: give at least 1 image, and 0 s or more")
 
 
-DEFAULTS = {
-    "cpu": (StageOptions(8, 0.0), StageOptions(4, 0.0)),
-    "cuda": (StageOptions(64, 0.005), StageOptions(64, 0.02)),
-}
-"""Coarse and fine stage, by device; elsewhere as on a GPU. On a CPU large batches gain little, and others wait."""
-
+DEFAULTS = {"cpu": ((8, 0.0), (4, 0.0)), "cuda": ((64, 0.005), (64, 0.02))}
+"""Images and seconds of the coarse and of the fine stage, by device; elsewhere as on a GPU. On a CPU large batches gain
+little, and others wait."""
 
 FOLLOWING = 0.005
 """By how much eta falls for an image more than expected that goes on, where it follows a budget."""
@@ -92,7 +89,7 @@ class Scheduler:
     Args:
         engine: runs the stages.
         eta: the confidence at which the coarse answer is given.
-        coarse: how the coarse stage's batches are filled; by default what suits the device, see `DEFAULTS`.
+        coarse: how the coarse stage's batches are filled.
         fine: the same for the fine stage.
         max_waiting: images that may be without an answer at a time.
         least_eta: under load eta falls down to this, so that more images get the cheaper answer. None: it never does.
@@ -114,18 +111,21 @@ class Scheduler:
         engine: Engine,
         eta: float,
         *,
-        coarse: StageOptions | None = None,
-        fine: StageOptions | None = None,
+        coarse: StageOptions = StageOptions(),
+        fine: StageOptions = StageOptions(),
         max_waiting: int = 128,
         least_eta: float | None = None,
         target_wait: float = 0.5,
         fine_share: float | None = None,
         watch: Callable[[int, int, float], None] = lambda stage, count, seconds: None,
     ) -> None:
-        defaults = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
+        usual = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
         self.engine, self.watch = engine, watch
         self.eta = self.eta_now = eta
-        self.options = (coarse or defaults[COARSE], fine or defaults[FINE])
+        self.options = [
+            (given.batch or batch, wait if given.wait is None else given.wait)
+            for given, (batch, wait) in zip((coarse, fine), usual, strict=True)
+        ]
         self.max_waiting, self.least_eta, self.target_wait = max_waiting, least_eta, target_wait
         self.fine_share, self._led = fine_share, eta
         self.waiting, self.draining = 0, False
@@ -169,9 +169,10 @@ class Scheduler:
         """Seconds that the images which wait will take, by what images have taken so far."""
         return max(1.0, self.waiting * self._busy / max(self._answered, 1))
 
-    def queue_length(self, stage: int) -> int:
-        """Images that wait for a stage."""
-        return len(self._queues[stage])
+    @property
+    def lengths(self) -> list[int]:
+        """Images that wait for each stage."""
+        return list(map(len, self._queues))
 
     def drain(self, timeout: float | None = None) -> bool:
         """Refuses new images, answers all that wait, and ends. Returns whether it has, within so many seconds."""
@@ -208,12 +209,12 @@ class Scheduler:
             while True:
                 now, soonest = time.monotonic(), float("inf")
                 for stage in (FINE, COARSE):
-                    queue, options = self._queues[stage], self.options[stage]
+                    queue, (batch, wait) = self._queues[stage], self.options[stage]
                     if not queue:
                         continue
-                    due = next(iter(queue)).since + options.wait
-                    if len(queue) >= options.batch or now >= due or self.draining:
-                        places = list(queue)[: options.batch]
+                    due = next(iter(queue)).since + wait
+                    if len(queue) >= batch or now >= due or self.draining:
+                        places = list(queue)[:batch]
                         for place in places:
                             del queue[place]
                         return stage, places

@@ -31,7 +31,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import ValidationError
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -42,7 +41,7 @@ from torch import Tensor
 import cfvit
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.deploy import protocol
-from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler, StageOptions
+from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler
 from cfvit.errors import CfvitError, first_line, first_problem
 from cfvit.inference.engines.exported import EXPORT_FILE, WEIGHTS_FILE, ExportedEngine
 from cfvit.inference.predictor import Predictor
@@ -71,6 +70,11 @@ CONTENT_SECURITY = (
 )
 """What the page may load: its own files, and pictures that it gets with an answer."""
 
+FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
+FORM = {"type": "object", "properties": {"image": {"type": "array", "items": FILE["schema"]}}, "required": ["image"]}
+UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}, "image/*": FILE}}}
+"""What the schema says of a body of one image or several."""
+
 log = logging.getLogger("cfvit.serve")
 
 
@@ -82,17 +86,11 @@ class Settings:
     max_body: int = 16 * 2**20  # bytes of a request
     max_pixels: int = 50_000_000  # of an image; checked before it is decoded
     max_images: int = 32  # of a request
-    max_waiting: int = 128  # images without an answer, and requests, at a time
     time_limit: float = 30.0  # seconds that a request may take, its body included
     decoders: int = 4  # threads that decode
     # must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
     api_key: str | None = None
     allow_parameters: bool = False  # whether eta may be changed over HTTP
-    coarse: StageOptions | None = None  # see `Scheduler`
-    fine: StageOptions | None = None  # see `Scheduler`
-    least_eta: float | None = None  # see `Scheduler`
-    target_wait: float = 0.5  # see `Scheduler`
-    gmacs: float | None = None  # mean cost of an image that eta is led to, see ``fine_share`` of `Scheduler`
     # folder of onnxruntime-web, with which the page runs an ONNX export in the browser
     browser_runtime: Path | None = None
 
@@ -140,29 +138,19 @@ class Service:
     """One model behind HTTP. `create_app` puts its methods at addresses.
 
     Args:
-        scheduler: answers images in the place of a `Scheduler` with the predictor's engine, and has its methods.
+        scheduler: answers images: a `Scheduler`, or what has its methods. As many requests may be in work as images
+            may wait in it.
 
     Attributes:
         draining: new work is refused, and what is in the server is answered.
         requests: with work for the model, in the server now.
     """
 
-    def __init__(self, predictor: Predictor, settings: Settings, scheduler: Any = None) -> None:
+    def __init__(self, predictor: Predictor, settings: Settings, scheduler: Any) -> None:
         self.settings, self.model, self.macs = settings, predictor.model, predictor.macs
         Predictor(predictor.engine, 1.0)(torch.zeros(1, 3, *self.model.image_size))  # the first batches are slow
-        self.metrics = Metrics()
-        budget, macs = settings.gmacs, self.macs
-        self.scheduler = scheduler or Scheduler(
-            predictor.engine,
-            predictor.threshold,
-            coarse=settings.coarse,
-            fine=settings.fine,
-            max_waiting=settings.max_waiting,
-            least_eta=settings.least_eta,
-            target_wait=settings.target_wait,
-            fine_share=None if budget is None else (1e9 * budget - macs.coarse) / macs.fine,
-            watch=self.metrics.count_batch,
-        )
+        self.metrics, self.scheduler = Metrics(), scheduler
+        scheduler.watch = self.metrics.count_batch
         self.decoders = ThreadPoolExecutor(settings.decoders, "cfvit-decoder")
         self.transform = eval_transform(self.model.data_config)
         self.draining, self.requests, self.images, self.started = False, 0, 0, time.monotonic()
@@ -191,12 +179,9 @@ class Service:
     ) -> protocol.Explained:
         """Show what both stages make of one image, and which of them answers at eta, by default the server's."""
         (file,) = await self._uploaded(request, most=1)
-        run = functools.partial(asyncio.get_running_loop().run_in_executor, self.decoders)
-        image = await run(self._decode, file, "")
+        image = await self._in_thread(self._decode, file, "")
         (answer,) = await self._answers(request, [image], both=True)
         about, macs, state = self.model, self.macs, answer.state
-        if getattr(state, "class_attention", None) is None:
-            raise HTTPException(501, "the engine of this server gives no class attention: serve another export")
         rows, columns = about.grid
         chosen, _ = rank_cells(state.class_attention, num_informative(about.config.informative_ratio, rows * columns))
         eta = answer.eta if eta is None else eta
@@ -205,7 +190,7 @@ class Service:
             grid=[rows, columns],
             class_attention=state.class_attention[0].tolist(),
             split=torch.zeros(rows * columns, dtype=torch.bool).index_fill(0, chosen[0].cpu(), True).tolist(),
-            view=await run(self._view, image),
+            view=await self._in_thread(self._view, image),
             coarse=self._guesses(state.logits[0].cpu() / about.exit.coarse_temperature),
             fine=self._guesses(answer.logits / about.exit.fine_temperature),
             coarse_confidence=answer.coarse_confidence,
@@ -222,24 +207,11 @@ class Service:
 
     async def infer(self, request: Request) -> JSONResponse:
         """Classify by the Open Inference Protocol: tensors as JSON, or behind it by the protocol's binary extension."""
-        length = request.headers.get("inference-header-content-length")
-        body = await request.body()
-
-        def read() -> tuple[protocol.InferRequest, list[Tensor] | list[bytes]]:
-            """What is asked for, and the images; apart, because it takes a thread some time."""
-            if length is not None and not (length.isdecimal() and len(length) < 12 and int(length) <= len(body)):
-                raise CfvitError(f"Inference-Header-Content-Length is {length!r}: give the bytes of the JSON")
-            end = len(body) if length is None else int(length)
-            try:
-                asked = protocol.InferRequest.model_validate_json(body[:end])
-            except ValidationError as error:
-                what = first_problem(error.errors())
-                raise CfvitError(f"not a request of the Open Inference Protocol ({what})") from error
-            most = self.settings.max_images
-            return asked, protocol.read_input(asked.inputs[0], body[end:], self.model.image_size, most)
-
-        asked, images = await asyncio.get_running_loop().run_in_executor(self.decoders, read)
-        names = [info.name for info in self.metadata.outputs]
+        length, most = request.headers.get("inference-header-content-length"), self.settings.max_images
+        size, body = self.model.image_size, await request.body()
+        asked, images = await self._in_thread(protocol.read_request, body, length, size, most)
+        known = (await self.describe()).outputs
+        names = [info.name for info in known]
         wanted = names if asked.outputs is None else [output.name for output in asked.outputs]
         if unknown := set(wanted) - set(names):
             raise CfvitError(f"outputs {sorted(unknown)} are not known: ask for some of {names}")
@@ -252,7 +224,7 @@ class Service:
         }
         outputs = [
             {**info.model_dump(), "shape": [len(answers), *info.shape[1:]], "data": values[info.name]}
-            for info in self.metadata.outputs
+            for info in known
             if info.name in wanted
         ]
         named = {} if asked.id is None else {"id": asked.id}
@@ -261,11 +233,6 @@ class Service:
 
     async def describe(self) -> protocol.ModelMetadata:
         """Tell what the model takes and gives."""
-        return self.metadata
-
-    @functools.cached_property
-    def metadata(self) -> protocol.ModelMetadata:
-        """What the model takes and gives."""
         tensors = {
             "images": ("FP32", [-1, 3, *self.model.image_size]),
             "files": ("BYTES", [-1]),
@@ -307,7 +274,7 @@ class Service:
         return protocol.Stats(
             model=self.settings.name,
             images=self.metrics.answered,
-            queues={name: self.scheduler.queue_length(stage) for stage, name in enumerate(STAGES)},
+            queues=dict(zip(STAGES, self.scheduler.lengths, strict=True)),
             waiting=self.scheduler.waiting,
             eta=self.scheduler.eta,
             eta_now=self.scheduler.eta_now,
@@ -320,8 +287,8 @@ class Service:
 
     async def show_metrics(self) -> Response:
         """Tell counts and times in Prometheus' text format."""
-        for stage, name in enumerate(STAGES):
-            self.metrics.queues.labels(name).set(self.scheduler.queue_length(stage))
+        for name, length in zip(STAGES, self.scheduler.lengths, strict=True):
+            self.metrics.queues.labels(name).set(length)
         self.metrics.eta.labels("set").set(self.scheduler.eta)
         self.metrics.eta.labels("now").set(self.scheduler.eta_now)
         return Response(generate_latest(self.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -334,6 +301,10 @@ class Service:
         if not (given and hmac.compare_digest(given.credentials.encode(), key.encode())):
             header = {"WWW-Authenticate": "Bearer"}
             raise HTTPException(401, "no key, or a wrong one: send Authorization: Bearer KEY", header)
+
+    def _in_thread(self, call: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
+        """Calls what takes the processor some time on one of the decoders."""
+        return asyncio.get_running_loop().run_in_executor(self.decoders, call, *given)
 
     async def _uploaded(self, request: Request, most: int | None = None) -> list[bytes]:
         """The image files of a request, as they came."""
@@ -365,15 +336,14 @@ class Service:
     async def _answers(self, request: Request, images: Sequence[bytes | Tensor], both: bool = False) -> list[Answer]:
         """Decodes and answers a request's images, if there is room, as long as its client is there."""
         start, count = time.monotonic(), len(images)
-        if self.images + count > self.settings.max_waiting:
+        if self.images + count > self.scheduler.max_waiting:
             self.metrics.refusals.labels("images").inc()
-            message = f"{self.images} images wait, and {self.settings.max_waiting} may: try again later"
+            message = f"{self.images} images wait, and {self.scheduler.max_waiting} may: try again later"
             raise RefusedError(message, self.scheduler.retry_after())
         names = [f"image {number + 1}: " if count > 1 else "" for number in range(count)]
-        decode = functools.partial(asyncio.get_running_loop().run_in_executor, self.decoders, self._decode)
 
         async def work() -> list[Answer]:
-            decoded = await asyncio.gather(*map(decode, images, names))
+            decoded = await asyncio.gather(*map(functools.partial(self._in_thread, self._decode), images, names))
             return await asyncio.gather(*map(asyncio.wrap_future, self.scheduler.submit(decoded, both)))
 
         self.images += count
@@ -461,7 +431,7 @@ class Door:
         works = scope["method"] in ("POST", "PUT")
         service.requests += works
         try:
-            if works and (service.draining or service.requests > service.settings.max_waiting):
+            if works and (service.draining or service.requests > service.scheduler.max_waiting):
                 await self._refusal("draining" if service.draining else "requests")(scope, receive, watched_send)
                 return
             async with asyncio.timeout(service.settings.time_limit):
@@ -478,8 +448,8 @@ class Door:
                 log.info("request", extra={"fields": {**fields, "ms": round(1e3 * (time.monotonic() - start), 1)}})
 
     def _refusal(self, limit: str) -> JSONResponse:
-        settings = self.service.settings
-        busy, seconds = f"{settings.max_waiting} requests are in work", f"{settings.time_limit:g} s"
+        scheduler, seconds = self.service.scheduler, f"{self.service.settings.time_limit:g} s"
+        busy = f"{scheduler.max_waiting} requests are in work"
         status, message, close = {
             "draining": (503, "the server is ending: ask another one", True),
             "requests": (503, f"{busy}, and no more may be: try again later", False),
@@ -488,7 +458,7 @@ class Door:
         }[limit]
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
-        return failure(status, message, headers, self.service.scheduler.retry_after() if status == 503 else None)
+        return failure(status, message, headers, scheduler.retry_after() if status == 503 else None)
 
 
 def failure(
@@ -499,46 +469,36 @@ def failure(
     return JSONResponse({"error": " ".join(message.split())}, status, {**(headers or {}), **later})
 
 
-def _tell_errors(app: FastAPI) -> None:
-    """Answers each exception by what is wrong, in one line."""
-
-    @app.exception_handler(HTTPException)
-    def refused(request: Request, error: HTTPException) -> Response:
-        """What was said where it was raised; of an unknown address, which there are."""
-        if error.status_code not in (404, 405):
+def tell(request: Request, error: Exception) -> Response:
+    """Answers an exception by what is wrong, in one line; an unknown address by those that there are."""
+    match error:
+        case HTTPException(status_code=404 | 405):
+            path, routes = request.url.path, [each for each in request.app.routes if isinstance(each, APIRoute)]
+            known = [(method, each) for each in routes for method in sorted(each.methods or ())]
+            if allowed := ", ".join(method for method, route in known if route.path == path):
+                return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
+            addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
+            return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
+        case HTTPException():
             return failure(error.status_code, error.detail, error.headers)
-        path = request.url.path
-        known = [(method, r) for r in app.routes if isinstance(r, APIRoute) for method in sorted(r.methods or ())]
-        allowed = ", ".join(method for method, route in known if route.path == path)
-        if allowed:
-            return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
-        addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
-        return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
-
-    @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> Response:
-        return failure(422, first_problem(error.errors()))
-
-    @app.exception_handler(CfvitError)
-    def wrong(_: Request, error: CfvitError) -> Response:
-        later = error.retry_after if isinstance(error, RefusedError) else None
-        return failure(400 if later is None else 503, str(error), None, later)
-
-    @app.exception_handler(ClientDisconnect)
-    def left(_: Request, error: ClientDisconnect) -> Response:
-        return Response(status_code=499)  # for the log alone: nobody reads it
-
-    @app.exception_handler(Exception)
-    def failed(_: Request, error: Exception) -> Response:
-        return failure(500, f"the server failed ({first_line(error)}): its log says where")
+        case RequestValidationError():
+            return failure(422, first_problem(error.errors()))
+        case RefusedError():
+            return failure(503, str(error), None, error.retry_after)
+        case CfvitError():
+            return failure(400, str(error))
+        case ClientDisconnect():
+            return Response(status_code=499)  # for the log alone: nobody reads it
+    return failure(500, f"the server failed ({first_line(error)}): its log says where")
 
 
 def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) -> FastAPI:
-    """The application that answers by a predictor's engine, or by a scheduler; ``app.state.service`` is its `Service`.
+    """The application of a `Service`, which is its ``app.state.service``. Its end drains the scheduler.
 
-    Its end drains the scheduler.
+    Args:
+        scheduler: by default a `Scheduler` of the predictor's engine and threshold.
     """
-    service = Service(predictor, settings, scheduler)
+    service = Service(predictor, settings, scheduler or Scheduler(predictor.engine, predictor.threshold))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -556,8 +516,8 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     )
     app.state.service = service
     app.add_middleware(Door, service=service)
-
-    _tell_errors(app)
+    for kind in (HTTPException, RequestValidationError, CfvitError, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, tell)
 
     def route(method: str, path: str, answer: Callable[..., Any], statuses: Sequence[int] = (), **given: Any) -> None:
         responses: dict[int | str, dict[str, Any]] = {status: {"model": protocol.Failure} for status in statuses}
@@ -565,16 +525,9 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
 
     key: dict[str, Any] = {"dependencies": [Depends(service.check_key)]} if settings.api_key else {}
     model = f"/v2/models/{settings.name}"
-    file = {"schema": {"type": "string", "format": "binary"}}
-    form = {
-        "type": "object",
-        "properties": {"image": {"type": "array", "items": file["schema"]}},
-        "required": ["image"],
-    }
-    upload = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": form}, "image/*": file}}}
     limits = (400, 401, 408, 413, 422, 503)
-    route("POST", "/predict", service.predict, limits, openapi_extra=upload, **key)
-    route("POST", "/explain", service.explain, (*limits, 501), openapi_extra=upload, **key)
+    route("POST", "/predict", service.predict, limits, openapi_extra=UPLOAD, **key)
+    route("POST", "/explain", service.explain, limits, openapi_extra=UPLOAD, **key)
     route("GET", "/stats", service.stats, (401,), **key)
     route("GET", "/metrics", service.show_metrics, (401,), response_class=Response, **key)
     route("GET", "/v2", service.server, (401,), **key)
@@ -586,21 +539,26 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
     infer = {"requestBody": {"required": True, "content": {"application/json": {"schema": protocol.infer_schema()}}}}
     route("POST", f"{model}/infer", service.infer, limits, openapi_extra=infer, response_model=protocol.Inferred, **key)
 
+    if settings.browser_runtime is not None:
+        _offer_graphs(app, predictor.engine, settings.browser_runtime, **key)
+    app.mount("/", Page(directory=PAGE, html=True))
+    return app
+
+
+def _offer_graphs(app: FastAPI, engine: Any, runtime: Path, **key: Any) -> None:
+    """What the page needs to run the model in the browser."""
+    if not (isinstance(engine, ExportedEngine) and engine.model.format == "onnx"):
+        raise CfvitError("a browser runs models that were exported to ONNX: cfvit export, and give its folder")
+
     def offer(address: str, path: Path, **given: Any) -> None:
         if not path.is_file():
             raise CfvitError(f"{path} is missing, which runs models in a browser: give dist/ of onnxruntime-web")
         app.add_api_route(address, lambda: FileResponse(path), include_in_schema=False, **given)
 
-    if settings.browser_runtime is not None:
-        engine = predictor.engine
-        if not (isinstance(engine, ExportedEngine) and engine.model.format == "onnx"):
-            raise CfvitError("a browser runs models that were exported to ONNX: cfvit export, and give its folder")
-        for file_name in BROWSER_RUNTIME:
-            offer(f"/runtime/{file_name}", settings.browser_runtime / file_name)
-        for file_name in (EXPORT_FILE, "coarse.onnx", "fine.onnx", WEIGHTS_FILE):
-            offer(f"/graphs/{file_name}", engine.folder / file_name, **key)
-    app.mount("/", Page(directory=PAGE, html=True))
-    return app
+    for name in BROWSER_RUNTIME:
+        offer(f"/runtime/{name}", runtime / name)
+    for name in (EXPORT_FILE, "coarse.onnx", "fine.onnx", WEIGHTS_FILE):
+        offer(f"/graphs/{name}", engine.folder / name, **key)
 
 
 class JsonLines(logging.Formatter):
@@ -640,13 +598,12 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice: float = 1.0) -> None:
-    """Serves until a signal ends it, and then returns.
+def serve(app: FastAPI, host: str, port: int, notice: float = 1.0) -> None:
+    """Serves what `create_app` gives until a signal ends it, and then returns.
 
     Raises:
         CfvitError: the address cannot be had.
     """
-    app = create_app(predictor, settings)
     service = app.state.service
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -655,15 +612,13 @@ def serve(predictor: Predictor, settings: Settings, host: str, port: int, notice
         raise CfvitError(f"cannot listen on {host}, port {port} ({reason}): choose another --port or --host") from error
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    for logger in (
-        log,
-        logging.getLogger("uvicorn"),
-    ):  # not by a configuration, which closes handlers of other libraries
+    for logger in (log, logging.getLogger("uvicorn")):  # a configuration would close handlers of other libraries
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = math.ceil(settings.time_limit)
+    config.timeout_graceful_shutdown = math.ceil(service.settings.time_limit)
     config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
-    told = {"host": host, "port": listener.getsockname()[1], "model": settings.name, "eta": service.scheduler.eta}
+    told = {"model": service.settings.name, "eta": service.scheduler.eta}
+    told |= {"host": host, "port": listener.getsockname()[1]}
     log.info("serving", extra={"fields": told})
     Server(config, service, notice).run([listener])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -84,13 +84,18 @@ def classify_files(
         read: gives the normalised image of a file, or why there is none, in the place of `read_image`.
     """
     model, macs = predictor.model, predictor.macs
+    first = whole = read or partial(read_image, transform=eval_transform(model.data_config))
+    if scaled_decode:
+        config = {**model.data_config, "input_size": (3, *model.coarse_size)}
+        least = math.ceil(max(model.coarse_size) / config["crop_pct"])
+        first = partial(read_image, transform=eval_transform(config), least=least)
     with ThreadPoolExecutor(READERS) as pool:
-        files = _Files(paths, pool, watch, model, scaled_decode, read)
+        files = _Files(paths, pool)
         answers = predictor.stream(
-            copied_ahead(files.batches(batch_size), predictor.engine.weight),
+            copied_ahead(files.batches(batch_size, first, watch), predictor.engine.weight),
             fine_batch=batch_size,
             ordered=True,
-            whole=files.in_full if scaled_decode else None,
+            whole=partial(files.in_full, whole, model.image_size) if scaled_decode else None,
             on_error=files.failed,
         )
         done = 0
@@ -118,45 +123,36 @@ class _Files:
         errors: by the number of a path, why it has no answer.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        pool: ThreadPoolExecutor,
-        watch: Callable[[list[Path], Tensor], None],
-        model: Any,
-        scaled_decode: bool,
-        read: Callable[[Path], Tensor | str] | None,
-    ) -> None:
-        self.paths, self.pool, self.watch = paths, pool, watch
+    def __init__(self, paths: Sequence[Path], pool: ThreadPoolExecutor) -> None:
+        self.paths, self.pool = paths, pool
         self.numbers: list[int] = []
         self.errors: dict[int, str] = {}
-        self.image_size = model.image_size
-        self.read_whole = self.read_first = read or partial(read_image, transform=eval_transform(model.data_config))
-        if scaled_decode:
-            config = {**model.data_config, "input_size": (3, *model.coarse_size)}
-            least = math.ceil(max(model.coarse_size) / config["crop_pct"])
-            self.read_first = partial(read_image, transform=eval_transform(config), least=least)
 
-    def batches(self, size: int) -> Iterator[Tensor]:
+    def batches(
+        self, size: int, read: Callable[[Path], Tensor | str], watch: Callable[[list[Path], Tensor], None]
+    ) -> Iterator[Tensor]:
         """The images that can be read."""
         parts = [range(len(self.paths))[start : start + size] for start in range(0, len(self.paths), size)]
-        readings = (self.pool.map(self.read_first, [self.paths[number] for number in part]) for part in parts)
+        readings = (self.pool.map(read, [self.paths[number] for number in part]) for part in parts)
         for part, (reading, _) in zip(parts, pairwise(chain(readings, [()])), strict=True):  # reads the next meanwhile
-            read = dict(zip(part, reading, strict=True))
-            self.errors |= {number: image for number, image in read.items() if isinstance(image, str)}
-            good = {number: image for number, image in read.items() if isinstance(image, Tensor)}
+            good = self._good(part, reading)
             self.numbers += good
             if good:
                 stacked = torch.stack(list(good.values()))
-                self.watch([self.paths[number] for number in good], stacked)
+                watch([self.paths[number] for number in good], stacked)
                 yield stacked
 
-    def in_full(self, places: list[int]) -> Tensor:
+    def in_full(self, read: Callable[[Path], Tensor | str], size: tuple[int, int], places: list[int]) -> Tensor:
         """Whole images of those that go on; one that can no longer be read is black, and a failure in the end."""
         numbers = [self.numbers[place] for place in places]
-        read = list(self.pool.map(self.read_whole, [self.paths[number] for number in numbers]))
-        self.errors |= {number: image for number, image in zip(numbers, read, strict=True) if isinstance(image, str)}
-        return torch.stack([image if isinstance(image, Tensor) else torch.zeros(3, *self.image_size) for image in read])
+        good = self._good(numbers, self.pool.map(read, [self.paths[number] for number in numbers]))
+        return torch.stack([good.get(number, torch.zeros(3, *size)) for number in numbers])
+
+    def _good(self, numbers: Sequence[int], read: Iterable[Tensor | str]) -> dict[int, Tensor]:
+        """The images among what was read, by the numbers of their paths; the others are errors."""
+        found = dict(zip(numbers, read, strict=True))
+        self.errors |= {number: image for number, image in found.items() if isinstance(image, str)}
+        return {number: image for number, image in found.items() if isinstance(image, Tensor)}
 
     def failed(self, places: list[int], error: Exception) -> None:
         """Takes down why a batch of the stream has no answers."""

@@ -93,7 +93,7 @@ def accelerate(network: Network) -> Network:
     changed. It is not for autocast.
     """
     network = summed(network)
-    return _replaced(network, PackedLinear).eval() if _is_float32_on_a_cpu(network) and packing_pays() else network
+    return _twin(network, PackedLinear).eval() if _is_float32_on_a_cpu(network) and packing_pays() else network
 
 
 def accelerate_training(network: Network) -> Network:
@@ -102,7 +102,7 @@ def accelerate_training(network: Network) -> Network:
     On a CPU and in float32, a copy with all parameters and buffers of the original in which linear layers run as
     convolutions, if a trial as of `accelerate` finds that this pays; elsewhere the network itself.
     """
-    return _replaced(network, ConvolvedLinear) if _is_float32_on_a_cpu(network) and convolving_pays() else network
+    return _twin(network, ConvolvedLinear) if _is_float32_on_a_cpu(network) and convolving_pays() else network
 
 
 def frozen(network: Network) -> Network:
@@ -111,15 +111,14 @@ def frozen(network: Network) -> Network:
     Its modules and parameters are its own. So it stays in evaluation mode, with its layers and on its device, whatever
     becomes of the original.
     """
-    twin = copy.copy(network)
-    twin._parameters = {
-        name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
-        for name, parameter in network._parameters.items()
-    }
-    twin._buffers = dict(network._buffers)
-    twin._modules = {name: child if child is None else frozen(child) for name, child in network._modules.items()}
-    twin.training = False
-    return twin
+    twin = _twin(network)
+    for module in twin.modules():
+        module._buffers = dict(module._buffers)
+        module._parameters = {
+            name: None if parameter is None else nn.Parameter(parameter.detach(), requires_grad=False)
+            for name, parameter in module._parameters.items()
+        }
+    return twin.eval()
 
 
 def _is_float32_on_a_cpu(network: nn.Module) -> bool:
@@ -127,13 +126,13 @@ def _is_float32_on_a_cpu(network: nn.Module) -> bool:
     return parameter is not None and parameter.device.type == "cpu" and parameter.dtype == torch.float32
 
 
-def _replaced(module: Any, replacement: Callable[[nn.Linear], nn.Module]) -> Any:
+def _twin(module: Any, replacement: Callable[[nn.Linear], nn.Module] | None = None) -> Any:
     """A copy of the tree of modules that shares their tensors, with other layers in the place of linear ones."""
-    if _is_worth_packing(module):
+    if replacement is not None and _is_worth_packing(module):
         return replacement(module)
     twin = copy.copy(module)
     children = module._modules.items()
-    twin._modules = {name: None if child is None else _replaced(child, replacement) for name, child in children}
+    twin._modules = {name: None if child is None else _twin(child, replacement) for name, child in children}
     if replacement is PackedLinear and type(module) is Mlp and _is_worth_packing(module.fc1):
         exact = type(module.act) in (nn.GELU, GELU) and getattr(module.act, "approximate", "none") == "none"
         if exact and not _is_hooked(module.act):
