@@ -27,7 +27,7 @@ from cfvit.modeling.backbones import require_fit
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
 from cfvit.modeling.exit import Exit
-from cfvit.modeling.losses import classification_loss, distillation_loss
+from cfvit.modeling.losses import answer_loss
 from cfvit.modeling.low_rank import summed
 from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
 
@@ -141,16 +141,9 @@ class Method(ABC):
 
     def answer_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of one answer: cross entropy with the label, divergence from the teacher."""
-        objective = self.objective
         if batch.token_labels is not None:
             raise UsageError(f"token labels train both stages: choose --method cf_vit, not {self.name}")
-        loss = logits.new_zeros((), dtype=logits.float().dtype)
-        if batch.target is not None:
-            loss = loss + objective.label_weight * classification_loss(logits, batch.target, objective.label_smoothing)
-        if batch.teacher is not None:
-            divergence = distillation_loss(logits, batch.teacher, objective.temperature)
-            loss = loss + objective.fine_teacher_weight * divergence
-        return loss
+        return answer_loss(logits, batch.target, batch.teacher, self.objective)
 
     @abstractmethod
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:

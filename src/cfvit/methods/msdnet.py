@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
@@ -94,13 +94,7 @@ class ConvolutionalNetwork(MultiExitNetwork):
     def __init__(self, size: tuple[int, int], widths: list[int], exits: int) -> None:
         super().__init__([f"exit {number}" for number in range(1, exits + 1)])
         self.image_size, self.class_names = size, None
-        self.data_config: dict[str, Any] = {
-            "input_size": (3, *size),
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-        }
+        self.data_config: dict[str, Any] = resolve_data_config({"input_size": (3, *size)})
         self.stem = nn.ModuleList([nn.Sequential(convolve(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1))])
         self.stem.extend(convolve(*pair, 3, 2) for pair in pairwise(widths))
 

@@ -283,11 +283,6 @@ def _spelled(timm_kwargs: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in timm_kwargs.items())
 
 
-def _refusal(model: nn.Module) -> str | None:
-    """Why a model cannot be read in two stages, or None."""
-    return _foreign(model) or _unsuitable(cast(Backbone, model))
-
-
 _WINDOWED = {"SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM"}
 _WINDOWED |= {"Hiera", "MaxxVit", "GlobalContextVit", "Nest", "Twins", "DaVit"}
 _OTHER_ATTENTION = {
@@ -302,26 +297,20 @@ _OTHER_ATTENTION = {
 }
 
 
-def _foreign(model: nn.Module) -> str | None:
-    """Why a model is none of timm's plain ViTs, or None if it is one."""
-    kind = type(model).__name__
-    if isinstance(model, VisionTransformer | Eva):  # a subclass may change parts that are read: stem, blocks, head
-        its, base = type(model), cast(Any, Eva if isinstance(model, Eva) else VisionTransformer)
-        embeds = its._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
-        if embeds and its.forward_features is base.forward_features and its.forward is base.forward:
-            return None
-    if kind in _OTHER_ATTENTION:
-        return _OTHER_ATTENTION[kind]
-    if kind in _WINDOWED:
-        return "attends within windows of one grid, so patches of two sizes cannot share a sequence"
-    reductions = {info["reduction"] for info in getattr(model, "feature_info", []) if "reduction" in info}
-    if len(reductions) > 1:
-        return "is a hierarchy of convolutions or poolings, without one sequence of patches"
-    return f"is a {kind}, not one of timm's plain vision transformers"
-
-
-def _unsuitable(model: Backbone) -> str | None:
-    """Why one of timm's plain ViTs cannot be read in two stages, or None."""
+def _refusal(model: Any) -> str | None:
+    """Why a model cannot be read in two stages, or None."""
+    kind, its = type(model).__name__, type(model)
+    base: Any = Eva if isinstance(model, Eva) else VisionTransformer
+    plain = isinstance(model, VisionTransformer | Eva)  # a subclass may change parts that are read: stem, blocks, head
+    plain = plain and its._pos_embed in (base._pos_embed, VisionTransformerDistilled._pos_embed)
+    if not (plain and its.forward_features is base.forward_features and its.forward is base.forward):
+        if kind in _OTHER_ATTENTION:
+            return _OTHER_ATTENTION[kind]
+        if kind in _WINDOWED:
+            return "attends within windows of one grid, so patches of two sizes cannot share a sequence"
+        if len({info["reduction"] for info in getattr(model, "feature_info", []) if "reduction" in info}) > 1:
+            return "is a hierarchy of convolutions or poolings, without one sequence of patches"
+        return f"is a {kind}, not one of timm's plain vision transformers"
     if len(model.blocks) == 0:
         return "has no blocks"
     if model.cls_token is None:
@@ -329,12 +318,12 @@ def _unsuitable(model: Backbone) -> str | None:
     if not model.global_pool:
         return "has its pooling switched off, so that there is no one answer for an image"
     unknown = {type(block).__name__ for block in model.blocks if type(block) not in BLOCKS}
-    branches = [branch for block in model.blocks for branch in cast(Any, getattr(block, "attns", [block]))]
+    branches = [branch for block in model.blocks for branch in getattr(block, "attns", [block])]
     kinds = {type(branch.attn) for branch in branches if hasattr(branch, "attn")}
     unknown |= {kind.__name__ for kind in kinds if kind not in ATTENTIONS}
     if unknown:
         return f"is built of {', '.join(sorted(unknown))}, whose class attention is not read here"
-    embed: Any = model.patch_embed
+    embed = model.patch_embed
     read = type(embed).forward in (PatchEmbed.forward, HybridEmbed.forward) or hasattr(embed, "features")
     if not isinstance(embed, PatchEmbed | HybridEmbed) or not read:
         return f"embeds its patches by a {type(embed).__name__} without features(images), so it is not read here"

@@ -25,19 +25,33 @@ def coarse_to_fine_loss(
     Returns:
         The mean over the batch, a scalar. No gradient reaches the fine stage through the coarse stage's term.
     """
-    terms = []
-    if target is not None:
-        terms.append((objective.label_weight, classification_loss, output.fine, target, objective.label_smoothing))
-        terms.append(
-            (objective.coarse_label_weight, classification_loss, output.coarse, target, objective.label_smoothing)
-        )
-    if teacher is not None:
-        terms.append((objective.fine_teacher_weight, distillation_loss, output.fine, teacher, objective.temperature))
-        terms.append(
-            (objective.coarse_teacher_weight, distillation_loss, output.coarse, teacher, objective.temperature)
-        )
-    terms.append((objective.coarse_fine_weight, distillation_loss, output.coarse, output.fine, 1.0))
-    return torch.stack([weight * term(*arguments) for weight, term, *arguments in terms if weight]).sum()
+    coarse_weights = objective.coarse_label_weight, objective.coarse_teacher_weight
+    loss = answer_loss(output.fine, target, teacher, objective)
+    loss = loss + answer_loss(output.coarse, target, teacher, objective, coarse_weights)
+    if objective.coarse_fine_weight:
+        loss = loss + objective.coarse_fine_weight * distillation_loss(output.coarse, output.fine)
+    return loss
+
+
+def answer_loss(
+    logits: Tensor,
+    target: Tensor | None,
+    teacher: Tensor | None,
+    objective: Objective,
+    weights: tuple[float, float] | None = None,
+) -> Tensor:
+    """The loss of one answer ``[B, classes]``, by its label and by its teacher, each as of `coarse_to_fine_loss`.
+
+    Args:
+        weights: of the label's term and of the teacher's; by default the fine stage's.
+    """
+    of_label, of_teacher = weights or (objective.label_weight, objective.fine_teacher_weight)
+    loss = logits.new_zeros((), dtype=torch.float32)
+    if target is not None and of_label:
+        loss = loss + of_label * classification_loss(logits, target, objective.label_smoothing)
+    if teacher is not None and of_teacher:
+        loss = loss + of_teacher * distillation_loss(logits, teacher, objective.temperature)
+    return loss
 
 
 def token_label_loss(output: TokenOutput, target: Tensor, token_target: Tensor, weight: float) -> Tensor:

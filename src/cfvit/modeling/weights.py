@@ -97,7 +97,10 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
     tensors, besides = _unwrapped(content, path, wrappers, choice)
     tensors = from_transformers(_without_prefix(tensors, path, choice))
     require_finite(tensors, str(path))
-    names = config.get("label_names") or _names_of_ids(config.get("id2label"))
+    ids: Any = config.get("id2label")  # transformers' names, or LABEL_0 and so on where it knows none
+    named = isinstance(ids, dict) and all(str(i) in ids for i in range(len(ids)))
+    named = named and any(ids[str(i)] != f"LABEL_{i}" for i in range(len(ids)))
+    names = config.get("label_names") or ([str(ids[str(i)]) for i in range(len(ids))] if named else None)
     vision = config.get("vision_config", config)
     return Weights(place, tensors, grid or _grid_of(config, tensors), names, vision.get("hidden_act"), besides)
 
@@ -323,14 +326,6 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "norm_pre.weight" in renamed and "head.weight" in renamed and "head.bias" not in renamed:
         renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))  # CLIP's projection has none
     return renamed
-
-
-def _names_of_ids(names: Any) -> list[str] | None:
-    """The classes of transformers' ``id2label``, unless it has none but ``LABEL_0`` and so on."""
-    if not isinstance(names, dict) or not all(str(i) in names for i in range(len(names))):
-        return None
-    ordered = [str(names[str(i)]) for i in range(len(names))]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(ordered)) else ordered
 
 
 def _grid_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:
