@@ -136,6 +136,9 @@ def own_contenders(engines: Engines) -> list[Contender]:
     def both(engine: EngineName) -> Runner:
         return runs(lambda images: stages(engine).fine(images, stages(engine).coarse(images)[0]))
 
+    def streams(predictor: Predictor, batches: Iterator[Tensor], size: int) -> list[Any]:
+        return list(predictor.stream(batches, fine_batch=fine_batch_of(weight, size)))
+
     def stream_share(count: int, share: float) -> dict[tuple[int, ...], float]:
         return {whole_fine_batches(count, share, fine_batch_of(weight, count)): 1.0}
 
@@ -145,7 +148,9 @@ def own_contenders(engines: Engines) -> list[Contender]:
         Contender(FINE_STAGE, macs.fine, None, fine_alone),
         Contender(BOTH_STAGES, macs.both, None, both),
         Contender(PREDICTOR, macs.coarse, macs.fine, lambda engine: predicts(stages(engine))),
-        Contender(STREAM, macs.coarse, macs.fine, lambda engine: streams(stages(engine)), share_out=stream_share),
+        Contender(
+            STREAM, macs.coarse, macs.fine, lambda engine: predicts(stages(engine), streams), share_out=stream_share
+        ),
     ]
 
 
@@ -207,22 +212,17 @@ def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
     return places.diff(prepend=torch.zeros_like(places[:1])) > 0
 
 
-def predicts(engine: Engine) -> Runner:
-    """Calls of a predictor."""
-    return _with_exits(engine, lambda predictor, batches, size: predictor(next(batches)))
+def predicts(
+    engine: Engine,
+    answer: Callable[[Predictor, Iterator[Tensor], int], object] = lambda predictor, batches, size: predictor(
+        next(batches)
+    ),
+) -> Runner:
+    """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew.
 
-
-def streams(engine: Engine) -> Runner:
-    """Calls of a predictor's stream."""
-
-    def answer(predictor: Predictor, batches: Iterator[Tensor], size: int) -> list[Any]:
-        return list(predictor.stream(batches, fine_batch=fine_batch_of(engine.weight, size)))
-
-    return _with_exits(engine, answer)
-
-
-def _with_exits(engine: Engine, answer: Callable[[Predictor, Iterator[Tensor], int], object]) -> Runner:
-    """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew."""
+    Args:
+        answer: from the predictor, the batches and their size; by default it answers one batch.
+    """
     forced = ForcedExits(engine)
     predictor = Predictor(forced, 0.5)
 

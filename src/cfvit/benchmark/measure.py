@@ -89,9 +89,9 @@ class Row(Entry):
     images_per_second: float  # by the median round
     mean_ms: float  # mean milliseconds of a call; of a stream, of a batch
     # milliseconds of a call; None with too few calls, and for a stream, where hard images wait for later batches
-    p50_ms: float | None
-    p95_ms: float | None
-    p99_ms: float | None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
     spread: float  # interquartile range of the rounds over their median
     ratio: Estimate  # how many times faster than the backbone in the same engine, from the same rounds
     eager_ratio: Estimate  # how many times faster than timm's model as it is
@@ -226,12 +226,10 @@ def measure(
         predictor = compared.get((PREDICTOR, entry.engine, scope), next(iter(predictors), None))
         weighted = [(1e3 * each, weight) for name, weight in entry.parts.items() for each in timings[name].calls]
         calls_ms, weights = zip(*weighted, strict=True)
-        p50, p95, p99 = (
-            None if entry.name == STREAM else percentile(calls_ms, share, weights) for share in (0.5, 0.95, 0.99)
-        )
-        peak = None
-        if device.type == "cuda" or (entry.scope == COMPUTING and entry.engine in IN_TORCH):
-            peak = max(peak_bytes(call, device) for name in entry.parts for call in calls[name]) / 1e6
+        percents = () if entry.name == STREAM else (50, 95, 99)
+        found: dict[str, Any] = {f"p{each}_ms": percentile(calls_ms, each / 100, weights) for each in percents}
+        timed = (call for name in entry.parts for call in calls[name])
+        seen = device.type == "cuda" or (entry.scope == COMPUTING and entry.engine in IN_TORCH)
         rows.append(
             Row(
                 **vars(entry),
@@ -240,21 +238,18 @@ def measure(
                 rounds=len(timing.rounds),
                 images_per_second=1 / timing.median,
                 mean_ms=1e3 * batch_size * float(np.mean(timing.totals)),
-                p50_ms=p50,
-                p95_ms=p95,
-                p99_ms=p99,
+                **found,
                 spread=timing.spread,
                 ratio=paired_ratio(compared[BACKBONE, entry.engine, scope].totals, timing.totals),
                 eager_ratio=paired_ratio(compared[BACKBONE, "eager", scope].totals, timing.totals),
                 predictor_ratio=None if predictor is None else paired_ratio(timing.totals, predictor.totals),
                 macs_ratio=entries[0].macs / entry.macs,
                 matrix_share=entry.macs / timing.median / matrix_rate,
-                peak_megabytes=peak,
+                peak_megabytes=max(peak_bytes(call, device) for call in timed) / 1e6 if seen else None,
                 steady=drift <= STEADY,
             )
         )
-    raw = {name: timing.rounds for name, timing in timings.items()}
-    return Batch(batch_size, rows, matrix_rate / 1e9, drift, raw)
+    return Batch(batch_size, rows, matrix_rate / 1e9, drift, {name: each.rounds for name, each in timings.items()})
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -199,34 +199,26 @@ def run_bench(
     others, refusals = peers_of(model) if peers else ([], {})
     contenders = own_contenders(engines) + others
     notes = notes_of(model, plan, random_weights, quantised_by_noise=source is None)
-    bench = Bench(
-        conditions=conditions_of(weight.dtype, command),
-        model=name,
-        backbone=model.config.backbone,
-        coarse_grid=model.grid,
-        random_weights=random_weights,
-        plan=plan,
-        notes=(*notes, *(f"without {title}: {refusal}" for title, refusal in refusals.items())),
-        batches=(),
-    )
+    notes += [f"without {title}: {refusal}" for title, refusal in refusals.items()]
+    made = conditions_of(weight.dtype, command)
+    about = made, name, model.config.backbone, model.grid, random_weights, plan, tuple(notes)
+    bench = Bench(*about, batches=())
     ways = [(RANDOM, "batches", lambda size: measure_batch(model, contenders, random_images(model, size), plan))]
     if source is not None:
         ways.append((REAL, "real", lambda size: measure_real(engines, source, size, plan)))
-    for size in batch_sizes:
-        for kind, field, measured in ways:
-            try:
-                with no_silent_eager() if "compiled" in plan.engines else nullcontext():
-                    batch = measured(size)
-                bench = replace(bench, **{field: (*getattr(bench, field), batch)})
-            except (RuntimeError, MemoryError) as error:
-                if not lacks_memory(error):
-                    raise
-                note = f"{kind} images, batch size {size}: not measured, as it does not fit into memory"
-                bench = replace(bench, notes=(*bench.notes, note))
-            else:
-                watch(batch, bench)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()  # after a lack of memory, of what the exception kept
+    for size, (kind, field, measured) in product(batch_sizes, ways):
+        try:
+            with no_silent_eager() if "compiled" in plan.engines else nullcontext():
+                batch = measured(size)
+        except (RuntimeError, MemoryError) as error:
+            if not lacks_memory(error):
+                raise
+            note = f"{kind} images, batch size {size}: not measured, as it does not fit into memory"
+            bench = replace(bench, notes=(*bench.notes, note))
+        else:
+            bench = replace(bench, **{field: (*getattr(bench, field), batch)})
+            watch(batch, bench)
+        torch.cuda.empty_cache()  # after a lack of memory, of what the exception kept
     if not (bench.batches or bench.real):
         raise CfvitError(f"a batch of {min(batch_sizes)} images does not fit into memory: lower --batch-sizes")
     return bench

@@ -244,10 +244,9 @@ class Runs:
 
     def finished(self) -> list[Run]:
         """All finished runs in the folder, also of earlier calls."""
-        folders = sorted(path.parent for path in self.folder.glob(f"*-seed*/{loop.RECIPE_FILE}"))
-        records = [(folder, read_record(folder)) for folder in folders]
-        done = [folder for folder, record in records if record is not None and record.finished]
-        return [read_run(load_recipe("deit", folder / loop.RECIPE_FILE), folder) for folder in done]
+        found = sorted(self.folder.glob(f"*-seed*/{loop.RECIPE_FILE}"))
+        done = [path for path in found if (record := read_record(path.parent)) is not None and record.finished]
+        return [read_run(load_recipe("deit", path), path.parent) for path in done]
 
     def _train(self, recipe: Recipe, folder: Path, record: Record) -> Record | Missing:
         """Trains a run as far as the budget allows."""

@@ -319,7 +319,7 @@ def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str])
     for words in (headings, ["---"] * len(headings), *lines):
         text.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
     text += ["", f"Columns headed *paper* and places are of {PAPER} ({SETTING}).", ""]
-    text += [*(f"- {note}" for note in made.notes), *[""][: len(made.notes)], "## What was run", ""]
+    text += [*(f"- {note}" for note in made.notes), *([""] if made.notes else ()), "## What was run", ""]
     text += [*(f"- {name}: {value}" for name, value in account.items() if value), ""]
     with atomic_write(out / f"{study.name}.md") as file:
         file.write_text("\n".join(text), encoding="utf-8")
