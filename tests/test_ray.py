@@ -94,7 +94,7 @@ def test_a_job_that_was_begun_alone_is_ended_on_a_cluster(
     with monkeypatch.context() as patch:
         patch.setattr("cfvit.deploy.batch.Job.join", lambda job: (job.folder / "000001.jsonl").unlink() or sys.exit(9))
         assert cfvit_main(*given).status == 9
-    outcome = cfvit_main(*given, "--ray", "local", "--ray-workers", 2)
+    outcome = cfvit_main(*given, "--ray", "local", "--ray-workers", 1)
     assert outcome.status == 1
     assert outcome.err[0] == "35 images, 26 of them answered before"
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 35
