@@ -28,7 +28,6 @@ from cfvit.inference.engines.exported import is_exported
 from cfvit.modeling import backbones, transformers_vit
 from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.exit import Exit
-from cfvit.modeling.low_rank import LowRankLinear
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig, check_description
 from cfvit.modeling.weights import (
     CONFIG_FILE,
@@ -265,11 +264,6 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
     read = None if source == "timm" else _plain_weights(source)
     if read is None and source != "timm":
         trained = load(source)
-        if trained.config.coarse_rank != model.config.coarse_rank:
-            rank = trained.config.coarse_rank
-            raise CfvitError(
-                f"{source} has coarse_rank {rank}, the run {model.config.coarse_rank}: give --coarse-rank {rank}"
-            )
         weights, keep, names = trained.state_dict(), set[str](), trained.class_names
         for name, scale in (("coarse_pos_embed", 1), ("backbone.pos_embed", 2)):
             if name in weights:
@@ -290,40 +284,6 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
         if other is not None:
             warnings.warn(f"the head of {source} is of other classes: {other}", stacklevel=2)
     load_strictly(model, {**weights, **{name: own[name] for name in keep}}, source)
-
-
-def split_stages(model: CoarseToFineViT, source: str, rank: int) -> CoarseToFineViT:
-    """A model whose fine stage has the weights of a plain ViT again, while its coarse stage keeps what it learned.
-
-    What is beyond the plain weights becomes the coarse stage's own: norms and biases, and of each matrix the nearest
-    one of a rank. Positions of the coarse grid and the feature reuse stay. Its exit is to be calibrated anew.
-
-    Args:
-        model: with one set of weights for both stages.
-        source: the plain ViT's weights, as of `initialise`.
-        rank: see ``ModelConfig.coarse_rank``.
-
-    Raises:
-        CfvitError: the model is split already; weights that are no plain ViT's or of another architecture.
-    """
-    if model.config.coarse_rank:
-        raise CfvitError(
-            f"the stages are apart already, with coarse_rank {model.config.coarse_rank}: give another model"
-        )
-    split = CoarseToFineViT(replace(model.config, coarse_rank=rank))
-    initialise(split, source)
-    learned = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in split.named_parameters():
-            own = name.startswith(("coarse_pos_embed", "feature_reuse."))
-            trained = learned.get(name if own else name.replace("coarse_layers.", "backbone."))
-            if trained is not None and not name.startswith("backbone."):
-                parameter.copy_(trained)
-        for name, layer in split.coarse_layers.named_modules():
-            if isinstance(layer, LowRankLinear):
-                layer.learn(learned[f"backbone.{name}.weight"])
-    split.data_config, split.class_names, split.class_order = model.data_config, model.class_names, model.class_order
-    return split.eval()
 
 
 def _plain_weights(source: str) -> Weights | None:

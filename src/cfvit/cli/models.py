@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from cfvit.cli.application import app, print_json, print_line, print_table, say
-from cfvit.cli.parameters import Count, Flag, Json, Share, read_options
+from cfvit.cli.parameters import Flag, Json, Share, read_options
 from cfvit.errors import CfvitError
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
@@ -36,16 +36,7 @@ COSTED_BACKBONES = (
 
 
 @app.command
-def convert(
-    source: Path,
-    folder: Path,
-    /,
-    *,
-    to: Literal["cfvit", "timm"] = "cfvit",
-    fine_weights: str | None = None,
-    coarse_rank: Count = 32,
-    overwrite: Flag = False,
-) -> None:
+def convert(source: Path, folder: Path, /, *, to: Literal["cfvit", "timm"] = "cfvit", overwrite: Flag = False) -> None:
     """Turn one of the authors' checkpoints, or a folder of transformers, into a saved folder; or a model into timm's.
 
     The source is only read. Both stages of a model of transformers begin with its weights. The coarse stage is of use
@@ -54,21 +45,16 @@ def convert(
     With --to timm the folder gets the plain ViT of a coarse-to-fine model, as timm.create_model("local-dir:FOLDER")
     and transformers' pipeline("image-classification", "FOLDER") read it.
 
-    With --fine-weights the fine stage of a trained model gets a plain ViT's weights again, and the coarse stage keeps
-    what it learned beyond them as low-rank matrices of its own. Train on from there, and calibrate.
-
     Args:
-        source: one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2; with --to timm or
-            --fine-weights any model, also a saved folder or a bundled name
+        source: one of the authors' .pth files, or a folder of transformers' ViT, DeiT or DINOv2; with --to timm any
+            model, also a saved folder or a bundled name
         folder: where to write config.json and model.safetensors
         to: timm: write the plain ViT alone
-        fine_weights: weights of the plain ViT that the model was trained from
-        coarse_rank: with --fine-weights, the rank of these matrices
         overwrite: replace a model that is there
     """
     import yaml
 
-    from cfvit.checkpoints import CONFIG_FILE, load, load_authors_checkpoint, load_transformers, save, split_stages
+    from cfvit.checkpoints import CONFIG_FILE, load, load_authors_checkpoint, load_transformers, save
 
     if (folder / CONFIG_FILE).exists() and not overwrite:
         raise CfvitError(f"{folder} already holds a model: choose another folder or add --overwrite")
@@ -79,10 +65,6 @@ def convert(
         plain = backbone_of(load(source))
         create_method("plain").save(plain, folder)
         say(f"the plain ViT of {source} is in {folder}, for timm and transformers")
-        return
-    if fine_weights is not None:
-        save(split_stages(load(source), fine_weights, coarse_rank), folder)
-        say(f"{source} is in {folder}: its fine stage has the weights of {fine_weights}, its coarse stage also its own")
         return
     if not source.exists():
         raise CfvitError(f"no file {source}: name one of the authors' .pth files, or a folder of transformers")

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from cfvit.inference.engines.exported import WEIGHTS_FILE, Format, without_telemetry
-from cfvit.modeling.low_rank import summed
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 
 STATE = [f.name for f in fields(CoarseState)]
@@ -59,7 +58,7 @@ class _Fine(_Coarse):
 
 def stage_graphs(model: CoarseToFineViT) -> dict[str, Any]:
     """The graphs ``coarse`` and ``fine`` of a model in float32 on the CPU, as ``onnx.ModelProto``."""
-    model, images = summed(model), torch.zeros(2, 3, *model.image_size)
+    images = torch.zeros(2, 3, *model.image_size)
     with torch.no_grad():
         state = model.coarse(images)
     needed = ["tokens", "embedding", "class_attention"]

@@ -28,7 +28,6 @@ from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.losses import answer_loss
-from cfvit.modeling.low_rank import summed
 from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
 
 
@@ -55,7 +54,7 @@ class Batch:
 
 def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tensor], Any]]]) -> dict[str, int]:
     """What an image costs at each operating point, counted on a copy of the network without data."""
-    meta = summed(copy.deepcopy(network).to("meta").eval()).requires_grad_(False)
+    meta = copy.deepcopy(network).to("meta").eval().requires_grad_(False)
     image = next(meta.parameters()).new_empty(1, 3, *network.image_size)
     return {name: macs_of(partial(answer, image)) for name, answer in points(meta).items()}
 

@@ -43,15 +43,9 @@ class Literal(CfViT):
         require_plain_vit(network.backbone)
         if hasattr(network.backbone, "token_logits"):
             raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")
-        if (config.selection, config.feature_reuse, config.fine_merged, config.coarse_rank) != (
-            "attention",
-            "mlp",
-            0,
-            0,
-        ):
+        if (config.selection, config.feature_reuse, config.fine_merged) != ("attention", "mlp", 0):
             raise UsageError(
-                "the method is written for the paper's selection, feature reuse and shared weights, without merging: "
-                "leave them"
+                "the method is written for the paper's selection and feature reuse, without merging: leave them"
             )
         return network
 

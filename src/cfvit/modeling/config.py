@@ -140,12 +140,6 @@ class ModelConfig:
         ge=0,
         description="tokens merged before each block of the fine stage but those of the first third, as ToMe does",
     )
-    coarse_rank: int = Field(
-        default=0,
-        ge=0,
-        description="rank of the matrices that the coarse stage adds to the shared ones, with norms and biases of its "
-        "own (LoRA); 0: it shares all weights, as in the paper",
-    )
     timm_kwargs: Annotated[Mapping[str, Any], BeforeValidator(lambda value: value or {})] = Field(
         default_factory=dict, description="further timm arguments, as in --timm-kwargs.patch_size 8"
     )

@@ -26,7 +26,6 @@ from cfvit.modeling import timm_vit as anatomy
 from cfvit.modeling.batches import Rows, check_images
 from cfvit.modeling.config import ModelConfig, Preprocessing, Reuse, Selection
 from cfvit.modeling.exit import Exit, HasExit, confidence_of
-from cfvit.modeling.low_rank import own_layers
 from cfvit.modeling.tokens import (
     accumulate_attention,
     child_positions,
@@ -120,8 +119,8 @@ class CoarseToFineViT(HasExit, nn.Module):
 
     Build one with `create_model` or `cfvit.load`. ``backbone`` is timm's model at the full image
     size; its own position embedding serves the fine stage. All other weights are the position
-    embedding of the coarse grid, the feature reuse and, with a ``coarse_rank``, what the coarse stage adds to the
-    backbone's. Rotations of rotary positions are made once, as buffers, unless the backbone learns them.
+    embedding of the coarse grid and the feature reuse. Rotations of rotary positions are made once, as
+    buffers, unless the backbone learns them.
 
     Attributes:
         config: the `ModelConfig` it was built from.
@@ -158,7 +157,6 @@ class CoarseToFineViT(HasExit, nn.Module):
             self.coarse_pos_embed = nn.Parameter(coarse.clone())
             if pretrained_backbone is False:
                 trunc_normal_(self.coarse_pos_embed, std=0.02)
-        self.coarse_layers: Any = own_layers(self.backbone, config.coarse_rank) if config.coarse_rank else None
         self.feature_reuse: FeatureReuse | None = None
         if config.feature_reuse != "none":
             hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
@@ -195,42 +193,35 @@ class CoarseToFineViT(HasExit, nn.Module):
         Raises:
             CfvitError: images of another shape.
         """
-        layers, divisor = self._coarse_layers, getattr(self.backbone, "coarse_logit_divisor", None)
-        head = layers.forward_head if divisor is None else lambda tokens: layers.forward_head(tokens) / divisor
+        backbone, divisor = self.backbone, getattr(self.backbone, "coarse_logit_divisor", None)
+        head = backbone.forward_head if divisor is None else lambda tokens: backbone.forward_head(tokens) / divisor
         return self._coarse_state(images, head)
-
-    @property
-    def _coarse_layers(self) -> Any:
-        """Whose blocks, norms and head the coarse stage runs."""
-        return self.backbone if self.coarse_layers is None else self.coarse_layers
 
     def _coarse_state(
         self, images: Tensor, head: Callable[[Tensor], Tensor], sources: Tensor | None = None
     ) -> CoarseState:
         """The coarse stage, with ``head`` for what makes its logits of the sequence after the final norm."""
         check_images(images, self.image_size, self.coarse_size)
-        backbone, layers, positions = self.backbone, self._coarse_layers, self.coarse_pos_embed
+        backbone, positions = self.backbone, self.coarse_pos_embed
         small = images if images.shape[-2:] == self.coarse_size else coarse_image(images)
         embedding = anatomy.embed_coarse(backbone, small)
-        if self.coarse_layers is not None:
-            embedding = embedding.detach()  # patches are the fine stage's to train
         if sources is not None:
             embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
         if positions is not None:
             embedding = embedding + anatomy.patch_positions(backbone, positions)
         prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
-        tokens = anatomy.enter(layers, torch.cat([prefix, embedding], dim=1))
+        tokens = anatomy.enter(backbone, torch.cat([prefix, embedding], dim=1))
 
-        depth = len(layers.blocks)
+        depth = len(backbone.blocks)
         first = min(FIRST_ATTENTION_BLOCK, depth - 1)
         _, rotation = self._rotations()
-        tokens = anatomy.run_blocks(layers, tokens, rotation, first)
+        tokens = anatomy.run_blocks(backbone, tokens, rotation, first)
         attention = None
         for index in range(first, depth):
-            tokens, row = anatomy.block_with_class_attention(layers, index, tokens, rotation)
+            tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
             attention = accumulate_attention(attention, row, self.config.attention_momentum)
         assert attention is not None
-        tokens = layers.norm(tokens)
+        tokens = backbone.norm(tokens)
         scores = score_cells(attention, self.config.selection)
         return CoarseState(head(tokens), tokens[:, backbone.num_prefix_tokens :], embedding, scores, tokens[:, 0])
 
@@ -332,7 +323,7 @@ class CoarseToFineViT(HasExit, nn.Module):
         if self.config.fine_merged:
             raise CfvitError("tokens that are merged have no labels of their own: train with fine_merged 0")
         sources = None if mixed is None else mirrored_sources(mixed, len(images))
-        state = self._coarse_state(images, self._coarse_layers.class_logits, sources)
+        state = self._coarse_state(images, backbone.class_logits, sources)
         informative, others = self._choose_cells(state.class_attention, informative_ratio)
         fine = self._fine_tokens(images, state, informative, others, sources)
         answers = state.logits, backbone.class_logits(fine), backbone.token_logits(fine)
@@ -349,7 +340,6 @@ def create_model(
     selection: Selection = "attention",
     feature_reuse: Reuse = "mlp",
     fine_merged: int = 0,
-    coarse_rank: int = 0,
     pretrained_backbone: backbones.Pretrained = False,
     **timm_kwargs: Any,
 ) -> CoarseToFineViT:
@@ -375,7 +365,6 @@ def create_model(
         selection=selection,
         feature_reuse=feature_reuse,
         fine_merged=fine_merged,
-        coarse_rank=coarse_rank,
         timm_kwargs=timm_kwargs,
     )
     return CoarseToFineViT(config, pretrained_backbone)

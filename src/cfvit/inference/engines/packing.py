@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from timm.layers import GELU, Mlp
 from torch import Tensor, nn
 
-from cfvit.modeling.low_rank import summed
-
 WORTHWHILE = 1.1
 """How many times faster a replacement must be on this processor to be used."""
 
@@ -92,7 +90,6 @@ def accelerate(network: Network) -> Network:
     copy is in evaluation mode and shares all other weights with the original. Make a new one after the weights have
     changed. It is not for autocast.
     """
-    network = summed(network)
     return _twin(network, PackedLinear).eval() if _is_float32_on_a_cpu(network) and packing_pays() else network
 
 

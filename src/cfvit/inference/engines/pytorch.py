@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cfvit.errors import CfvitError
 from cfvit.inference.engines.packing import accelerate, frozen
-from cfvit.modeling.low_rank import summed
 from cfvit.modeling.model import CoarseState, CoarseToFineViT
 
 COMPILED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -45,7 +44,7 @@ class TorchEngine:
     def __init__(self, model: CoarseToFineViT, compile: bool | None = None) -> None:
         if compile not in (None, True, False):
             raise CfvitError(f"compile is {compile!r}: give True, False, or None for what suits the device")
-        self.model, self.compile = frozen(summed(model)), compile
+        self.model, self.compile = frozen(model), compile
         self.weight = next(self.model.parameters())
         self._plain = self._stages_of(self.model)
         self._packed = self._plain if compile is False else self._stages_of(accelerate(self.model))
