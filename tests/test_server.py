@@ -23,11 +23,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import schemathesis
 import torch
 import uvicorn
 from conftest import Outcome
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
+from schemathesis.checks import CHECKS
 from starlette.testclient import TestClient
 from torch import Tensor
 
@@ -726,9 +728,6 @@ def test_wrong_options_are_refused(
 
 def test_whatever_its_interface_allows_is_answered_as_it_says(predictor: Predictor) -> None:
     """Requests by the OpenAPI schema and against it. An image is more than bytes, so what fits may be refused."""
-    import schemathesis  # takes long, and no other test needs it
-    from schemathesis.checks import CHECKS
-
     with listening(predictor, time_limit=SOON, allow_parameters=True, api_key="secret") as port:
         interface: Any = schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
         refused = CHECKS.get_one("positive_data_acceptance")
