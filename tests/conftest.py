@@ -68,7 +68,8 @@ def each_network_counted_once() -> Iterator[None]:
         return counted
 
     def in_training(method: Method, network: Any, split: float) -> tuple[Any, ...]:
-        return type(method), method.options, network, network.image_size, split
+        config = getattr(network, "config", None)
+        return type(method), method.options, network, config, network.image_size, split
 
     count = cost.count_macs
     count_once = once(count, lambda model: (type(model), model.config))

@@ -504,6 +504,9 @@ for words in [[], ["--help"], ["--version"], *([*command, "--help"] for command 
     except SystemExit as end:
         assert end.code == 0, words
 assert len(commands) >= 7, commands
+for name, in commands:
+    for argument in app[name].assemble_argument_collection(parse_docstring=True):
+        assert argument.parameter.help or argument.children, (name, argument.name)
 loaded = sorted({"torch", "timm", "numpy", "matplotlib"} & set(sys.modules))
 assert not loaded, loaded
 """

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cfvit import CoarseToFineViT, load
+from cfvit.data import open_data
 from cfvit.errors import UsageError
+from cfvit.evaluation.metrics import evaluate_method
 from cfvit.methods.base import Batch, create_method
 from cfvit.methods.evo_vit import evolve
 from cfvit.methods.ia_red2 import reward
@@ -23,6 +25,7 @@ from cfvit.methods.sit import Mixtures
 from cfvit.modeling.config import ModelConfig, Objective
 from cfvit.modeling.losses import distillation_loss
 from cfvit.modeling.tokens import coarse_image
+from cfvit.processes import Process
 
 COMPARATORS = {
     "tome": ["r=13"],
@@ -474,6 +477,16 @@ def test_ia_red2_counts_each_image_that_it_answers_once(
     assert method.macs(read) == method.macs(network), "until it has answered images itself"
     method.answers(read, images)
     torch.testing.assert_close(read.plan, counted, rtol=0, atol=2)
+
+
+def test_ia_red2_is_scored_beside_what_the_scored_images_cost(choosy: tuple[Any, Any], colours: Path) -> None:
+    method, network = choosy
+    source = open_data(str(colours), "validation")
+    network.class_names = source.class_names
+    (before,) = method.macs(network).values()
+    scores = evaluate_method(method, network, source, 4, 0, Process(0, 1, torch.device("cpu")))
+    (cost,) = method.macs(network).values()
+    assert scores.stages[0].gmacs == pytest.approx(cost / 1e9) != pytest.approx(before / 1e9)
 
 
 def test_ia_red2_rewards_right_answers_from_few_patches() -> None:

@@ -33,7 +33,7 @@ def _share(hint: Any, tokens: Sequence[Any]) -> float:
 
 
 Percent = Annotated[float, Parameter(converter=_percent)]
-Share = Annotated[float, Parameter(converter=_share)]
+ShareOrPercent = Annotated[float, Parameter(converter=_share)]
 
 
 class TargetFlags(TypedDict, total=False):
@@ -56,9 +56,9 @@ class TargetFlags(TypedDict, total=False):
     latency_ms: float
     accuracy: Percent
     max_drop: Percent
-    risk: Share
-    selective_risk: Share
-    confidence: Share
+    risk: ShareOrPercent
+    selective_risk: ShareOrPercent
+    confidence: ShareOrPercent
     method: str
 
 

@@ -118,6 +118,7 @@ def serve(
     Args:
         model: saved folder, exported folder, authors' .pth, or a bundled name (see cfvit models)
         host: address to listen on; 0.0.0.0 for all of this machine's
+        port: to listen on
         name: of the model in addresses; by default as --model is called
         coarse_batch: images in a batch of the coarse stage, at most
         coarse_wait: milliseconds that an image waits for others, at most

@@ -88,6 +88,7 @@ def joined(address: str, workers: int | None) -> Iterator[None]:
         if started:
             ray.init(**options)
     except Exception as error:  # of whatever kind
+        ray.shutdown()  # what was started before it failed
         raise CfvitError(f"no Ray cluster at {address} ({first_line(error)}): start one, or give local") from error
     try:
         yield

@@ -233,9 +233,9 @@ def evaluate_method(
 
     All else is as of `evaluate_model`.
     """
-    forward, macs = partial(method.answers, accelerate(network.to(process.device))), method.macs(network)
-    about = network.data_config
+    forward, about = partial(method.answers, accelerate(network.to(process.device))), network.data_config
     collected, unreadable = collect_with_progress(forward, about, source, batch_size, workers, process, plain)
+    macs = method.macs(network)  # of some methods, what the images cost that were just answered
     logits, answers = collected.logits, {name: collected.logits[name] for name in macs}
     if (exits := method.exits(network, answers)) is not None:
         costs = torch.tensor(list(macs.values()), dtype=torch.float64)
