@@ -635,10 +635,10 @@ def test_a_comparison_that_would_mislead_is_refused(
 
 @pytest.fixture
 def rivals(colour_model: Path, tmp_path: Path) -> Path:
-    """Folders of runs of three methods as `cfvit train` leaves them, with the weights of the model of the colours."""
+    """Folders of runs of four methods as `cfvit train` leaves them, with the weights of the model of the colours."""
     model = load(colour_model)
     kwargs = {**model.config.timm_kwargs}
-    for name in ("cf_vit", "evit", "dvt"):
+    for name in ("cf_vit", "evit", "dvt", "plain"):
         recipe = Recipe(backbone=model.config.backbone, timm_kwargs=kwargs, coarse_grid=4, method=name, crop_pct=1.0)
         torch.manual_seed(0)
         method, folder = create_method(name), tmp_path / "rivals" / name
@@ -676,6 +676,7 @@ def test_runs_of_any_methods_are_set_side_by_side(
     table = {row["row"]: row["measures"] for row in rows}
     assert len(table) == len(rows), "no name stands for two rows"
     base = table["plain ViT"]
+    assert table["plain ViT (run plain)"]["accuracy"]["ours"] == base["accuracy"]["ours"], "a run of its own beside it"
     for name in ("CF-ViT, always fine", "DVT, always 4x4", "EViT, keep rate 0.7"):
         assert {f"{name}{part}" for part in ("", ", reds", ", other classes")} <= set(table)
         assert table[name]["saving"]["ours"] == pytest.approx(

@@ -1,4 +1,4 @@
-"""From logits of both stages to eta, and what it promises: pure functions, no model and no data needed.
+"""From logits of both stages to eta, and what it promises: pure functions that need no model.
 
 ``calibrate`` turns logits, labels and a target into a `Calibration`, ``check_drift`` compares it with
 images in use. A model takes over its `Exit`: ``model.exit = calibration.exit``.

@@ -285,10 +285,10 @@ def hold(source: DataSource, workers: int, leads: bool = True) -> DataSource:
     loader = DataLoader(_Decoded(source), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
     places: list[tuple[int, int] | str] = []
     targets: list[int] = []
+    decoded = iter(loader)
     try:
         file = cast(IO[bytes], tempfile.TemporaryFile())  # noqa: SIM115 - it outlives this function
         with progress_bar(len(source), leads) as advance:
-            decoded = iter(loader)
             for _ in range(len(source)):
                 content, target = next_batch(decoded)
                 targets.append(target)

@@ -118,7 +118,7 @@ class Tree:
     def _add_tar(self, path: str, tar: StoredImage) -> None:
         """A tar as the folder of its name; if it holds but one folder, as that folder."""
         self._add_name(path)
-        inner = _scan_tar(tar)
+        inner = _scan(tar)
         while len(inner.names()) == 1 and not inner.has_images():
             inner = inner.below(inner.names()[0])
         self.folders |= {f"{path}/{folder}" for folder in inner.folders}
@@ -161,7 +161,7 @@ def scan(root: Path) -> Tree:
     """
     if not root.is_dir():
         status = root.stat()
-        return _scan_tar(StoredImage(str(root)), (status.st_mtime_ns, status.st_size))
+        return _scan_once(StoredImage(str(root)), (status.st_mtime_ns, status.st_size))
     tree = Tree()
     for path, entry in _walk("", _open_root(root), _around(root)):
         tree.take(path, entry)
@@ -261,8 +261,12 @@ def _list_folder(folder: str) -> Iterator[_Entry]:
 
 
 @lru_cache(maxsize=4)
-def _scan_tar(tar: StoredImage, version: tuple[int, int] | None = None) -> Tree:
+def _scan_once(tar: StoredImage, version: tuple[int, int]) -> Tree:
     """A tar is scanned once in each ``version`` of its file, not for each question about its splits."""
+    return _scan(tar)
+
+
+def _scan(tar: StoredImage) -> Tree:
     tree = Tree()
     content = tar.content()
     try:

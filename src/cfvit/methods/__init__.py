@@ -1,1 +1,1 @@
-"""What can be trained, scored, timed and compared by one harness: a file for each method."""
+"""What can be trained, scored, timed and compared by one harness: a file for each method and its variants."""

@@ -1,7 +1,7 @@
 """The seam of methods: what can be trained, scored, timed, compared and saved by one harness.
 
-A method is a class in a file of its own in this package. Training, evaluation, benchmark and the paper's tables
-know it by its name and speak to this protocol alone.
+A method is a class in a file of this package, a new one in a file of its own. Training, evaluation, benchmark and the
+paper's tables know it by its name and speak to this protocol alone.
 """
 
 from __future__ import annotations
@@ -142,6 +142,8 @@ class Method(ABC):
         """The loss of one answer: cross entropy with the label, divergence from the teacher."""
         if batch.token_labels is not None:
             raise UsageError(f"token labels train both stages: choose --method cf_vit, not {self.name}")
+        if self.objective.label_weight == self.objective.fine_teacher_weight == 0:
+            raise UsageError(f"{self.name} has one answer, which learns nothing: give --label-weight above 0")
         return answer_loss(logits, batch.target, batch.teacher, self.objective)
 
     @abstractmethod
@@ -201,12 +203,12 @@ class Method(ABC):
 
     def save(self, network: Any, folder: Path) -> None:
         """Writes the network into a folder that `load` reads; a method may choose a format that others read as well."""
+        if hasattr(network, "exit"):  # first: what is killed in between has no weights, and is no run
+            with atomic_write(folder / EXIT_FILE) as file:
+                file.write_text(json.dumps(asdict(network.exit)) + "\n")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         with atomic_write(folder / WEIGHTS_FILE) as file:
             save_file(weights, file, metadata={"format": "pt", "method": self.name})
-        if hasattr(network, "exit"):
-            with atomic_write(folder / EXIT_FILE) as file:
-                file.write_text(json.dumps(asdict(network.exit)) + "\n")
 
 
 METHODS: dict[str, type[Method]] = {}

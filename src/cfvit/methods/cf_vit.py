@@ -108,7 +108,7 @@ class CoarseOnly(Method):
 
     def choose_exit(self, network: Any, logits: dict[str, Tensor], labels: Tensor, max_drop: float) -> dict[str, float]:
         network.threshold = 0.0  # the fine stage has learnt nothing
-        return {"threshold": 0.0}
+        return {}
 
     def save(self, network: CoarseToFineViT, folder: Path) -> None:
         network.threshold = 0.0  # also without a hold-out

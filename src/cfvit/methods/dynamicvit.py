@@ -107,7 +107,7 @@ class DynamicViT(TaughtByItself):
         """Logits; and the distances to the wanted shares, to the teacher's patches and to its answer."""
         tokens, kept, shares = network.decide(images)
         logits, (teacher_logits, patches) = network.backbone.forward_head(tokens), teacher(images)
-        wanted = tokens.new_tensor(list(network.shares.values()))
+        wanted = tokens.new_tensor(list(network.shares.values()))[: len(shares)]
         ratio = (torch.stack(shares, dim=1) - wanted).square().mean()
         distance = (tokens[:, 1:] - patches[-1]).square().mean(dim=-1)
         imitation = (kept * distance).sum() / kept.sum().clamp(min=1)

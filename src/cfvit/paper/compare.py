@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -59,13 +59,13 @@ class Setting:
     etas: tuple[float, ...] = ()  # by which images exit; none where all are treated alike
     title: str = ""  # of the curve
 
-    @property
+    @cached_property
     def answers(self) -> Tensor:
         """Class indices ``[n]``."""
         argmax = torch.stack([logits.argmax(-1) for logits in self.result.validation.logits.values()], dim=1)
         return argmax.gather(1, self.stops[:, None])[:, 0]
 
-    @property
+    @cached_property
     def macs(self) -> Tensor:
         """The cost of each image in multiply-accumulates, ``[n]``."""
         costs = [self.result.macs[point] for point in self.result.validation.logits]
@@ -127,7 +127,7 @@ def measure_speed(settings: Sequence[Setting], recipe: Recipe, sizes: Sequence[i
                 name, mean = BACKBONE if setting.result is plain else setting.name, float(setting.macs.mean())
                 entries.append(Entry(name=name, engine=engine, macs=mean, parts=setting.parts, **common))
             plan = Plan((engine,), (), MOST_ROUNDS, SECONDS)
-            found[size] = measure(entries, calls, size, plain.open()[0], plan)
+            found[size] = measure(entries, calls, size, runners["timm"][0], plan)
     return found
 
 
@@ -326,14 +326,15 @@ def settings_of(results: Mapping[str, Sequence[Result]], drops: Sequence[float])
     Where that is possible, also at an eta that loses nothing to the plain ViT.
     """
     (plain,) = results[PLAIN]
-    yield plain_setting(plain)
+    reference = plain_setting(plain)
+    yield reference
     rivals = {run: result for run, (result,) in results.items() if run != PLAIN}
     labels = {}
     for run, result in rivals.items():
         title = f"{result.method.title}{', untrained' * result.untrained}"
         options = (f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(result.method.options).items())
         labels[run] = title, ", ".join([title, *options])
-    uses = Counter(label for _, label in labels.values())
+    uses = Counter([reference.name, *(label for _, label in labels.values())])
     for run, result in rivals.items():
         title, label = labels[run]
         label = f"{label} ({run})" if uses[label] > 1 else label

@@ -184,6 +184,7 @@ class LabelledImages(TrainImages):
     """Training images with their label maps: ``(tensor, target, map [2, k, h, w], window [5])``.
 
     An image that has no map because it cannot be read is left out, with a warning that names it.
+    All maps are of the first one's shape; an item with another is refused when it is asked for.
 
     Raises:
         CfvitError: readable images without a label map, maps of other classes, two images with one map.
@@ -210,12 +211,25 @@ class LabelledImages(TrainImages):
             )
         super().__init__(source, [i for i in indices if i not in missing], transform)
         self.root = root
+        self.shape = self._read_map(self.indices[0]).shape if self.indices else None
 
     def augment(self, image: Image.Image, target: int, index: int) -> tuple[Any, ...]:
-        """The item of an image: ``(tensor, target, map, window)``. Raises `CfvitError` of a damaged label map."""
+        """The item of an image: ``(tensor, target, map, window)``.
+
+        Raises:
+            CfvitError: a label map that is damaged or of another shape than the first one.
+        """
         tensor, window = self.transform(image)
-        label_map = read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
+        label_map = self._read_map(index)
+        if label_map.shape != self.shape:
+            raise CfvitError(
+                f"label map {label_path_of(self.root, self.source, index)} is {list(label_map.shape)}, "
+                f"the first one {list(self.shape or ())}: remove it and run cfvit token-labels again"
+            )
         return tensor, target, label_map, window
+
+    def _read_map(self, index: int) -> Tensor:
+        return read_label_map(label_path_of(self.root, self.source, index), len(self.source.class_names))
 
 
 def pool_labels(maps: Tensor, windows: Tensor, grid: tuple[int, int], num_classes: int) -> Tensor:
