@@ -53,7 +53,7 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
 def each_network_counted_once() -> Iterator[None]:
     """What an image costs follows from the layers and the settings: it is counted once for all tests, not in each.
 
-    Tests of the counting itself import the function, and have the real one.
+    Tests that import `count_macs` or `gradient_macs` themselves have the real one.
     """
 
     def once(count: Callable[..., Any], key: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:

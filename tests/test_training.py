@@ -448,9 +448,13 @@ def test_damaged_checkpoint(content: bytes | None, recipe: Recipe, tmp_path: Pat
 def test_a_checkpoint_that_lacks_a_part_is_told(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:
     train(short := recipe.replace({"epochs": 1, "ema_decay": 0.9}), tmp_path)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    for part in ("model", "optimizer", "scaler", "average", "step", "class_names"):
+    for part in ("model", "optimizer", "scaler", "average", "step", "class_names", "images"):
         torch.save({name: value for name, value in state.items() if name != part}, tmp_path / "checkpoint.pt")
         with fails("has a damaged checkpoint.pt .*: train anew"):
+            train(short, tmp_path, resume=True)
+    for part in ("recipe", "world"):
+        torch.save({name: value for name, value in state.items() if name != part}, tmp_path / "checkpoint.pt")
+        with fails(f"checkpoint.pt is damaged ..{part}..: choose another folder"):
             train(short, tmp_path, resume=True)
     torch.save({**state, "class_names": 3}, tmp_path / "checkpoint.pt")
     with fails("has a damaged checkpoint.pt .class_names is no list.: train anew"):

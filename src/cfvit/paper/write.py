@@ -331,6 +331,7 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
     with_interval = {name for name in measures if any(row.cell(name).interval for row in rows)}
 
     def line(row: Row) -> dict[str, str]:
+        """The columns of a row; what is not known stays empty."""
         values: dict[str, float | None] = {}
         for name in measures:
             cell = row.cell(name)

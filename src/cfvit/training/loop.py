@@ -114,10 +114,11 @@ def _require_same_data(
         dist.all_gather_object(others, others[0])
     compared = [(f"process {rank}", *data) for rank, data in enumerate(others)]
     if checkpoint is not None:
-        names = checkpoint.get("class_names")
-        if not isinstance(names, list):
-            raise CfvitError(f"{out} has a damaged {CHECKPOINT_FILE} (class_names is no list): train anew")
-        compared.append((f"the checkpoint in {out}", names, checkpoint.get("images", images.fingerprint)))
+        names, trained_on = checkpoint.get("class_names"), checkpoint.get("images")
+        if not (isinstance(names, list) and isinstance(trained_on, str)):
+            wrong = "images is no digest" if isinstance(names, list) else "class_names is no list"
+            raise CfvitError(f"{out} has a damaged {CHECKPOINT_FILE} ({wrong}): train anew")
+        compared.append((f"the checkpoint in {out}", names, trained_on))
     for where, names, fingerprint in compared:
         for index, (here, there) in enumerate(zip_longest(class_names, names)):
             if here != there:
@@ -157,12 +158,12 @@ def _where_to_begin(
             )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        was = checkpoint["recipe"]
+        was, world = checkpoint["recipe"], checkpoint["world"]
     except Exception as error:
         raise CfvitError(f"{path} is damaged ({first_line(error)}): choose another folder") from error
     run = f"the run in {path.parent}"
-    if checkpoint.get("world", process.world) != process.world:
-        raise CfvitError(f"{run} has {checkpoint['world']} processes, not {process.world}: start as many")
+    if world != process.world:
+        raise CfvitError(f"{run} has {world} processes, not {process.world}: start as many")
     now = recipe.to_dict()
     changed = [name for name, value in was.items() if value != now.get(name) and name not in free]
     if changed:

@@ -169,6 +169,7 @@ def recorded(run: Callable[..., Any]) -> Callable[..., Any]:
     of_thread = threading.local()
 
     def replay(*parts: Any) -> Any:
+        """Answers a batch of a recorded size, by this thread's own recording from its second call on."""
         known: dict[str, Callable[..., Any] | None] = vars(of_thread)
         mode = torch.is_inference_mode_enabled()  # what is kept in it cannot be written to without
         kind = str([mode, *((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors_of(parts))])
