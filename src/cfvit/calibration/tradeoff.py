@@ -49,8 +49,10 @@ def share_estimate(hits: int, count: int, level: float) -> Estimate:
     Args:
         level: probability with which the interval holds the true share, such as 0.95.
     """
-    interval = scipy.stats.binomtest(hits, count).proportion_ci(level, method="exact")
-    return Estimate(hits / count, float(interval.low), float(interval.high))
+    outside, quantile = (1 - level) / 2, scipy.special.betaincinv
+    low = quantile(hits, count - hits + 1, outside) if hits else 0.0
+    high = quantile(hits + 1, count - hits, 1 - outside) if hits < count else 1.0
+    return Estimate(hits / count, float(low), float(high))
 
 
 def paired_difference(more: int, less: int, count: int, level: float) -> Estimate:
