@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cfvit.calibration import Drop, rank_images
+from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.calibration.targets import choose_eta
 from cfvit.data import UNREADABLE, DataSource, EvalImages, eval_loader, progress_bar
 from cfvit.deploy.graphs import silent, whole_graph, write_graphs
@@ -56,10 +57,6 @@ def quantise(graph: Any, inputs: Sequence[Mapping[str, np.ndarray]]) -> Any:
                 smooth_quant_alphas=AdvancedSmoothQuantParameters(matmul=SMOOTHING)
             ),
         )
-
-
-FEW_IMAGES = 100
-"""With fewer to find ranges on, or to choose eta on, there is a warning."""
 
 
 def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
