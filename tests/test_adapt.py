@@ -14,13 +14,13 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfvit import load
+from cfvit import create_model, load, save
 from cfvit.errors import UsageError
 from cfvit.methods.base import create_method
 from cfvit.processes import Process
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import RECIPES, Recipe
-from cfvit.training.setup import assemble, open_run, prepare
+from cfvit.training.setup import assemble, open_run, prepare, with_preprocessing
 from cfvit.training.step import make_batch
 
 CPU = Process(rank=0, world=1, device=torch.device("cpu"))
@@ -98,6 +98,36 @@ def test_the_run_starts_from_what_the_network_knows(recipe: Recipe, plain: Path)
     with torch.no_grad():
         fine = model.eval()(images, informative_ratio=1.0).fine
         torch.testing.assert_close(fine, network.eval()(images), atol=1e-5, rtol=1e-5)
+
+
+def test_the_weights_bring_how_their_images_are_prepared(
+    recipe: Recipe, plain: Path, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    """Of a folder, also for the teacher, and of a model; what is given for timm goes before."""
+    theirs = Path(shutil.copytree(plain.parent, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.pt", "recipe*")))
+    config = json.loads((theirs / "config.json").read_text())
+    config["pretrained_cfg"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.9, 0.8, 0.7], "crop_pct": 0.8}
+    (theirs / "config.json").write_text(json.dumps(config))
+    made = create_model(
+        "test_vit", num_classes=3, coarse_grid=2, patch_size=4, pretrained_backbone=theirs / "model.safetensors"
+    )
+    assert (made.data_config["mean"], made.class_names) == ((0.1, 0.2, 0.3), ["blue", "green", "red"])
+    started = with_preprocessing(replace(recipe, initial_weights=str(theirs), epochs=1, method="plain"))
+    _, model = prepare(started, CPU)
+    assert assemble(started, model, 90, CPU).teacher.data_config["std"] == (0.9, 0.8, 0.7)  # pyright: ignore
+    one_size = {**recipe.timm_kwargs, "dynamic_img_size": False}
+    other = replace(recipe, initial_weights=str(theirs), epochs=1, method="dvt", timm_kwargs=one_size)
+    train(other, tmp_path / "run")
+    assert open_run(tmp_path / "run")[2].data_config["mean"] == (0.1, 0.2, 0.3)
+    save(made, tmp_path / "model")
+    given = {"patch_size": 4, "pretrained_cfg_overlay": {"mean": [0.4, 0.4, 0.4]}}
+    after = with_preprocessing(replace(recipe, initial_weights=str(tmp_path / "model"), timm_kwargs=given))
+    assert after.timm_kwargs["pretrained_cfg_overlay"]["mean"] == [0.4, 0.4, 0.4]
+    assert prepare(after, CPU)[1].data_config["crop_pct"] == 0.8
+    config["pretrained_cfg"]["mean"] = "bright"
+    (theirs / "config.json").write_text(json.dumps(config))
+    with fails("theirs does not say how images are prepared .*mean"):
+        train(replace(recipe, initial_weights=str(theirs)), tmp_path / "other")
 
 
 def test_the_teacher_answers_for_the_mixed_view_and_does_not_learn(recipe: Recipe) -> None:

@@ -33,6 +33,8 @@ from cfvit.modeling.weights import (
     CONFIG_FILE,
     HUB,
     MODEL_TYPE,
+    PREPARED_BY,
+    PREPROCESSOR_FILE,
     WEIGHTS_FILE,
     Weights,
     digest_of,
@@ -320,6 +322,18 @@ def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
     return weights.class_names, len(head)
 
 
+def preprocessing_of(source: str) -> dict[str, Any]:
+    """How images are prepared for trained weights, in timm's keys without ``input_size``, as far as it is known.
+
+    ``source`` is as of `initialise`.
+    """
+    if source == "timm":
+        return {}
+    weights = _plain_weights(source)
+    known = load(source).data_config if weights is None else weights.preprocessing
+    return {key: known[key] for key in PREPARED_BY if key in known}
+
+
 def _is_backbone_folder(path: Path) -> bool:
     try:
         return is_of_plain_network(json.loads((path / CONFIG_FILE).read_text()))
@@ -393,7 +407,7 @@ def load_transformers(folder: str | Path) -> CoarseToFineViT:
     folder, weights = Path(folder), read_weights(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
-        preprocessor = folder / "preprocessor_config.json"
+        preprocessor = folder / PREPROCESSOR_FILE
         said = json.loads(preprocessor.read_text()) if preprocessor.exists() else {}
         arguments = transformers_vit.timm_arguments(config, weights.tensors)
         size, prepared = transformers_vit.preprocessing(config["model_type"], said)

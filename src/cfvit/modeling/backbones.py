@@ -20,6 +20,7 @@ from typing import Any, cast
 import timm
 import timm.models.eva
 import torch
+from timm.data import resolve_model_data_config
 from timm.layers import HybridEmbed, PatchEmbed
 from timm.layers.activations import QuickGELU
 from timm.models import load_pretrained, register_model
@@ -50,6 +51,12 @@ def patch_size(backbone: str, **timm_kwargs: Any) -> tuple[int, int]:
         CfvitError: timm has no such model, or it cannot be read in two stages.
     """
     return patch_side(_skeleton(backbone, **timm_kwargs))
+
+
+def preprocessing(backbone: str, **timm_kwargs: Any) -> dict[str, Any]:
+    """How timm prepares images for a model by its name, in timm's keys. Raises as `patch_size` does."""
+    resolved = resolve_model_data_config(_skeleton(backbone, **timm_kwargs))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in resolved.items()}
 
 
 def create_backbone(

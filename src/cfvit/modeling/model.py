@@ -37,6 +37,7 @@ from cfvit.modeling.tokens import (
     repeat_for_children,
     score_cells,
 )
+from cfvit.modeling.weights import read_weights
 
 FIRST_ATTENTION_BLOCK = 3
 """The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
@@ -349,8 +350,8 @@ def create_model(
 
     Args:
         pretrained_backbone: True for timm's own weights; a file, folder or ``hf-hub:`` name that
-            `cfvit.modeling.weights.read_weights` reads; or a state dict. The position embedding is
-            resampled for both grids.
+            `cfvit.modeling.weights.read_weights` reads, which then also gives the class names and the
+            preprocessing, where it says them; or a state dict. The position embedding is resampled for both grids.
         timm_kwargs: passed on to ``timm.create_model`` (``drop_path_rate``, ``depth``, ...).
 
     Raises:
@@ -367,7 +368,14 @@ def create_model(
         fine_merged=fine_merged,
         timm_kwargs=timm_kwargs,
     )
-    return CoarseToFineViT(config, pretrained_backbone)
+    if not isinstance(pretrained_backbone, str | Path):
+        return CoarseToFineViT(config, pretrained_backbone)
+    weights = read_weights(pretrained_backbone)
+    model = CoarseToFineViT(config, weights)
+    model.data_config |= weights.preprocessing
+    if weights.class_names is not None and len(weights.class_names) == num_classes:
+        model.class_names = weights.class_names
+    return model
 
 
 def check_description(model: Any, source: str | Path, mend: str) -> None:

@@ -20,9 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfvit.errors import CfvitError, first_line
+from cfvit.modeling import transformers_vit
+from cfvit.modeling.config import Preprocessing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "preprocessor_config.json"
 FILES_OF_FOLDERS = (WEIGHTS_FILE, "pytorch_model.bin")
 
 _OF_PLAIN_DATA = frozenset(
@@ -42,6 +45,15 @@ class _NotRead:
 _CONTAINERS: dict[str, Any] = {"collections.defaultdict": lambda *_: {}, "collections.deque": lambda *_: []}
 """What stands for containers, which are filled as they are read."""
 
+PREPARED_BY: dict[str, Any] = {
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+}
+"""timm's keys of how images are prepared besides their size, with what most of its ViTs have."""
+
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 """Where a checkpoint keeps its weights; ``teacher`` is DINO's better network."""
 
@@ -57,6 +69,8 @@ class Weights:
     tensors: dict[str, Tensor]  # under timm's names as far as `read_weights` knows the spelling
     grid: tuple[int, int] | None = None  # rows and columns of its patches
     class_names: list[str] | None = None  # a name for each class
+    # timm's keys of how images are prepared for it, as far as the folder says; never ``input_size``
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     activation: str | None = None  # of its MLPs, as transformers calls it
     besides: Mapping[str, Any] = field(default_factory=dict)  # what else the checkpoint holds
 
@@ -102,7 +116,15 @@ def read_weights(source: str | Path, wrappers: Sequence[str] = WRAPPERS) -> Weig
     named = named and any(ids[str(i)] != f"LABEL_{i}" for i in range(len(ids)))
     names = config.get("label_names") or ([str(ids[str(i)]) for i in range(len(ids))] if named else None)
     vision = config.get("vision_config", config)
-    return Weights(place, tensors, grid or _grid_of(config, tensors), names, vision.get("hidden_act"), besides)
+    return Weights(
+        place,
+        tensors,
+        grid or _grid_of(config, tensors),
+        names,
+        _preprocessing(path.parent, config) if config else {},
+        vision.get("hidden_act"),
+        besides,
+    )
 
 
 def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
@@ -147,7 +169,7 @@ def from_hub(name: str) -> Path:
 
     repository, _, revision = name.partition(":")[2].partition("@")
     try:
-        wanted = [CONFIG_FILE, *FILES_OF_FOLDERS]
+        wanted = [CONFIG_FILE, PREPROCESSOR_FILE, *FILES_OF_FOLDERS]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except Exception as error:  # the network, the Hub and its client raise whatever they like
         raise CfvitError(f"{name} cannot be had ({first_line(error)}): give a local file or folder instead") from error
@@ -326,6 +348,24 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if "norm_pre.weight" in renamed and "head.weight" in renamed and "head.bias" not in renamed:
         renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))  # CLIP's projection has none
     return renamed
+
+
+def _preprocessing(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder of timm's or transformers' says of how images are prepared, in timm's keys."""
+    try:
+        said = config.get("pretrained_cfg", {})
+        if not said and (folder / PREPROCESSOR_FILE).is_file():
+            file = json.loads((folder / PREPROCESSOR_FILE).read_text())
+            said = transformers_vit.preprocessing(config.get("model_type", ""), file)[1]
+        found = {key: said[key] for key in PREPARED_BY if said.get(key) is not None}
+        found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+        Preprocessing(**{"input_size": (3, 1, 1), **PREPARED_BY, **found})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, CfvitError) as error:
+        raise CfvitError(
+            f"{folder} does not say how images are prepared ({first_line(error)}): correct {CONFIG_FILE} or "
+            f"{PREPROCESSOR_FILE}"
+        ) from error
+    return found
 
 
 def _grid_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[int, int] | None:

@@ -40,7 +40,7 @@ from cfvit.paper.studies import (
 from cfvit.plots.style import require_matplotlib
 from cfvit.processes import best_device
 from cfvit.training.recipe import RECIPES, Recipe
-from cfvit.training.setup import dtype_of, open_splits
+from cfvit.training.setup import dtype_of, open_splits, with_preprocessing
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
 OF_RUNS = {
@@ -170,7 +170,7 @@ def _reproduce_with_runs(
     request: Request, studies: Sequence[Study], conditions: Conditions, show: Show, say: Callable[[str], object]
 ) -> list[Missing]:
     """Studies of runs that are trained where they are not there; each study is written as soon as its runs are."""
-    recipe, out = request.recipe, request.out
+    recipe, out = with_preprocessing(request.recipe), request.out
     splits = open_splits(recipe)
     if not splits.held:
         raise UsageError(f"holdout is {recipe.holdout}: eta is chosen on the hold-out, give a share such as 0.05")

@@ -40,6 +40,7 @@ from cfvit.training.setup import (
     dtype_of,
     prepare,
     steps_per_epoch,
+    with_preprocessing,
 )
 from cfvit.training.step import take_step
 
@@ -73,6 +74,7 @@ def train(
         CfvitError: bad data or recipe, a folder that cannot be written or holds another run, a fork that cannot be.
     """
     with join_processes() as process:
+        recipe = with_preprocessing(recipe)
         checkpoint = _where_to_begin(recipe, out, resume, fork, process)
         images, model = prepare(recipe, process)
         _require_same_data(images, model.class_names, checkpoint, out, process)
@@ -95,6 +97,9 @@ def train(
                 f"{len(images.train):,} images, {steps_per_epoch(recipe, len(images.train), process.world):,} steps an "
                 f"epoch, {recipe.epochs} epochs, from step {trained.step:,}"
             )
+            height, width = model.data_config["input_size"][1:]
+            mean, std = (", ".join(f"{value:.4g}" for value in model.data_config[name]) for name in ("mean", "std"))
+            reporter.say(f"images are read at {height} x {width} pixels, normalised by mean {mean} and std {std}")
             if (
                 process.device.type == "cpu"
                 and dtype is torch.bfloat16

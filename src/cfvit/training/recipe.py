@@ -99,7 +99,10 @@ class Recipe(ModelConfig, Objective):
     color_jitter: NotNegative = Field(default=0.3, description="colour jitter, used where there is no policy")
     hflip: Share = Field(default=0.5, description="probability of a horizontal flip")
     crop_pct: Number | None = Field(
-        default=None, ge=0.01, le=1, description="share of the image that evaluation sees; by default the backbone's"
+        default=None,
+        ge=0.01,
+        le=1,
+        description="share of the image that evaluation sees; by default that of the weights or the backbone",
     )
     train_interpolation: str = Field(default="bicubic", description="how training crops are resized")
     random_erasing: Share = Field(default=0.25, description="probability of random erasing")

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from cfvit.checkpoints import classes_of, is_coarse_to_fine
+from cfvit.checkpoints import classes_of, is_coarse_to_fine, preprocessing_of
 from cfvit.data import (
     DataSource,
     EvalImages,
@@ -39,6 +39,7 @@ from cfvit.data import (
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.inference.engines.packing import accelerate, accelerate_training
 from cfvit.methods.base import Method, create_method
+from cfvit.modeling.backbones import preprocessing
 from cfvit.processes import Process
 from cfvit.training.recipe import Recipe, load_recipe
 from cfvit.training.teacher import Teacher, load_teacher
@@ -141,6 +142,20 @@ def open_splits(recipe: Recipe) -> Splits:
     if recipe.val_data or (recipe.uses_labels and has_validation_split(recipe.data[0])):
         validation = open_data(recipe.val_data or recipe.data[0], "validation").aligned(class_names)
     return Splits(source, *split_holdout(source, recipe.holdout, recipe.seed), validation, class_names)
+
+
+def with_preprocessing(recipe: Recipe) -> Recipe:
+    """The recipe with the preprocessing of the weights that the run starts from, where that is not timm's.
+
+    It stands in ``timm_kwargs``, so that the teacher, the recipe that is written and all that reads it agree.
+    """
+    if recipe.initial_weights is None:
+        return recipe
+    kwargs, name = recipe.timm_kwargs, "pretrained_cfg_overlay"
+    usual, theirs = preprocessing(recipe.backbone, **kwargs), preprocessing_of(recipe.initial_weights)
+    differs = {k: list(v) if isinstance(v, tuple) else v for k, v in theirs.items() if v != usual.get(k)}
+    overlay = {**differs, **kwargs.get(name, {})}
+    return recipe.replace({"timm_kwargs": {**kwargs, name: overlay}}) if overlay else recipe
 
 
 def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
