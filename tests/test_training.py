@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -110,9 +109,26 @@ def _log(out: Path, event: str) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in timed} for line in lines if line["event"] == event]
 
 
-def _command(recipe: Recipe, out: Path, config: Path) -> list[str]:
+def _command(recipe: Recipe, out: Path, config: Path, *more: str) -> list[str]:
     config.write_text(recipe.to_yaml())
-    return ["-m", "cfvit", "train", "--config", str(config), "--out", str(out)]
+    return ["-m", "cfvit", "train", "--config", str(config), "--out", str(out), *more]
+
+
+def _start(recipe: Recipe, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *_command(recipe, out, out.with_suffix(".yaml"), *more)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _signal_at_step(process: subprocess.Popen[str], out: Path, step: int, number: signal.Signals) -> str:
+    """Sends a signal to the whole group, as a terminal does, once the log speaks of a step; gives the last words."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and process.poll() is None:
+        with suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
+            if _log(out, "train")[-1]["step"] >= step:
+                break
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    return process.communicate(timeout=PATIENCE)[1]
 
 
 def _assert_weights_equal(run: Path, other: Path) -> None:
@@ -150,17 +166,14 @@ def test_all_cells_are_split_at_first(recipe: Recipe, tmp_path: Path, monkeypatc
 
 
 def test_killed_run_resumes_as_if_nothing_had_happened(restless: Recipe, tmp_path: Path) -> None:
-    """A kill leaves what lies in the folder at that moment. The run has a worker, the resumed one none."""
-    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", itertools.count(1)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = _start(restless.replace({"workers": 1}), killed)
+    _signal_at_step(process, killed, 8, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    step = torch.load(killed / "checkpoint.pt", weights_only=True)["step"]
+    assert 6 <= step < 20
 
-    def kill() -> bool:
-        if next(steps) == 14:
-            shutil.copytree(whole, killed)
-        return False
-
-    train(restless.replace({"workers": 1}), whole, stop=kill)
-    assert torch.load(killed / "checkpoint.pt", weights_only=True)["step"] == 12
-    assert len(_log(killed, "train")) == 13
+    train(restless, whole)
     train(restless, killed, resume=True)
 
     for event in ("train", "eval"):
@@ -190,19 +203,10 @@ def _stop_at(step: int) -> Callable[[], bool]:
 
 
 def test_sigterm_stops_cleanly(restless: Recipe, tmp_path: Path) -> None:
-    """Sent to the whole group, as a terminal does."""
     out = tmp_path / "run"
     settings = {"epochs": 1000, "eval_interval": 1000, "checkpoint_interval": 100_000}
-    command = [sys.executable, *_command(restless.replace({**settings, "workers": 1}), out, tmp_path / "run.yaml")]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and process.poll() is None:
-        with suppress(FileNotFoundError, json.JSONDecodeError, IndexError):
-            if _log(out, "train")[-1]["step"] >= 2:
-                break
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)
-    said = process.communicate(timeout=PATIENCE)[1]
+    long = restless.replace({**settings, "workers": 1})
+    said = _signal_at_step(process := _start(long, out), out, 2, signal.SIGTERM)
     assert process.returncode == 1
     step = torch.load(out / "checkpoint.pt", weights_only=True)["step"]
     assert step >= 2
