@@ -13,7 +13,7 @@ from cfvit.calibration.calibrated import read_calibration
 from cfvit.calibration.images import shared_images
 from cfvit.data import open_data, split_holdout
 from cfvit.evaluation.calibrate import NOT_COMPARED
-from cfvit.training.recipe import DIGITS
+from cfvit.training.recipe import DIGITS, RECIPES
 
 
 def test_training_images_are_refused(cfvit_main: Cli, model: Path, colours: Path, tmp_path: Path) -> None:
@@ -21,7 +21,8 @@ def test_training_images_are_refused(cfvit_main: Cli, model: Path, colours: Path
     shutil.copy(colours / "train" / "red" / "3.png", data / "red" / "renamed.png")
     shutil.copy(colours / "train" / "green" / "7.png", data / "blue" / "elsewhere.png")
     message = error(run_calibrate(cfvit_main, model, data, "--max-drop", 1, "--train-data", colours), 1)
-    expected = "2 of 35 images are among the training images, blue/elsewhere.png first, which is green/7.png there: "
+    expected = "2 of 35 images are among the training images, blue/elsewhere.png first, which is "
+    expected += f"{colours}/train/green/7.png there: "
     assert message.startswith(expected)
     assert not (model / "calibration.json").exists()
     outcome = run_calibrate(cfvit_main, model, colours, "--max-drop", 1, "--train-data", colours)
@@ -55,10 +56,28 @@ def test_the_recipe_tells_the_training_images_but_for_the_hold_out(
             assert (outcome.status, f"warning: {NOT_COMPARED}" in outcome.out) == (0, False)
 
 
+def test_photos_without_labels_are_looked_for_as_well(
+    cfvit_main: Cli, model: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Those of an adaptation, which its recipe or --train-data names."""
+    photos, data = tmp_path / "photos", Path(shutil.copytree(colours / "val", tmp_path / "data"))
+    (photos / "of 2026").mkdir(parents=True)
+    for name in ("3", "4"):
+        shutil.copy(colours / "train" / "red" / f"{name}.png", photos / "of 2026" / f"photo {name}.png")
+    shutil.copy(colours / "train" / "red" / "3.png", data / "red" / "renamed.png")
+    assert "red/renamed.png" in error(
+        run_calibrate(cfvit_main, model, data, "--max-drop", 1, "--train-data", photos), 1
+    )
+    recipe = RECIPES["adapt"].replace({"data": [f"{photos}@9", str(photos)], "holdout": 0.0})
+    (model / "recipe.yaml").write_text(recipe.to_yaml())
+    assert "red/renamed.png" in error(run_calibrate(cfvit_main, model, data, "--max-drop", 1), 1)
+
+
 def test_a_recipe_whose_data_is_gone_tells_nothing(cfvit_main: Cli, model: Path, colours: Path) -> None:
-    (model / "recipe.yaml").write_text(DIGITS.replace({"data": "gone"}).to_yaml())
-    outcome = run_calibrate(cfvit_main, model, colours, "--max-drop", 1)
-    assert (outcome.status, f"warning: {NOT_COMPARED}" in outcome.out) == (0, True)
+    for recipe in (DIGITS, RECIPES["adapt"]):
+        (model / "recipe.yaml").write_text(recipe.replace({"data": "gone"}).to_yaml())
+        outcome = run_calibrate(cfvit_main, model, colours, "--max-drop", 1)
+        assert (outcome.status, f"warning: {NOT_COMPARED}" in outcome.out) == (0, True)
 
 
 def test_a_recipe_that_cannot_be_read_is_an_error_unless_the_images_are_named(

@@ -184,10 +184,10 @@ def _calibration_path(model: str, out: Path | None) -> Path:
 
 def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
     """What the model was trained on, and which of it; None if that is not known or not there."""
-    from cfvit.data import open_data, split_holdout
+    from cfvit.data import open_data, open_images, split_holdout
 
     if train_data is not None:
-        source = open_data(train_data, "train")
+        source = open_images(train_data, "train")  # without labels, as `adapt` takes them
         return source, range(len(source))
     config = Path(model) / "recipe.yaml"
     if not config.is_file():
@@ -198,9 +198,15 @@ def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Se
         raise CfvitError(
             f"{config} does not tell the training images ({error}): name them with --train-data"
         ) from error
-    if not recipe.data or not recipe.uses_labels or not Path(recipe.data[0]).exists():
-        return None
-    source = open_data(recipe.data[0], "train")
+    if recipe.uses_labels:
+        if not recipe.data or not Path(recipe.data[0]).exists():
+            return None
+        source = open_data(recipe.data[0], "train")
+    else:
+        try:
+            source = open_images(recipe.data, "train", recipe.seed)
+        except CfvitError:  # one of them is gone
+            return None
     return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
 
 
