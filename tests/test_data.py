@@ -508,8 +508,10 @@ def test_aligned_classes_follow_the_model(make_colours: Callable[..., Path], fai
         assert aligned.class_names[target] == _colour_of(image)
     again = aligned.aligned(["green", "blue", "purple", "red"])
     assert [again.class_names[again.read(i)[1]] for i in range(3)] == [source.class_names[i] for i in range(3)]
-    with fails("class 'green' of the data is not among the model's 2 classes"):
+    with fails("class 'green' of the data is not among the model's 2 classes .*: name the folders alike"):
         source.aligned(["red", "blue"])
+    with fails("class 'blue' of the data is not among the model's 3 classes, which have numbers.*model.class_names"):
+        source.aligned(["0", "1", "2"])
     with fails("class 'red' of the data is the name of several of the model's classes"):
         source.aligned(["red", "blue", "green", "red"])
 

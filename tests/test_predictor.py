@@ -254,7 +254,7 @@ def test_numbers_of_any_kind_are_thresholds(model: CoarseToFineViT, threshold: A
 
 
 def test_without_any_threshold_one_is_asked_for(model: CoarseToFineViT) -> None:
-    with pytest.raises(CfvitError, match="no calibrated threshold"):
+    with pytest.raises(CfvitError, match=r"no calibrated threshold: give one .*--threshold"):
         Predictor(model)
 
 

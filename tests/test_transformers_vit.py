@@ -154,7 +154,11 @@ def test_what_is_guessed_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "beit"}, "a beit of transformers cannot be converted: give a vit, deit"),
+        (
+            {"model_type": "beit"},
+            "a beit of transformers cannot be converted: give a vit, deit, dinov2, dinov2_with_registers$",
+        ),
+        ({"architecture": "vit_tiny"}, "a folder of timm's is not converted: cfvit train --initial-weights takes it"),
         ({"hidden_act": "mish"}, "hidden_act is 'mish': give"),
         ({"intermediate_size": 64}, "does not fit transformers_vit"),
         ({"hidden_size": "wide"}, "cannot be read|timm cannot build"),

@@ -407,10 +407,14 @@ def load_transformers(folder: str | Path) -> CoarseToFineViT:
     folder, weights = Path(folder), read_weights(folder)
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
+        if "architecture" in config:
+            raise CfvitError("a folder of timm's is not converted: cfvit train --initial-weights takes it as it is")
         preprocessor = folder / PREPROCESSOR_FILE
         said = json.loads(preprocessor.read_text()) if preprocessor.exists() else {}
         arguments = transformers_vit.timm_arguments(config, weights.tensors)
         size, prepared = transformers_vit.preprocessing(config["model_type"], said)
+    except CfvitError as error:
+        raise CfvitError(f"{folder}: {error}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CfvitError(
             f"{folder} cannot be read ({first_line(error)}): save the model again by transformers"

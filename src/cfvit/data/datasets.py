@@ -60,6 +60,12 @@ class DataSource:
         counts, places = Counter(map(nfc, class_names)), {nfc(name): place for place, name in enumerate(class_names)}
         for name in self.class_names:
             if not counts[nfc(name)]:
+                if list(class_names) == [str(index) for index in range(len(class_names))]:
+                    raise CfvitError(
+                        f"class {name!r} of the data is not among the model's {len(class_names)} classes, which have "
+                        "numbers, as its weights had no names: name them in the order of its answers, by "
+                        "model.class_names and cfvit.save, or before training by label_names (docs/training.md)"
+                    )
                 raise CfvitError(
                     f"class {name!r} of the data is not among the model's {len(class_names)} classes "
                     f"({', '.join(list(class_names)[:4])}, ...): name the folders alike"

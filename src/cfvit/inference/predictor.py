@@ -71,7 +71,10 @@ class Predictor:
         self.model: Any = self.engine.model
         eta = self.model.threshold if threshold is None else threshold
         if eta is None:
-            raise CfvitError("the model has no calibrated threshold: give one between 0 and 1")
+            raise CfvitError(
+                "the model has no calibrated threshold: give one between 0 and 1 (--threshold), "
+                "or let cfvit calibrate choose one"
+            )
         if isinstance(eta, Tensor) and eta.ndim == 0:
             eta = eta.item()
         if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:

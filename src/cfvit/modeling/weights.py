@@ -195,7 +195,8 @@ def _read_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     if not known:
         if "data_config" in config:
             raise CfvitError(
-                f"{folder} holds a coarse-to-fine model: give the folder itself, where such a model is taken"
+                f"{folder} holds a coarse-to-fine model: give the folder itself where such a model is taken, or else "
+                f"the plain ViT in it, which cfvit convert {folder} PLAIN --to timm writes"
             )
         raise CfvitError(f"{folder / CONFIG_FILE} names no architecture: give a folder of timm's or of transformers'")
     return next((folder / f for f in FILES_OF_FOLDERS if (folder / f).is_file()), folder / WEIGHTS_FILE), config

@@ -215,7 +215,9 @@ def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
         network.data_config["crop_pct"] = recipe.crop_pct
     network = method.load(network, folder)
     if network.class_names not in (None, class_names):
-        raise CfvitError(f"{folder} names other classes in {CLASSES_FILE} than with the weights: train it again")
+        raise CfvitError(
+            f"{folder} names other classes in {CLASSES_FILE} than with the weights: name them alike in both"
+        )
     network.class_names = class_names
     return recipe, method, network
 
