@@ -587,8 +587,11 @@ def test_eta_can_be_changed_where_that_is_allowed(predictor: Predictor, photos: 
         assert client.get("/stats").json()["eta"] == 0
 
 
-def test_eta_is_fixed_otherwise(client: TestClient, predictor: Predictor) -> None:
+def test_eta_is_fixed_otherwise(client: TestClient, predictor: Predictor, photos: list[bytes]) -> None:
     refusal(client.put(f"{MODEL}/parameters", json={"eta": 0}), 403, "--allow-parameters")
+    refusal(client.post("/predict", params={"eta": 0}, content=photos[0]), 400, "one for all requests: leave it out")
+    asked = {"inputs": [encoded(photos[:1])], "parameters": {"eta": 0}}
+    refusal(client.post(INFER, json=asked), 400, "one for all requests: leave it out")
     assert client.get("/stats").json()["eta"] == predictor.threshold
 
 

@@ -158,6 +158,7 @@ class Service:
     async def predict(self, request: Request) -> protocol.Predictions:
         """Classify images: one as the body, or several as the files of a multipart form."""
         start = time.monotonic()
+        self._require_no_eta(request.query_params)
         answers = await self._answers(request, await self._uploaded(request))
         predictions = [
             protocol.PredictedImage(
@@ -173,6 +174,14 @@ class Service:
             for answer in answers
         ]
         return protocol.Predictions(predictions=predictions, milliseconds=1e3 * (time.monotonic() - start))
+
+    def _require_no_eta(self, given: Mapping[str, Any]) -> None:
+        """Refuses an eta of a request's own, which would be ignored: batches are of many requests."""
+        if "eta" in given:
+            raise CfvitError(
+                "eta is one for all requests: leave it out (only /explain takes it), or set it by PUT "
+                f"/v2/models/{self.settings.name}/parameters"
+            )
 
     async def explain(
         self, request: Request, eta: Annotated[float | None, Query(ge=0, le=1, allow_inf_nan=False)] = None
@@ -210,6 +219,7 @@ class Service:
         length, most = request.headers.get("inference-header-content-length"), self.settings.max_images
         size, body = self.model.image_size, await request.body()
         asked, images = await self._in_thread(protocol.read_request, body, length, size, most)
+        self._require_no_eta(asked.parameters)
         known = (await self.describe()).outputs
         names = [info.name for info in known]
         wanted = names if asked.outputs is None else [output.name for output in asked.outputs]
