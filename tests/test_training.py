@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -527,6 +528,17 @@ def test_coarse_stage_alone_resumes(restless: Recipe, tmp_path: Path) -> None:
     train(coarse, tmp_path / "stopped", resume=True)
     assert _log(tmp_path / "stopped", "eval") == _log(tmp_path / "whole", "eval")
     _assert_weights_equal(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_compiled_run_is_the_run_without(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a compiler that traces and makes no code, which is what takes long."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    short = recipe.replace({"method": "plain", "epochs": 1, "timm_kwargs": {"patch_size": 4, "depth": 2}})
+    for name, compile in (("whole", False), ("compiled", True)):
+        train(short.replace({"compile": compile}), tmp_path / name)
+    losses, expected = ([line["loss"] for line in _log(tmp_path / name, "train")] for name in ("compiled", "whole"))
+    assert losses == pytest.approx(expected, abs=1e-4)
+    assert _log(tmp_path / "compiled", "eval") == _log(tmp_path / "whole", "eval")
 
 
 @pytest.fixture
