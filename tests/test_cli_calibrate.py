@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from cfvit.calibration import (
 )
 from cfvit.calibration.calibrated import parse_record, read_calibration
 from cfvit.calibration.tradeoff import fit_mixture, fit_temperature
+from cfvit.checkpoints import save_exit
 from cfvit.data import eval_transform, find_images, open_image
 from cfvit.evaluation import calibrate as calibrate_module
 from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
@@ -217,6 +219,15 @@ def test_the_best_of_an_exit_is_fitted_and_chosen(
     assert any("% of the coarse logits" in line for line in outcome.out) == (chosen.coarse_weight > 0)
     assert run_calibrate(cfvit_main, model, colours, *arguments, "--measure", "entropy").status == 0
     assert read_calibration(tmp_path / "mine.json").measure == "entropy"
+
+
+def test_a_fine_stage_that_was_chosen_before_is_told(
+    cfvit_main: Cli, model: Path, network: CoarseToFineViT, colours: Path
+) -> None:
+    """It stays where eta is chosen again without --best, and the figures are of it."""
+    save_exit(network.exit, model, replace(network.config, informative_ratio=0.25))
+    outcome = run_calibrate(cfvit_main, model, colours, "--max-drop", 3)
+    assert any("informative_ratio 0.25, fine_merged 0, as --best chose" in line for line in outcome.err), outcome.err
 
 
 @pytest.mark.parametrize("flags", [("--gmacs", "BUDGET"), ("--max-drop", 3)], ids=["budget", "drop"])

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import httpx
 import pytest
@@ -31,6 +31,7 @@ from cfvit import (
     export,
     load,
     open_image,
+    save,
 )
 from cfvit.benchmark.contenders import Engines
 from cfvit.data import open_images
@@ -439,6 +440,10 @@ def test_an_export_replaces_another_and_no_model(
     assert {file.name for file in tmp_path.iterdir()} == {file.name for file in folder.iterdir()} | {"notes.txt"}
     with fails(f"{colour_model} holds a model, which would no longer load: choose another folder"):
         export(model, colour_model)
+    with fails(f"{folder} holds an exported model, beside which no other is found: choose another folder"):
+        save(model, folder)
+    with fails("the model is a PosixPath: give one that cfvit.load gives"):
+        export(cast(Any, colour_model), tmp_path)
 
 
 def test_an_unwritable_folder_is_refused_before_anything_is_read(

@@ -258,6 +258,9 @@ def test_nothing_is_resumed_or_overwritten_unasked(recipe: Recipe, tmp_path: Pat
     with fails("already holds a model"):
         train(recipe, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == b"somebody's model"
+    (tmp_path / "model.safetensors").rename(tmp_path / "cfvit.json")
+    with fails("already holds a model"):
+        train(recipe, tmp_path)
 
 
 def test_unreadable_images_end_a_run_with_workers(recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]) -> None:

@@ -61,6 +61,8 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         raise CfvitError(f"weights cannot be stored as {dtype}: give torch.bfloat16, torch.float16 or torch.float32")
     check_description(model, "the model", "correct its attributes to save it")
     folder = Path(folder)
+    if is_exported(folder):
+        raise CfvitError(f"{folder} holds an exported model, beside which no other is found: choose another folder")
     weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     known = getattr(model.backbone, "pretrained_cfg", {})  # a class of one's own may have none
     kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config

@@ -137,6 +137,7 @@ def calibrate(
         raise UsageError(str(error)) from error
     path = _calibration_path(model, out)
     network = load_model(model, None)
+    trained = trained_config(network, Path(model)) if Path(model).is_dir() else network.config
     calibration, config, unreadable = calibrate_model(
         network,
         data,
@@ -146,7 +147,7 @@ def calibrate(
         measure=checked,
         scale_temperatures=temperature_scaling,
         best=best,
-        fine_stages=fine_stages_of(network, trained_config(network, path.parent)) if best and out is None else (),
+        fine_stages=fine_stages_of(network, trained) if best and out is None else (),
         allow_missing_classes=allow_missing_classes,
         training=_training_images(model, train_data),
     )
@@ -157,8 +158,11 @@ def calibrate(
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     report_unreadable(unreadable)
-    if config != network.config:
-        say(f"fine stage: informative_ratio {config.informative_ratio:g}, fine_merged {config.fine_merged}")
+    if config != trained:
+        now, was = (
+            f"informative_ratio {c.informative_ratio:g}, fine_merged {c.fine_merged}" for c in (config, trained)
+        )
+        say(f"fine stage: {now}, as --best chose; in training {was}")
     say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))
     return int(bool(unreadable))
 

@@ -72,6 +72,8 @@ def export(
         CfvitError: a model that cannot be exported, graphs that differ from torch by more than `TOLERANCE`, too few
             images for ``int8``, packages that are not installed, a folder that cannot be written or holds a model.
     """
+    if not isinstance(model, CoarseToFineViT):
+        raise CfvitError(f"the model is a {type(model).__name__}: give one that cfvit.load gives")
     folder = Path(folder)
     if (folder / CONFIG_FILE).exists():
         raise CfvitError(f"{folder} holds a model, which would no longer load: choose another folder")

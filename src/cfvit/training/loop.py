@@ -27,6 +27,7 @@ from cfvit.data import TrainSampler, eval_loader, train_loader
 from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write, require_writable
+from cfvit.inference.engines.exported import is_exported
 from cfvit.processes import Process, join_processes
 from cfvit.training.log import Pace, Reporter
 from cfvit.training.recipe import Recipe
@@ -146,7 +147,7 @@ def _where_to_begin(
     path = out / CHECKPOINT_FILE
     if resume and not path.exists():
         raise CfvitError(f"{out} holds no run to resume: leave out --resume to start one")
-    if (out / WEIGHTS_FILE).exists() and not path.exists():
+    if ((out / WEIGHTS_FILE).exists() or is_exported(out)) and not path.exists():
         raise CfvitError(f"{out} already holds a model: choose another --out")
     if path.exists() and not resume:
         raise CfvitError(f"{out} already holds a run: add --resume to continue it, or choose another --out")
