@@ -21,6 +21,7 @@ import transformers
 from cfvit import CoarseToFineViT, create_model, load
 from cfvit.checkpoints import load_transformers
 from cfvit.methods.base import create_method
+from cfvit.modeling.weights import read_weights
 from cfvit.training.recipe import load_recipe
 
 SIZES: dict[str, Any] = {
@@ -142,7 +143,9 @@ def test_dinov2s_head_is_dropped_and_its_crop_decides_the_size(tmp_path: Path) -
 
 def test_what_is_guessed_is_told(tmp_path: Path) -> None:
     _theirs("vit", tmp_path, image_size=36)
+    assert read_weights(tmp_path).preprocessing["mean"] == (0.5, 0.4, 0.3)
     (tmp_path / "preprocessor_config.json").unlink()
+    assert read_weights(tmp_path).preprocessing == {}, "a run then takes timm's, and prints it"
     with pytest.warns(UserWarning) as said:
         model = load_transformers(tmp_path)
     texts = [str(warning.message) for warning in said]
