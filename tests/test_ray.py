@@ -61,43 +61,42 @@ def _workers() -> list[int]:
     return list(filter(is_below, workers))
 
 
-def test_with_a_worker_killed_in_the_middle_each_image_has_its_answer(
-    cluster: None, photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli
+def test_a_job_that_was_begun_alone_is_ended_on_a_cluster_of_which_a_worker_is_killed(
+    cluster: None, photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One by one, so that the same images meet in a batch here and there. By their name, workers do not decode."""
     alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
     given = ("predict", photos, "--model", colour_model, "--part-size", 1, "--output")
     undisturbed = cfvit_main(*given, alone)
+
+    def answered() -> list[Path]:
+        return sorted(together.with_name("together.jsonl.parts").glob("0*.jsonl"))
+
+    def interrupted(job: object) -> None:
+        for part in answered()[5:]:
+            part.unlink()
+        sys.exit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cfvit.deploy.batch.Job.join", interrupted)
+        assert cfvit_main(*given, together).status == 9
     killed: list[int] = []
 
     def kill_one() -> None:
-        parts = together.with_name("together.jsonl.parts")
-        while len(list(parts.glob("0*.jsonl"))) < 3:
+        while len(answered()) < 8:
             time.sleep(0.01)
-        os.kill((killed + _workers())[0], signal.SIGKILL)
-        killed.append(len(list(parts.glob("0*.jsonl"))))
+        os.kill(_workers()[0], signal.SIGKILL)
+        killed.append(len(answered()))
 
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     outcome = cfvit_main(*given, together, "--ray", "local", "--ray-workers", 2)
     killer.join(1)
     assert killed and killed[0] < 35
+    assert outcome.err[0] == "35 images, 5 of them answered before"
     assert outcome.status == undisturbed.status == 1
     assert outcome.err[-1] == undisturbed.err[-1]
     assert together.read_text() == alone.read_text()
-
-
-def test_a_job_that_was_begun_alone_is_ended_on_a_cluster(
-    cluster: None, photos: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given = ("predict", photos, "--model", colour_model, "--part-size", 9, "--output", tmp_path / "answers.jsonl")
-    with monkeypatch.context() as patch:
-        patch.setattr("cfvit.deploy.batch.Job.join", lambda job: (job.folder / "000001.jsonl").unlink() or sys.exit(9))
-        assert cfvit_main(*given).status == 9
-    outcome = cfvit_main(*given, "--ray", "local", "--ray-workers", 1)
-    assert outcome.status == 1
-    assert outcome.err[0] == "35 images, 26 of them answered before"
-    assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 35
 
 
 @pytest.mark.parametrize(
