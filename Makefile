@@ -21,11 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	@$(BIN)/cfvit demo
 
-# Exports apart: in the whole suite OpenVINO twice ended the process that ran its tests. Ray is started once.
+# Exports apart: in the whole suite OpenVINO twice ended the process that ran its tests. Ray, whose tests mostly wait,
+# has the process beside them.
 test: setup
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --ignore tests/test_export.py --ignore tests/test_ray.py
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/test_export.py
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_ray.py
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile tests/test_export.py tests/test_ray.py
 
 check: setup
 	@$(BIN)/ruff check .
