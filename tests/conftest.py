@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from cfvit import CfvitError, CoarseToFineViT, Prediction, create_model, save
 from cfvit.cli import main
 from cfvit.data import EvalImages, open_data
+from cfvit.evaluation import timing
 from cfvit.inference.engines import packing
 from cfvit.methods.base import Method
 from cfvit.methods.multi_exit import MultiExit
 from cfvit.modeling import cost
+from cfvit.modeling import model as model_module
 from cfvit.training import log
 from cfvit.training.recipe import Recipe
 
@@ -47,6 +49,20 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing, whatever this processor would say of it."""
     monkeypatch.setattr(packing, "packing_pays", lambda: True)
     monkeypatch.setattr(packing, "convolving_pays", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def each_block_gives_its_class_attention() -> Iterator[None]:
+    """So that networks of two blocks have a mean of it, which otherwise begins at the 4th: each block takes long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_module, "FIRST_ATTENTION_BLOCK", 0)
+        yield
+
+
+@pytest.fixture
+def timed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One round of calls takes a third of the time without the two in front that are not counted."""
+    monkeypatch.setattr(timing, "WARM_UP", 0)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -185,12 +201,12 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_recipe(colours: Path) -> Recipe:
-    """An epoch of a network of 16 x 16 pixels on `colours`."""
+    """An epoch of a network of 16 x 16 pixels and two blocks on `colours`."""
     return Recipe(
         data=(str(colours),),
         holdout=0.2,
         backbone="test_vit",
-        timm_kwargs={"patch_size": 4},
+        timm_kwargs={"patch_size": 4, "depth": 2},
         coarse_grid=2,
         epochs=1,
         batch_size=16,
@@ -211,12 +227,8 @@ def fails() -> Callable[..., AbstractContextManager[None]]:
     return expect
 
 
-@pytest.fixture(scope="session")
-def colour_model(
-    make_model: Callable[..., CoarseToFineViT], colours: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A saved, untrained model of the colours; at its eta some of ``val`` exit and some go on. Only to be read."""
-    model = make_model(num_classes=len(COLOURS))
+def _save_colour_model(model: CoarseToFineViT, colours: Path, place: Path) -> Path:
+    """Saves an untrained model as one of the colours; at its eta some of ``val`` exit and some go on."""
     model.class_names = list(COLOURS)
     model.data_config["crop_pct"] = 1.0
     images = EvalImages(open_data(str(colours), "validation"), model.data_config)
@@ -225,9 +237,25 @@ def colour_model(
     third = len(images) // 3
     widest = third + int(confidence[third:-third].diff().argmax())
     model.threshold = float(confidence[widest : widest + 2].mean())
-    folder = tmp_path_factory.mktemp("colour_model") / "model"
-    save(model, folder)
-    return folder
+    save(model, place / "model")
+    return place / "model"
+
+
+@pytest.fixture(scope="session")
+def colour_model(
+    make_model: Callable[..., CoarseToFineViT], colours: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A saved, untrained model of the colours. Only to be read."""
+    return _save_colour_model(make_model(num_classes=len(COLOURS)), colours, tmp_path_factory.mktemp("colour_model"))
+
+
+@pytest.fixture(scope="session")
+def shallow_colour_model(
+    make_model: Callable[..., CoarseToFineViT], colours: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The same of two blocks, for what takes long for each. Only to be read."""
+    model = make_model(num_classes=len(COLOURS), depth=2)
+    return _save_colour_model(model, colours, tmp_path_factory.mktemp("shallow_colour_model"))
 
 
 @dataclass(frozen=True)

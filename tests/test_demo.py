@@ -81,7 +81,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "compare_with_backbone", partial(compare_with_backbone, rounds=1))
 
 
-@pytest.mark.usefixtures("small")
+@pytest.mark.usefixtures("small", "timed_at_once")
 def test_the_demo_trains_compares_draws_and_classifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out"
     run_demo(out, epochs=1)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -36,7 +37,8 @@ from cfvit import (
 from cfvit.benchmark.contenders import Engines
 from cfvit.data import open_images
 from cfvit.deploy import export as export_module
-from cfvit.deploy.graphs import stage_graphs
+from cfvit.deploy import graphs
+from cfvit.deploy.graphs import stage_graphs, trace
 from cfvit.deploy.quantising import calibration_images, warn_if_slow, warn_of_loss
 from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
 from cfvit.inference.engines.exported import (
@@ -53,8 +55,14 @@ from cfvit.inference.engines.exported import (
 from cfvit.modeling.exit import Exit
 from cfvit.plots.explain import explain
 
+pytestmark = pytest.mark.usefixtures("each_block_gives_its_class_attention")
 Fails = Callable[..., AbstractContextManager[None]]
 FORMATS: tuple[Format, ...] = get_args(Format)
+
+
+@pytest.fixture(scope="module")
+def colour_model(shallow_colour_model: Path) -> Path:
+    return shallow_colour_model
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +72,14 @@ def model(colour_model: Path) -> CoarseToFineViT:
 
 @pytest.fixture(scope="module")
 def traced(model: CoarseToFineViT) -> Iterator[None]:
-    """Within it, exports of this model take the graphs that torch traced once, which is what takes long."""
-    graphs = stage_graphs(model)
+    """Within it, exports of this model and of its backbone take the graphs that torch traced once, which takes long."""
+    stages = stage_graphs(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            export_module, "stage_graphs", lambda each: graphs if each.config == model.config else stage_graphs(each)
+            export_module, "stage_graphs", lambda each: stages if each.config == model.config else stage_graphs(each)
         )
+        plain = cache(partial(trace, model.backbone, {"x": _images(model, 2)}, ["logits"]))
+        patch.setattr(graphs, "trace", lambda *given: plain() if given[2] == ["logits"] else trace(*given))
         yield
 
 
@@ -265,8 +275,9 @@ def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path,
     assert app.state.service.scheduler.drain(20)
 
 
+@pytest.mark.usefixtures("traced", "timed_at_once")
 def test_the_benchmark_sets_exported_engines_beside_the_plain_backbone(
-    model: CoarseToFineViT, colour_model: Path, traced: None, cfvit_main: Callable[..., Outcome]
+    model: CoarseToFineViT, colour_model: Path, cfvit_main: Callable[..., Outcome]
 ) -> None:
     images = _images(model, 3)
     torch.testing.assert_close(Engines(model).plain("onnx")(images), model.backbone(images), atol=1e-4, rtol=0)
@@ -317,7 +328,7 @@ def test_compiling_is_for_torch(folder: Path, fails: Fails) -> None:
 def test_other_models_can_be_exported(
     changes: dict[str, Any], make_model: Callable[..., CoarseToFineViT], tmp_path: Path
 ) -> None:
-    model = make_model(**{"depth": 2, **changes})
+    model = make_model(**{"depth": 1, **changes})
     model.exit = Exit("margin", coarse_weight=0.3)
     images = _images(model, 5)
     assert export(model, tmp_path, images=images).difference < 1e-4

@@ -40,6 +40,7 @@ from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe
 from cfvit.training.setup import open_run
 
+pytestmark = pytest.mark.usefixtures("each_block_gives_its_class_attention")
 MEASURED = "Images per second are of the first seed"
 CPU = Process(0, 1, torch.device("cpu"))
 Fails = Callable[..., AbstractContextManager[None]]
@@ -48,7 +49,7 @@ Main = Callable[..., Outcome]
 TINY: dict[str, Any] = {
     "holdout": 0.2,
     "backbone": "test_vit",
-    "timm_kwargs": {"patch_size": 4},
+    "timm_kwargs": {"patch_size": 4, "depth": 2},
     "coarse_grid": 3,
     "epochs": 2,
     "all_cells_share": 0.5,
@@ -66,7 +67,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu(monkeypatch: pytest.MonkeyPatch, timed_at_once: None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 

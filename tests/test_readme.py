@@ -26,8 +26,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY_BACKBONE = ["--backbone", "test_vit"]
-TINY_LVVIT = shlex.split("--timm-kwargs.embed-dim 32 --timm-kwargs.depth 4 --timm-kwargs.num-heads 2")
-TINY_TRAINING = ["--coarse-grid", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0"]
+TINY_LVVIT = ["--timm-kwargs.embed-dim", "32", "--timm-kwargs.num-heads", "2"]
+TINY_TRAINING = shlex.split("--timm-kwargs.depth 2 --coarse-grid 2 --epochs 1 --batch-size 4 --workers 0")
 TINY_BENCH = ["--rounds", "1", "--batch-sizes", "2", "--no-peers"]
 
 
@@ -57,7 +57,9 @@ def test_python_blocks_run_one_after_another(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture(scope="module")
-def furnished(tmp_path_factory: pytest.TempPathFactory, colours: Path, colour_model: Path, authors_file: Path) -> Path:
+def furnished(
+    tmp_path_factory: pytest.TempPathFactory, colours: Path, shallow_colour_model: Path, authors_file: Path
+) -> Path:
     """A folder where every placeholder of the pages is a file or folder of that name, or may become one."""
     place = tmp_path_factory.mktemp("furnished")
     for name in ("DATA", "IMAGENET"):
@@ -66,7 +68,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, colours: Path, colour_mo
                 (place / name / split / colour).mkdir(parents=True)
                 for i in range(4):
                     shutil.copy(colours / split / colour / f"{i}.png", place / name / split / colour)
-    shutil.copytree(colour_model, place / "MODEL")
+    shutil.copytree(shallow_colour_model, place / "MODEL")
     chosen = calibrate(torch.eye(3), torch.eye(3), torch.arange(3), StageMacs(1, 1, 2), Saving(10))
     write_calibration(chosen, place / "MODEL" / "calibration.json")
     write_calibration(chosen, place / "mine.json")
@@ -74,13 +76,13 @@ def furnished(tmp_path_factory: pytest.TempPathFactory, colours: Path, colour_mo
     shutil.copy(colours / "val" / "red" / "0.png", place / "photo.jpg")
     (place / "photos").mkdir()
     shutil.copy(colours / "val" / "blue" / "1.png", place / "photos")
-    backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64)
+    backbone = timm.create_model("test_vit", num_classes=len(COLOURS), img_size=64, depth=2)
     save_file(backbone.state_dict(), place / "my_vit.safetensors")
     (place / "WEIGHTS").mkdir()
     described = {"architecture": "test_vit", "label_names": list(COLOURS)}
     (place / "WEIGHTS" / "config.json").write_text(json.dumps(described))
     shutil.copy(place / "my_vit.safetensors", place / "WEIGHTS" / "model.safetensors")
-    ours = load_file(colour_model / "model.safetensors").items()
+    ours = load_file(shallow_colour_model / "model.safetensors").items()
     plain = {name.removeprefix("backbone."): tensor for name, tensor in ours if name.startswith("backbone.")}
     save_file(plain, place / "plain_of_model.safetensors")
     for name in ("PHOTOS", "MORE_PHOTOS"):
@@ -110,6 +112,8 @@ def _in_small(words: Sequence[str]) -> list[str]:
     command, *arguments = words
     if command != "train":  # each line runs alone, so a trained model stands for the run of the line before
         arguments = [{"RUN": "MODEL"}.get(word, word) for word in arguments]
+    if command == "export":
+        arguments[0] = "MODEL"
     if command == "train":
         if "--token-labels" in arguments:
             arguments[arguments.index("--token-labels") + 1] = "maps"
@@ -133,6 +137,8 @@ def _in_small(words: Sequence[str]) -> list[str]:
     elif command == "bench":
         if "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
+        elif "--model" not in arguments:
+            arguments += ["--model", "MODEL"]
         if "--batch-sizes" in arguments:  # to which more would be added
             first = arguments.index("--batch-sizes") + 1
             while arguments[first:] and arguments[first].isdecimal():
@@ -154,6 +160,7 @@ def _cfvit_arguments(line: str) -> list[str] | None:
     return words[1:] if words[0] == "cfvit" else None
 
 
+@pytest.mark.usefixtures("timed_at_once")
 @pytest.mark.parametrize("line", COMMANDS.values())
 def test_console_lines_run(
     line: str, place: Path, cfvit_main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

@@ -288,7 +288,7 @@ def label_maps(colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def token_recipe(recipe: Recipe, label_maps: Path) -> Recipe:
-    tiny = {"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8}
+    tiny = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
     changes = {"backbone": "lvvit_tiny_patch16_224", "timm_kwargs": tiny, "coarse_grid": "2x3", "hflip": 0.5}
     return recipe.replace({**changes, "token_labels": str(label_maps), "mix_token": True, "ema_decay": 0.9})
 
@@ -474,7 +474,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(recipe: Recipe, tmp_
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["lr"] == one["lr"]
     expected = load_file(tmp_path / "once" / "model.safetensors")
-    start = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4).state_dict()
+    start = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4, depth=2).state_dict()
     assert not torch.allclose(expected["backbone.head.bias"], start["backbone.head.bias"], atol=1e-3)
     for name, tensor in load_file(tmp_path / "twice" / "model.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
@@ -545,7 +545,13 @@ def test_a_compiled_run_is_the_run_without(recipe: Recipe, tmp_path: Path, monke
 
 
 @pytest.fixture
-def forkable(restless: Recipe) -> Recipe:
+def two_blocks_give_their_class_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that there are, in place of those from the 4th on."""
+    monkeypatch.setattr("cfvit.modeling.model.FIRST_ATTENTION_BLOCK", 0)
+
+
+@pytest.fixture
+def forkable(restless: Recipe, two_blocks_give_their_class_attention: None) -> Recipe:
     """Two epochs of which the first splits all cells."""
     return restless.replace({"epochs": 2, "all_cells_share": 0.5})
 
@@ -633,6 +639,7 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("two_blocks_give_their_class_attention")
 @pytest.mark.parametrize(
     "variants",
     [
@@ -648,7 +655,7 @@ def test_the_papers_variants_learn_digits(variants: dict[str, Any], few_digits: 
         "data": str(few_digits),
         "holdout": 0.0,
         "coarse_grid": 2,
-        "timm_kwargs": {"patch_size": 4, "depth": 5},  # two blocks give their class attention
+        "timm_kwargs": {"patch_size": 4, "depth": 2},
         "epochs": 7,
         "lr_base": 1e-2,
         "warmup_epochs": 0.5,
@@ -667,7 +674,7 @@ def test_plain_backbone_is_saved_for_timm(recipe: Recipe, tmp_path: Path) -> Non
     figures = train(plain, tmp_path / "plain")
     assert set(figures) == {"validation_plain_top1", "validation_plain_top5"}
     checkpoint = torch.load(tmp_path / "plain" / "checkpoint.pt", weights_only=True)["model"]
-    reference = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4).eval()
+    reference = create_model("test_vit", num_classes=3, coarse_grid=2, patch_size=4, depth=2).eval()
     reference.backbone.load_state_dict(checkpoint)
     backbone = timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -694,7 +701,8 @@ def _train_with_two_processes(recipe: Recipe, out: Path) -> None:
 
 def test_two_processes_count_every_image_once(recipe: Recipe, colours: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    _train_with_two_processes(recipe.replace({"epochs": 1, "lr_base": 1e-6, "min_lr": 0.0, "batch_size": 8}), out)
+    untrained = {"timm_kwargs": {"patch_size": 4}, "lr_base": 1e-6, "min_lr": 0.0}
+    _train_with_two_processes(recipe.replace({**untrained, "epochs": 1, "batch_size": 8}), out)
     assert [line["step"] for line in _log(out, "train")] == [1, 2, 3, 4, 5]
     (figures,) = _log(out, "eval")
     evaluation = evaluate_model(load(out), open_data(str(colours), "validation"), [], 16, 0, CPU)
