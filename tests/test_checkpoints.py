@@ -379,6 +379,13 @@ def test_a_run_of_another_method_is_told(method: str, tmp_path: Path, fails: Cal
         load(tmp_path)
 
 
+def test_a_run_that_was_stopped_before_its_first_model_is_told(tmp_path: Path, fails: Callable[..., Any]) -> None:
+    (tmp_path / "recipe.yaml").write_text("backbone: deit_tiny_patch16_224\nmethod: cf_vit\n")
+    (tmp_path / "checkpoint.pt").touch()
+    with fails("holds a run without a model, which the first evaluation writes: continue it with --resume"):
+        load(tmp_path)
+
+
 def test_no_such_model(fails: Callable[..., Any]) -> None:
     with fails("no model 'deit_tiny_imaginary': give a saved folder"):
         load("deit_tiny_imaginary")

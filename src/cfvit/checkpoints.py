@@ -208,6 +208,10 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
         recipe = folder / "recipe.yaml"
+        if (folder / "checkpoint.pt").is_file() and not (folder / WEIGHTS_FILE).exists():
+            raise CfvitError(
+                f"{folder} holds a run without a model, which the first evaluation writes: continue it with --resume"
+            ) from error
         if recipe.is_file() and (method := re.search(r"^method: (\w+)", recipe.read_text(), re.MULTILINE)):
             raise CfvitError(
                 f"{folder} holds a run of --method {method[1]}, which is no coarse-to-fine model: "
