@@ -229,6 +229,14 @@ def test_a_log_in_a_file_follows_steps_and_evaluations(
     assert lines[-1] == f"{few}or give a larger --holdout"
 
 
+def test_a_run_without_a_holdout_says_that_it_chose_no_eta(
+    recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(recipe.replace({"epochs": 1, "holdout": 0.005}), tmp_path / "run")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "no image was held out, so no eta was chosen: cfvit calibrate chooses it"
+
+
 def test_a_stop_during_an_evaluation_is_acknowledged_and_kept(
     recipe: Recipe,
     tmp_path: Path,

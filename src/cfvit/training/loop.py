@@ -270,6 +270,8 @@ class _Run:
         if "threshold" in figures and held < FEW_IMAGES:
             few = f"{held} held-out image{'s' * (held > 1)}, too few to rely on it"
             reporter.say(f"eta was chosen on {few}: choose it on more with cfvit calibrate, or give a larger --holdout")
+        elif not held and getattr(self.trained.model, "threshold", 0.0) is None:
+            reporter.say("no image was held out, so no eta was chosen: cfvit calibrate chooses it")
         return figures
 
     def _require_finite(self, name: str, values: Tensor) -> None:
