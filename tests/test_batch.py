@@ -10,6 +10,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ import torch
 from conftest import Outcome
 
 from cfvit import load, save
+from cfvit.checkpoints import weights_digest
 from cfvit.cli import main
-from cfvit.deploy.batch import deal
+from cfvit.deploy.batch import deal, model_digest
 from cfvit.errors import UsageError
+from cfvit.inference.engines.exported import ExportedModel, Quantised, Scores
 
 Cli = Callable[..., Outcome]
 
@@ -265,6 +268,30 @@ def test_other_settings_are_refused(
     assert says in outcome.err[0]
     assert "remove" in outcome.err[0]
     assert _contents(folder) == before
+
+
+def test_paths_from_another_folder_are_refused(
+    photos: Path, command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfvit_main: Cli
+) -> None:
+    """They would lead nowhere: the list of images has them as they were given."""
+    output = tmp_path / "answers.jsonl"
+    monkeypatch.chdir(photos.parent)
+    assert _killed(["predict", photos.name, *command[2:], output], 4, "after")
+    monkeypatch.chdir(tmp_path)
+    outcome = cfvit_main(*command, output)
+    assert (outcome.status, len(outcome.err)) == (1, 1)
+    (tmp_path / photos.name).symlink_to(photos)
+    outcome = cfvit_main("predict", photos.name, *command[2:], output)
+    assert f"was begun with working folder {photos.parent}, not {tmp_path}" in outcome.err[0]
+
+
+def test_the_same_weights_in_eight_bits_are_another_model(colour_model: Path) -> None:
+    model, scores = load(colour_model), Scores(50, 60, None, None, None)
+    told = {f.name: getattr(model, f.name, None) for f in fields(ExportedModel)}
+    exported = ExportedModel(**{**told, "format": "openvino", "source": weights_digest(model)})
+    int8 = replace(exported, quantised=Quantised(100, 100, "accuracy", scores, scores))
+    assert len({model_digest(each) for each in (model, exported, int8)}) == 3
+    assert model_digest(replace(exported, exit=replace(model.exit, eta=0.1))) == model_digest(exported)
 
 
 def test_the_images_are_those_of_the_start(photos: Path, command: list[Any], tmp_path: Path, cfvit_main: Cli) -> None:

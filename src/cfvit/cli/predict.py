@@ -134,7 +134,8 @@ def _predict_into(
 
     shard = options.get("shard")
     settings = {
-        "photos": [str(path.absolute()) for path in paths],
+        "photos": [str(path) for path in paths],
+        "working_folder": None if all(path.is_absolute() for path in paths) else str(Path.cwd()),
         "model": model_digest(predictor.model),
         "threshold": predictor.threshold,
         "scaled_decode": scaled_decode,

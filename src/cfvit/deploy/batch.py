@@ -51,10 +51,10 @@ def deal(paths: Iterable[Path], shard: str) -> Iterator[Path]:
 
 def model_digest(model: CoarseToFineViT | ExportedModel) -> str:
     """16 hexadecimal digits of all that a model's answers depend on, but eta."""
-    source = model.source if isinstance(model, ExportedModel) else weights_digest(model)
-    format = model.format if isinstance(model, ExportedModel) else "torch"
+    exported = isinstance(model, ExportedModel)
+    source = (model.source, model.format, model.quantised) if exported else weights_digest(model)
     rule = dataclasses.replace(model.exit, eta=None)
-    about = repr((source, format, model.config, rule, model.class_names, sorted(model.data_config.items())))
+    about = repr((source, model.config, rule, model.class_names, sorted(model.data_config.items())))
     return hashlib.blake2b(about.encode(), digest_size=8).hexdigest()
 
 
