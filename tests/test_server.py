@@ -222,6 +222,8 @@ def test_the_inference_protocol_tells_of_the_model(client: TestClient, photos: l
     about = client.get(MODEL).json()
     assert about["inputs"][0] == {"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}
     outputs = {each["name"]: each for each in about["outputs"]}
+    for version in about.get("versions", []):  # those that have addresses
+        assert client.get(f"{MODEL}/versions/{version}").status_code == 200
     asked = {"id": "17", "inputs": [encoded(photos[:2])], "outputs": [{"name": "label"}, {"name": "stage"}]}
     answer = client.post(INFER, json=asked).raise_for_status().json()
     assert (answer["id"], answer["model_name"]) == ("17", "colours")
@@ -474,6 +476,16 @@ def test_images_beyond_the_limit_are_refused_at_once(held: Predictor, photos: li
         assert (await first).status_code == 200
 
     serve(held, use, {"max_waiting": 3})
+
+
+def test_more_images_than_may_wait_are_no_request_to_try_again(predictor: Predictor, photos: list[bytes]) -> None:
+    async def use(client: httpx.AsyncClient, service: Any) -> None:
+        form = [("image", ("a", photo)) for photo in photos[:4]]
+        refusal(await client.post("/predict", files=form), 400, "at most 3 files")
+        refusal(await client.post(INFER, json={"inputs": [encoded(photos[:4])]}), 400, "n from 1 to 3")
+        assert (await client.post("/predict", files=form[:3])).status_code == 200
+
+    serve(predictor, use, {"max_waiting": 3})
 
 
 def test_a_client_that_leaves_frees_its_place(held: Predictor, photos: list[bytes]) -> None:

@@ -104,7 +104,6 @@ class ModelMetadata(BaseModel):
     """Metadata of a model, by the Open Inference Protocol. One of the inputs is to be given."""
 
     name: str
-    versions: list[str]
     platform: str
     inputs: list[TensorInfo]
     outputs: list[TensorInfo]

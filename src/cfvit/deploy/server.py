@@ -150,6 +150,7 @@ class Service:
         self.settings, self.model, self.macs = settings, predictor.model, predictor.macs
         Predictor(predictor.engine, 1.0)(torch.zeros(1, 3, *self.model.image_size))  # the first batches are slow
         self.metrics, self.scheduler = Metrics(), scheduler
+        self.max_images = min(settings.max_images, scheduler.max_waiting)  # more would never be let in
         scheduler.watch = self.metrics.count_batch
         self.decoders = ThreadPoolExecutor(settings.decoders, "cfvit-decoder")
         self.transform = eval_transform(self.model.data_config)
@@ -216,7 +217,7 @@ class Service:
 
     async def infer(self, request: Request) -> JSONResponse:
         """Classify by the Open Inference Protocol: tensors as JSON, or behind it by the protocol's binary extension."""
-        length, most = request.headers.get("inference-header-content-length"), self.settings.max_images
+        length, most = request.headers.get("inference-header-content-length"), self.max_images
         size, body = self.model.image_size, await request.body()
         asked, images = await self._in_thread(protocol.read_request, body, length, size, most)
         self._require_no_eta(asked.parameters)
@@ -253,9 +254,7 @@ class Service:
         }
         infos = [protocol.TensorInfo(name=n, datatype=kind, shape=shape) for n, (kind, shape) in tensors.items()]
         platform = f"cfvit_{getattr(self.model, 'format', 'torch')}"
-        return protocol.ModelMetadata(
-            name=self.settings.name, versions=["1"], platform=platform, inputs=infos[:2], outputs=infos[2:]
-        )
+        return protocol.ModelMetadata(name=self.settings.name, platform=platform, inputs=infos[:2], outputs=infos[2:])
 
     async def server(self) -> dict[str, Any]:
         """Tell what this server is."""
@@ -318,7 +317,7 @@ class Service:
 
     async def _uploaded(self, request: Request, most: int | None = None) -> list[bytes]:
         """The image files of a request, as they came."""
-        most = self.settings.max_images if most is None else most
+        most = self.max_images if most is None else most
         if not request.headers.get("content-type", "").lower().startswith("multipart/"):
             if body := await request.body():
                 return [body]
