@@ -242,6 +242,12 @@ def test_any_engine_predicts_and_streams(model: CoarseToFineViT) -> None:
         Predictor(_Means(model), 0.5, compile=True)
 
 
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile, torch.nn.Module.state_dict])
+def test_what_is_no_model_is_refused(wrap: Any, model: CoarseToFineViT) -> None:
+    with pytest.raises(CfvitError, match=r"^the model is a \w+: give one as cfvit.load gives it"):
+        Predictor(wrap(model), 0.5)
+
+
 @pytest.mark.parametrize("threshold", [-0.1, 1.1, float("nan"), "0.5", [0.5], 0.5j, torch.ones(2), True, False])
 def test_a_threshold_that_is_no_number_in_its_range_is_refused(model: CoarseToFineViT, threshold: Any) -> None:
     with pytest.raises(CfvitError, match=rf"^threshold is {re.escape(repr(threshold))}: give a number between 0"):

@@ -52,7 +52,7 @@ class Predictor:
 
     Raises:
         CfvitError: a threshold that is no number in [0, 1], or none given and none calibrated; another ``compile``; a
-            folder without an exported model.
+            folder without an exported model, or what is none of these.
     """
 
     def __init__(
@@ -68,6 +68,11 @@ class Predictor:
             raise CfvitError(f"compile is {compile!r}: leave it out, it is for models in torch alone")
         else:
             self.engine = ExportedEngine(model) if isinstance(model, (str, Path)) else model
+        if not isinstance(self.engine, Engine):  # such as a model that is wrapped, or its weights
+            raise CfvitError(
+                f"the model is a {type(model).__name__}: give one as cfvit.load gives it, a folder of cfvit export, or "
+                "an Engine"
+            )
         self.model: Any = self.engine.model
         eta = self.model.threshold if threshold is None else threshold
         if eta is None:

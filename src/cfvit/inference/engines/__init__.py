@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs both stages of a model. `cfvit.Predictor` and its streams are written on this alone.
 
