@@ -372,9 +372,12 @@ def test_what_would_mislead_is_refused_on_loading_and_on_saving(
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("method", ["cascade", "dvt", "msdnet"])
-def test_a_run_of_another_method_is_told(method: str, tmp_path: Path, fails: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("method", "place"), [("cascade", "small"), ("dvt", "."), ("msdnet", ".")])
+def test_a_run_of_another_method_is_told(method: str, place: str, tmp_path: Path, fails: Callable[..., Any]) -> None:
     (tmp_path / "recipe.yaml").write_text(f"backbone: deit_tiny_patch16_224\nmethod: {method}\n")
+    (tmp_path / "checkpoint.pt").touch()
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "model.safetensors").touch()
     with fails(f"holds a run of --method {method}, which is no coarse-to-fine model: give"):
         load(tmp_path)
 

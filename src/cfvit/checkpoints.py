@@ -208,7 +208,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
     except FileNotFoundError as error:
         recipe = folder / "recipe.yaml"
-        if (folder / "checkpoint.pt").is_file() and not (folder / WEIGHTS_FILE).exists():
+        if (folder / "checkpoint.pt").is_file() and not any(folder.rglob(WEIGHTS_FILE)):  # a cascade has folders of two
             raise CfvitError(
                 f"{folder} holds a run without a model, which the first evaluation writes: continue it with --resume"
             ) from error
