@@ -413,6 +413,15 @@ def test_calibrate_gives_the_promise_in_words_and_the_figures_of_its_images() ->
     assert "none" in _calibrate(images, Drop(1)).promise
 
 
+def test_logits_may_have_gradients() -> None:
+    coarse, fine, labels = _simulate(300, 0)
+    expected = calibrate(coarse, fine, labels, MACS, Saving(40), coarse_weight=0.2)
+    coarse, fine = coarse.requires_grad_(), fine.requires_grad_()
+    assert calibrate(coarse, fine, labels, MACS, Saving(40), coarse_weight=0.2) == expected
+    assert check_drift(expected, coarse) == check_drift(expected, coarse.detach())
+    assert fit_mixture(coarse, fine, labels) == fit_mixture(coarse.detach(), fine.detach(), labels)
+
+
 def test_at_eta_1_nothing_is_lost_for_certain() -> None:
     chosen = _calibrate(_simulate(100, 3), Drop(0))
     assert chosen.threshold < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import get_args
 
@@ -116,7 +117,7 @@ def test_expected_cost_charges_both_stages_to_images_that_go_on() -> None:
     assert macs.expected(1) == macs.both == 40
 
 
-@pytest.mark.parametrize("share", [-0.01, 1.01, float("nan")])
+@pytest.mark.parametrize("share", [-0.01, 1.01, float("nan"), torch.tensor(0.25)])
 def test_a_share_outside_its_range_is_refused(share: float) -> None:
-    with pytest.raises(CfvitError, match=rf"^fine_share is {share}: give"):
+    with pytest.raises(CfvitError, match=rf"^fine_share is {re.escape(repr(share))}: give a number .*float\("):
         StageMacs(coarse=10, fine=30, backbone=50).expected(share)

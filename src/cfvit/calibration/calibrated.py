@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 
 import numpy as np
 import scipy
+import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -270,6 +271,7 @@ class Drift:
     distance_p: float  # its p-value, too high rather than too low
 
 
+@torch.no_grad()
 def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 0.01) -> Drift:
     """Compares images in use with the calibration images: do as many go on, and is the confidence alike?
 

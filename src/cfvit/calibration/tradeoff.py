@@ -155,6 +155,7 @@ class TradeOff:
         return min(top, float(np.nextafter(1.0, 0.0)))  # at 1 all would go on
 
 
+@torch.no_grad()  # logits may come straight from a model
 def rank_images(
     coarse: Tensor, fine: Tensor, labels: Tensor, measure: Measure = "max_probability", temperature: float = 1.0
 ) -> TradeOff:
@@ -218,6 +219,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp((low + high) / 2)
 
 
+@torch.no_grad()
 def fit_mixture(coarse: Tensor, fine: Tensor, labels: Tensor) -> tuple[float, float]:
     """The mixture of both stages' answers with the least cross entropy, for images that both have seen.
 

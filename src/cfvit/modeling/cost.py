@@ -52,7 +52,7 @@ class StageMacs:
             CfvitError: a share outside [0, 1].
         """
         if not (is_number(fine_share) and 0 <= fine_share <= 1):
-            raise CfvitError(f"fine_share is {fine_share!r}: give a share between 0 and 1")
+            raise CfvitError(f"fine_share is {fine_share!r}: give a number from 0 to 1, such as float(share)")
         return self.coarse + fine_share * self.fine
 
 
