@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import cfvit
-from cfvit import Calibration, CoarseToFineViT, Predictor, StageMacs, calibrate, load
+from cfvit import Calibration, CoarseToFineViT, Predictor, StageMacs, calibrate, load, save
 from cfvit.calibration import (
     Accuracy,
     Drop,
@@ -222,10 +222,13 @@ def test_the_best_of_an_exit_is_fitted_and_chosen(
 
 
 def test_a_fine_stage_that_was_chosen_before_is_told(
-    cfvit_main: Cli, model: Path, network: CoarseToFineViT, colours: Path
+    cfvit_main: Cli, model: Path, network: CoarseToFineViT, colours: Path, tmp_path: Path
 ) -> None:
-    """It stays where eta is chosen again without --best, and the figures are of it."""
+    """It stays where eta is chosen again without --best, and the figures are of it; also in a copy of the model."""
     save_exit(network.exit, model, replace(network.config, informative_ratio=0.25))
+    save(load(model), tmp_path / "copy")
+    copied = load(tmp_path / "copy")
+    assert (copied.config.informative_ratio, copied.trained) == (0.25, network.config)
     outcome = run_calibrate(cfvit_main, model, colours, "--max-drop", 3)
     assert any("informative_ratio 0.25, fine_merged 0, as --best chose" in line for line in outcome.err), outcome.err
 

@@ -72,6 +72,7 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "class_names": model.class_names,
         "exit": asdict(model.exit),
         **({} if model.class_order is None else {"class_order": model.class_order}),
+        **({} if _fine_stage(model.trained) == _fine_stage(model.config) else {"trained": _fine_stage(model.trained)}),
         # what timm has to find here to make the plain ViT of the model, by `backbones.cfvit_backbone`
         "model_type": MODEL_TYPE,
         "architecture": backbones.cfvit_backbone.__name__,
@@ -94,7 +95,7 @@ def save_exit(exit: Exit, folder: Path, model: ModelConfig | None = None) -> Non
     """
     config = json.loads((folder / CONFIG_FILE).read_text())
     if model is not None:
-        fine = {"informative_ratio": model.informative_ratio, "fine_merged": model.fine_merged}
+        fine = _fine_stage(model)
         was = {name: config["model"].get(name, 0) for name in fine}
         if fine != was:
             config["trained"] = config.get("trained", was)
@@ -102,9 +103,9 @@ def save_exit(exit: Exit, folder: Path, model: ModelConfig | None = None) -> Non
     _write_config(folder, {**config, "exit": asdict(exit)})
 
 
-def trained_config(model: CoarseToFineViT, folder: Path) -> ModelConfig:
-    """The configuration of a saved model with the fine stage that it was trained with, whatever was chosen since."""
-    return replace(model.config, **json.loads((folder / CONFIG_FILE).read_text()).get("trained", {}))
+def _fine_stage(config: ModelConfig) -> dict[str, Any]:
+    """What of a configuration may be chosen after training."""
+    return {"informative_ratio": config.informative_ratio, "fine_merged": config.fine_merged}
 
 
 def _write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -203,6 +204,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
         model = CoarseToFineViT(ModelConfig(**config["model"]))
+        model.trained = replace(model.config, **config.get("trained", {}))
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
         model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")

@@ -125,7 +125,7 @@ def calibrate(
         train_data: data that the model was trained on; by default from its recipe.yaml
     """
     from cfvit.calibration.calibrated import write_calibration
-    from cfvit.checkpoints import save_exit, trained_config
+    from cfvit.checkpoints import save_exit
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.modeling.exit import Exit
 
@@ -137,7 +137,6 @@ def calibrate(
         raise UsageError(str(error)) from error
     path = _calibration_path(model, out)
     network = load_model(model, None)
-    trained = trained_config(network, Path(model)) if Path(model).is_dir() else network.config
     calibration, config, unreadable = calibrate_model(
         network,
         data,
@@ -147,7 +146,7 @@ def calibrate(
         measure=checked,
         scale_temperatures=temperature_scaling,
         best=best,
-        fine_stages=fine_stages_of(network, trained) if best and out is None else (),
+        fine_stages=fine_stages_of(network) if best and out is None else (),
         allow_missing_classes=allow_missing_classes,
         training=_training_images(model, train_data),
     )
@@ -158,9 +157,9 @@ def calibrate(
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     report_unreadable(unreadable)
-    if config != trained:
+    if config != network.trained:
         now, was = (
-            f"informative_ratio {c.informative_ratio:g}, fine_merged {c.fine_merged}" for c in (config, trained)
+            f"informative_ratio {c.informative_ratio:g}, fine_merged {c.fine_merged}" for c in (config, network.trained)
         )
         say(f"fine stage: {now}, as --best chose; in training {was}")
     say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))

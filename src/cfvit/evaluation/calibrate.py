@@ -175,9 +175,9 @@ def _best_place(places: Iterable[int], calibrated: Callable[[int], Calibration])
     return -max(found)[1]
 
 
-def fine_stages_of(model: CoarseToFineViT, trained: ModelConfig) -> list[ModelConfig]:
+def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
     """Other fine stages than the model has now: that of its training, with fewer cells split or more tokens merged."""
-    cells = model.grid[0] * model.grid[1]
+    cells, trained = model.grid[0] * model.grid[1], model.trained
     found = []
     for ratio in (1.0, 0.8, 0.6):
         split = num_informative(ratio * trained.informative_ratio, cells)

@@ -125,6 +125,7 @@ class CoarseToFineViT(HasExit, nn.Module):
 
     Attributes:
         config: the `ModelConfig` it was built from.
+        trained: the same with the fine stage that it was trained with, where ``cfvit calibrate --best`` chose another.
         data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
         class_names: a name for each class, or None.
         class_order: of a model without names, how the folders of its classes are numbered: ``"natural"`` or
@@ -138,7 +139,7 @@ class CoarseToFineViT(HasExit, nn.Module):
     def __init__(self, config: ModelConfig, pretrained_backbone: backbones.Pretrained = False) -> None:
         super().__init__()
         patch = backbones.patch_size(config.backbone, **config.timm_kwargs)
-        self.config = config
+        self.config = self.trained = config
         self.grid = config.grid
         self.image_size = (2 * self.grid[0] * patch[0], 2 * self.grid[1] * patch[1])
         self.coarse_size = (self.image_size[0] // 2, self.image_size[1] // 2)
