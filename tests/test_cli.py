@@ -565,6 +565,8 @@ def test_cost_of_a_method(cfvit_main: Cli) -> None:
     refused = cfvit_main("cost", "deit_small_patch16_224", "--method", "plain", "--method-options.keep-rate", "0.5")
     assert refused.status == 2
     assert cfvit_main("cost", "deit_small_patch16_224", "--method", "evitt").status == 2
+    for ignored in (["--method-options.keep-rate", "0.5"], ["--method", "cascade", "--fine-share", "0.2"]):
+        assert cfvit_main("cost", "deit_small_patch16_224", *ignored).status == 2
 
 
 def test_eval_writes_a_report(colours: Path, colour_model: Path, tmp_path: Path, cfvit_main: Cli) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from cfvit.cli.application import app, print_json, print_line, print_table, say
-from cfvit.cli.parameters import Flag, Json, Share, read_options
-from cfvit.errors import CfvitError
+from cfvit.cli.parameters import Flag, Json, Share, read_options, several
+from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
 
@@ -113,7 +113,7 @@ def cost(
     /,
     *,
     coarse_grid: str = "7",
-    fine_share: Annotated[tuple[Share, ...], Parameter(consume_multiple=True)] = (0.24, 0.5),
+    fine_share: Annotated[tuple[Share, ...] | None, several] = None,
     method: str | None = None,
     method_options: dict[str, str] | None = None,
     json: Json = False,
@@ -125,7 +125,7 @@ def cost(
 
     Args:
         coarse_grid: side of the coarse grid in cells, or ROWSxCOLUMNS
-        fine_share: shares of images that go on, to give the mean cost for
+        fine_share: shares of images that go on, to give the mean cost for (default: 0.24 0.5)
         method: tell what this method of cfvit train would cost instead
         method_options: options of the method; by default those of its paper
     """
@@ -135,9 +135,14 @@ def cost(
     from cfvit.modeling.model import create_model
 
     grid = read_grid(coarse_grid)
+    if method is None and method_options:
+        raise UsageError("--method-options belong to a --method: give it, or leave them out")
+    if method is not None and fine_share is not None:
+        raise UsageError("--fine-share is not for --method, which tells what each operating point costs: leave it out")
     if method is not None:
         _print_cost_of_method(backbones, grid, method, read_options(method_options or {}), json)
         return
+    fine_share = (0.24, 0.5) if fine_share is None else fine_share
     shares = [f"{share:.0%} hard" for share in fine_share]
     columns = ["backbone", "pixels", "parameters, M", "plain", "coarse", "both", *shares]
     rows = []
