@@ -174,7 +174,7 @@ def calibrate(
     """Chooses eta for a target, on images on which the model was not trained and will not be scored.
 
     Args:
-        coarse, fine: logits ``[n, classes]``.
+        coarse, fine: logits ``[n, classes]`` of each stage alone, as a model gives them whose ``exit`` is ``Exit()``.
         labels: class indices ``[n]``.
         macs: cost of each stage.
         target: one of `GmacsBudget`, `Saving`, `LatencyBudget`, `Accuracy`, `Drop`, `Risk` and `SelectiveRisk`.
