@@ -66,7 +66,8 @@ def test_a_job_that_was_begun_alone_is_ended_on_a_cluster_of_which_a_worker_is_k
 ) -> None:
     """One by one, so that the same images meet in a batch here and there. By their name, workers do not decode."""
     alone, together = tmp_path / "alone.jsonl", tmp_path / "together.jsonl"
-    given = ("predict", photos, "--model", colour_model, "--part-size", 1, "--output")
+    monkeypatch.chdir(photos.parent)  # where no worker is
+    given = ("predict", photos.name, "--model", colour_model, "--part-size", 1, "--output")
     undisturbed = cfvit_main(*given, alone)
 
     def answered() -> list[Path]:

@@ -42,7 +42,8 @@ def decode(row: dict[str, Any], data_config: dict[str, Any]) -> dict[str, Any]:
     Paths and errors are JSON, since not every path is text that Ray takes.
     """
     transform = create_transform(**data_config, is_training=False, normalize=False)
-    read = [read_image(Path(path), transform) for path in json.loads(row["paths"])]
+    folder, paths = json.loads(row["folder"]), json.loads(row["paths"])
+    read = [read_image(Path(folder, path), transform) for path in paths]
     black = torch.zeros(data_config["input_size"], dtype=torch.uint8)
     pixels = torch.stack([black if isinstance(image, str) else image for image in read])
     errors = [image if isinstance(image, str) else None for image in read]
@@ -122,7 +123,8 @@ def answers(
     Raises:
         CfvitError: the cluster cannot be reached, has but one processor, or fails.
     """
-    rows = [{"part": number, "paths": json.dumps(list(map(str, paths)))} for number, paths in parts]
+    folder = json.dumps(str(Path.cwd()))  # of relative paths; a worker may be in another one
+    rows = [{"part": number, "folder": folder, "paths": json.dumps(list(map(str, paths)))} for number, paths in parts]
     if not rows:
         return
     with joined(address, workers):
@@ -133,8 +135,8 @@ def answers(
         count = workers or gpus or max(1, int(cpus * CPUS_TO_ANSWER))
         DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        folder = getattr(predictor.engine, "folder", None)
-        model = ray.put(predictor.model.cpu() if folder is None else folder.resolve())
+        exported = getattr(predictor.engine, "folder", None)
+        model = ray.put(predictor.model.cpu() if exported is None else exported.resolve())
         data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             partial(decode, data_config=predictor.model.data_config),
             memory=DECODING_BYTES,  # a demand of its own also keeps Ray from decoding within the workers, one by one
