@@ -212,7 +212,8 @@ def _reproduce_with_runs(
         say(f"not run: {run.name} {run.reason}{more}")
     if left_out:
         known = [run.seconds for run in left_out if run.seconds is not None]
-        left = f"; about {duration(sum(known))} are left" if known else ""
+        about = "about" if len(known) == len(left_out) else "at least"  # of some nobody knows the time
+        left = f"; {about} {duration(sum(known))} are left" if known else ""
         say(f"the same command goes on from here{left}")
     return left_out
 
