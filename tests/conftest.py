@@ -51,12 +51,15 @@ def packing_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "convolving_pays", lambda: True)
 
 
-@pytest.fixture(scope="module")
-def each_block_gives_its_class_attention() -> Iterator[None]:
+def _give_class_attention_of_each_block() -> Iterator[None]:
     """So that networks of two blocks have a mean of it, which otherwise begins at the 4th: each block takes long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model_module, "FIRST_ATTENTION_BLOCK", 0)
         yield
+
+
+each_block_gives_its_class_attention = pytest.fixture(scope="module")(_give_class_attention_of_each_block)
+each_block_gives_its_class_attention_here = pytest.fixture(_give_class_attention_of_each_block)
 
 
 @pytest.fixture

@@ -112,8 +112,6 @@ def _in_small(words: Sequence[str]) -> list[str]:
     command, *arguments = words
     if command != "train":  # each line runs alone, so a trained model stands for the run of the line before
         arguments = [{"RUN": "MODEL"}.get(word, word) for word in arguments]
-    if command == "export":
-        arguments[0] = "MODEL"
     if command == "train":
         if "--token-labels" in arguments:
             arguments[arguments.index("--token-labels") + 1] = "maps"
@@ -137,8 +135,6 @@ def _in_small(words: Sequence[str]) -> list[str]:
     elif command == "bench":
         if "--backbone" in arguments:
             arguments[arguments.index("--backbone") + 1] = "test_vit"
-        elif "--model" not in arguments:
-            arguments += ["--model", "MODEL"]
         if "--batch-sizes" in arguments:  # to which more would be added
             first = arguments.index("--batch-sizes") + 1
             while arguments[first:] and arguments[first].isdecimal():

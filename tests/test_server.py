@@ -222,8 +222,7 @@ def test_the_inference_protocol_tells_of_the_model(client: TestClient, photos: l
     about = client.get(MODEL).json()
     assert about["inputs"][0] == {"name": "images", "datatype": "FP32", "shape": [-1, 3, 32, 32]}
     outputs = {each["name"]: each for each in about["outputs"]}
-    for version in about.get("versions", []):  # those that have addresses
-        assert client.get(f"{MODEL}/versions/{version}").status_code == 200
+    assert "versions" not in about, "none has an address"
     asked = {"id": "17", "inputs": [encoded(photos[:2])], "outputs": [{"name": "label"}, {"name": "stage"}]}
     answer = client.post(INFER, json=asked).raise_for_status().json()
     assert (answer["id"], answer["model_name"]) == ("17", "colours")

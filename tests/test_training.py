@@ -553,13 +553,7 @@ def test_a_compiled_run_is_the_run_without(recipe: Recipe, tmp_path: Path, monke
 
 
 @pytest.fixture
-def two_blocks_give_their_class_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that there are, in place of those from the 4th on."""
-    monkeypatch.setattr("cfvit.modeling.model.FIRST_ATTENTION_BLOCK", 0)
-
-
-@pytest.fixture
-def forkable(restless: Recipe, two_blocks_give_their_class_attention: None) -> Recipe:
+def forkable(restless: Recipe, each_block_gives_its_class_attention_here: None) -> Recipe:
     """Two epochs of which the first splits all cells."""
     return restless.replace({"epochs": 2, "all_cells_share": 0.5})
 
@@ -647,7 +641,7 @@ def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.usefixtures("two_blocks_give_their_class_attention")
+@pytest.mark.usefixtures("each_block_gives_its_class_attention_here")
 @pytest.mark.parametrize(
     "variants",
     [
