@@ -105,12 +105,15 @@ class ConvolutionalNetwork(MultiExitNetwork):
             maps.append(coarser(maps[-1]))
         return maps
 
+    def exit_head(self, channels: int, num_classes: int) -> nn.Sequential:
+        """From maps of the coarsest resolution to logits.
 
-def exit_head(channels: int, num_classes: int) -> nn.Sequential:
-    """From maps of the coarsest resolution to logits."""
-    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    strided = [convolve(channels, channels, 3, 2) for _ in range(2)]
-    return nn.Sequential(*strided, pooled, nn.Linear(channels, num_classes))
+        Two convolutions halve the maps; of small images fewer, as a map of one pixel cannot be halved (and oneDNN's
+        gradient of that convolution in bfloat16 holds whatever was in memory).
+        """
+        side = -(-max(self.image_size) // 2 ** (len(self.stem) + 1))
+        strided = [convolve(channels, channels, 3, 2) for _ in range(min(2, (side - 1).bit_length()))]
+        return nn.Sequential(*strided, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
 class MultiScaleDenseNet(ConvolutionalNetwork):
@@ -127,7 +130,7 @@ class MultiScaleDenseNet(ConvolutionalNetwork):
                 layers.append(Layer(width, entering, leaving))
                 width, entering = layers[-1].width, FACTORS[-leaving:]
             self.blocks.append(nn.Sequential(*layers))
-            self.heads.append(exit_head(width * FACTORS[-1], num_classes))
+            self.heads.append(self.exit_head(width * FACTORS[-1], num_classes))
 
     def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
         """A block on the maps of the one before, or of the stem, and its classifier."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfvit.methods.base import register
-from cfvit.methods.msdnet import ConvolutionalNetwork, MSDNet, bottleneck, convolve, exit_head
+from cfvit.methods.msdnet import ConvolutionalNetwork, MSDNet, bottleneck, convolve
 from cfvit.methods.multi_exit import Seen
 
 LAYERS, CHANNELS, GROWTH, EACH = 8, 32, 16, 2
@@ -73,7 +73,7 @@ class ResolutionAdaptiveNet(ConvolutionalNetwork):
                 blocks.append(block)
                 widths.append(width)
                 if level == 0:
-                    self.heads.append(exit_head(width, num_classes))
+                    self.heads.append(self.exit_head(width, num_classes))
             self.networks.append(blocks)
             joined = widths
 
