@@ -27,7 +27,7 @@ from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsB
 from torch import Tensor, nn
 
 from cfvit import CoarseToFineViT, Predictor, count_macs, create_model, load, save
-from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling import timm_vit
 from cfvit.modeling.tokens import child_positions
 from cfvit.plots.explain import draw_explanation, explain
 
@@ -229,7 +229,7 @@ class Family:
 def _build(name: str, kwargs: dict[str, Any], grid: int | tuple[int, int], file: Path) -> Family:
     rows, columns = grid if isinstance(grid, tuple) else (grid, grid)
     kwargs = {**SMALL, **kwargs}
-    patch = anatomy.patch_side(timm.create_model(name, **kwargs))  # pyright: ignore[reportArgumentType]
+    patch = timm_vit.patch_side(timm.create_model(name, **kwargs))  # pyright: ignore[reportArgumentType]
     size = (2 * rows * patch[0], 2 * columns * patch[1])
     plain = timm.create_model(name, img_size=size, num_classes=CLASSES, **kwargs).eval()
     _randomise(plain, 0)
@@ -417,7 +417,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], Callable[[Any], object]]] = {
 def test_class_attention_is_the_row_of_timms_own_map(kind: str) -> None:
     name, kwargs, is_that_kind = KINDS[kind]
     kwargs = {**SMALL, **kwargs}
-    patch = anatomy.patch_side(timm.create_model(name, **kwargs))[0]  # pyright: ignore[reportArgumentType]
+    patch = timm_vit.patch_side(timm.create_model(name, **kwargs))[0]  # pyright: ignore[reportArgumentType]
     network: Any = timm.create_model(name, img_size=(4 * patch, 6 * patch), num_classes=CLASSES, **kwargs).eval()
     assert is_that_kind(network) is not False
     _randomise(network, 0)
@@ -426,9 +426,9 @@ def test_class_attention_is_the_row_of_timms_own_map(kind: str) -> None:
     _, tokens, rows = _captured(network, images)
 
     assert len(rows) == 5
-    rotation = anatomy.fine_rotation(network)
+    rotation = timm_vit.fine_rotation(network)
     for index in range(5):
-        output, row = anatomy.block_with_class_attention(network, index, tokens[index], rotation)
+        output, row = timm_vit.block_with_class_attention(network, index, tokens[index], rotation)
         _assert_close(output, tokens[index + 1])
         _assert_close(row, rows[index])
         assert row.dtype == torch.float32
@@ -471,13 +471,13 @@ def test_cells_are_rotated_by_the_position_of_their_centre(
     name: str, kwargs: dict[str, Any], grid: tuple[int, int]
 ) -> None:
     backbone: Any = create_model(name, coarse_grid=grid, **{**SMALL, **kwargs}).backbone
-    fine = anatomy.fine_rotation(backbone)
+    fine = timm_vit.fine_rotation(backbone)
     assert fine is not None
     patches = [(float(row), float(column)) for row in range(2 * grid[0]) for column in range(2 * grid[1])]
     torch.testing.assert_close(fine, _rotation_at(backbone, patches), atol=1e-5, rtol=0)
 
     children = child_positions(torch.arange(grid[0] * grid[1])[None], grid[1])
-    cells = anatomy.cell_rotation(backbone, fine, children, grid)
+    cells = timm_vit.cell_rotation(backbone, fine, children, grid)
 
     assert cells is not None
     torch.testing.assert_close(cells, _rotation_at(backbone, _centres(grid)), atol=1e-5, rtol=0)
@@ -489,11 +489,11 @@ def test_cells_are_rotated_by_the_position_of_their_centre(
 def test_rotations_are_gathered_for_each_image() -> None:
     positions = torch.tensor([[2, 0], [1, 1]])
     shared, per_head = torch.randn(3, 8), torch.randn(5, 4, 3, 8)
-    gathered = anatomy.gather_rotation(shared, positions)
+    gathered = timm_vit.gather_rotation(shared, positions)
     assert gathered is not None
     assert gathered.shape == (2, 1, 2, 8)
     assert torch.equal(gathered[0, 0], shared[[2, 0]])
-    gathered = anatomy.gather_rotation(per_head, positions)
+    gathered = timm_vit.gather_rotation(per_head, positions)
     assert gathered is not None
     assert gathered.shape == (5, 2, 4, 2, 8)
     assert torch.equal(gathered[3, 1, 2], per_head[3, 2, [1, 1]])
@@ -524,7 +524,7 @@ def test_rotations_are_made_once_and_move_with_the_model(
     learned = "mixed" in name
     answers = model(images)
     if not learned:
-        monkeypatch.setattr(anatomy, "fine_rotation", lambda *_: pytest.fail("made again"))
+        monkeypatch.setattr(timm_vit, "fine_rotation", lambda *_: pytest.fail("made again"))
     assert not any("rotation" in name for name in model.state_dict())
     for ours, expected in zip(copy.deepcopy(model).double()(images.double()), answers, strict=True):
         torch.testing.assert_close(ours.float(), expected, atol=1e-4, rtol=1e-4)

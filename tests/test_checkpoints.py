@@ -397,8 +397,8 @@ def test_no_such_model(fails: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("writer", "said"),
     [
-        ("save_file", "No space left on device"),
-        ("json.dumps", "No space left on device"),
+        ("modeling.weights.save_file", "No space left on device"),
+        ("checkpoints.json.dumps", "No space left on device"),
     ],
 )
 def test_full_disk_leaves_what_was_there(
@@ -416,7 +416,7 @@ def test_full_disk_leaves_what_was_there(
             path.write_bytes(b"the first half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"cfvit.checkpoints.{writer}", full)
+    monkeypatch.setattr(f"cfvit.{writer}", full)
     with fails(said):
         save(model, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

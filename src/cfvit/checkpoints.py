@@ -6,7 +6,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, replace
 from importlib import resources
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torch import Tensor
 
@@ -25,8 +25,7 @@ from cfvit.data import difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.inference.engines.exported import is_exported
-from cfvit.modeling import backbones, transformers_vit
-from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling import backbones, timm_vit, transformers_vit
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, ModelConfig, check_description
 from cfvit.modeling.weights import (
@@ -42,6 +41,7 @@ from cfvit.modeling.weights import (
     is_of_plain_network,
     read_weights,
     require_finite,
+    write_weights,
 )
 
 
@@ -63,7 +63,6 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
     folder = Path(folder)
     if is_exported(folder):
         raise CfvitError(f"{folder} holds an exported model, beside which no other is found: choose another folder")
-    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     known = getattr(model.backbone, "pretrained_cfg", {})  # a class of one's own may have none
     kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config
     config = {
@@ -81,8 +80,7 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         "pretrained_cfg": {k: known.get(k) for k in ("first_conv", "classifier", "fixed_input_size")}
         | model.data_config,
     }
-    with atomic_write(folder / WEIGHTS_FILE) as file:
-        save_file(weights, file, metadata={"format": "pt"})
+    write_weights(model, folder / WEIGHTS_FILE, dtype)
     _write_config(folder, config)
     (folder / CALIBRATION_FILE).unlink(missing_ok=True)
 
@@ -191,15 +189,27 @@ def _bundled_folder() -> Path:
     return Path(str(resources.files("cfvit"))) / "bundled"
 
 
-def _load_folder(folder: Path) -> CoarseToFineViT:
+def _refusal(folder: Path) -> str | None:
+    """What a folder holds in place of a model that `load` reads; None if it holds one."""
     if is_exported(folder):
-        raise CfvitError(
-            f"{folder} holds an exported model, which cfvit.Predictor, predict and eval take: load another"
-        )
+        return "holds an exported model, which cfvit.Predictor, predict and eval take: load another"
     if _is_backbone_folder(folder):
-        raise CfvitError(
-            f"{folder} holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"
-        )
+        return "holds a plain ViT, not a coarse-to-fine model: train one from it with --initial-weights"
+    missing = next((name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()), None)
+    if missing is None:
+        return None
+    if (folder / "checkpoint.pt").is_file() and not any(folder.rglob(WEIGHTS_FILE)):  # a cascade has folders of two
+        return "holds a run without a model, which the first evaluation writes: continue it with --resume"
+    recipe = folder / "recipe.yaml"
+    if recipe.is_file() and (method := re.search(r"^method: (\w+)", recipe.read_text(), re.MULTILINE)):
+        what = f"holds a run of --method {method[1]}, which is no coarse-to-fine model"
+        return f"{what}: give the folder of a run of --method cf_vit"
+    return f"is no saved model: it has no {missing}"
+
+
+def _load_folder(folder: Path) -> CoarseToFineViT:
+    if refusal := _refusal(folder):
+        raise CfvitError(f"{folder} {refusal}")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
@@ -208,20 +218,6 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
         model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")
-    except FileNotFoundError as error:
-        recipe = folder / "recipe.yaml"
-        if (folder / "checkpoint.pt").is_file() and not any(folder.rglob(WEIGHTS_FILE)):  # a cascade has folders of two
-            raise CfvitError(
-                f"{folder} holds a run without a model, which the first evaluation writes: continue it with --resume"
-            ) from error
-        if recipe.is_file() and (method := re.search(r"^method: (\w+)", recipe.read_text(), re.MULTILINE)):
-            raise CfvitError(
-                f"{folder} holds a run of --method {method[1]}, which is no coarse-to-fine model: "
-                "give the folder of a run of --method cf_vit"
-            ) from error
-        raise CfvitError(
-            f"{folder} is no saved model: it has no {Path(error.filename or '').name or WEIGHTS_FILE}"
-        ) from error
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CfvitError(f"{folder} is damaged ({first_line(error)}): save or copy the model again") from error
     except (KeyError, TypeError, AttributeError, CfvitError) as error:
@@ -229,7 +225,7 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
             f"{folder / CONFIG_FILE} describes no cfvit model ({error}): save it with cfvit.save"
         ) from error
     require_finite(weights, str(folder / WEIGHTS_FILE))
-    load_strictly(model, weights, str(folder))
+    backbones.load_strictly(model, weights, f"{folder} does not fit the model")
     check_description(model, folder / CONFIG_FILE, "save it with cfvit.save")
     record = folder / CALIBRATION_FILE
     if record.exists():
@@ -246,18 +242,6 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
     return model.eval()
 
 
-def load_strictly(
-    model: CoarseToFineViT,
-    weights: dict[str, Tensor],
-    source: str,
-    spelled: Callable[[str], str] = str,
-) -> None:
-    """Copies weights into a model, every one of them; see `cfvit.modeling.backbones.require_fit`."""
-    own = model.state_dict()
-    backbones.require_fit(own, weights, f"{source} does not fit the model", spelled)
-    model.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
-
-
 def initialise(model: CoarseToFineViT, source: str) -> None:
     """Fills a new model with trained weights, its head untrained where the classes differ.
 
@@ -271,20 +255,19 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
     Raises:
         CfvitError: nothing there, or weights of another architecture.
     """
-    read = None if source == "timm" else _plain_weights(source)
-    if read is None and source != "timm":
-        trained = load(source)
-        weights, keep, names = trained.state_dict(), set[str](), trained.class_names
+    start = None if source == "timm" else _read_start(source)
+    names = None if start is None else start.class_names
+    if isinstance(start, CoarseToFineViT):
+        weights, keep = start.state_dict(), set[str]()
         for name, scale in (("coarse_pos_embed", 1), ("backbone.pos_embed", 2)):
             if name in weights:
-                old, new = ((scale * grid[0], scale * grid[1]) for grid in (trained.grid, model.grid))
-                weights[name] = anatomy.resample_positions(trained.backbone, weights[name], old, new)
+                old, new = ((scale * grid[0], scale * grid[1]) for grid in (start.grid, model.grid))
+                weights[name] = timm_vit.resample_positions(start.backbone, weights[name], old, new)
     else:
-        weights = CoarseToFineViT(model.config, True if read is None else read).state_dict()
+        weights = CoarseToFineViT(model.config, True if start is None else start).state_dict()
         keep = {name for name in weights if name.startswith("feature_reuse.")}
         if model.feature_reuse is not None:
             model.feature_reuse.start_at_zero()
-        names = None if read is None else read.class_names
     own = model.state_dict()
     heads = {name for name in own if name.removeprefix("backbone.").split(".")[0] in backbones.HEADS}
     if any(name in weights and weights[name].shape != own[name].shape for name in heads):
@@ -293,22 +276,21 @@ def initialise(model: CoarseToFineViT, source: str) -> None:
         other = difference_of_classes(model.class_names, names)
         if other is not None:
             warnings.warn(f"the head of {source} is of other classes: {other}", stacklevel=2)
-    load_strictly(model, {**weights, **{name: own[name] for name in keep}}, source)
+    complete = {**weights, **{name: own[name] for name in keep}}
+    backbones.load_strictly(model, complete, f"{source} does not fit the model")
 
 
-def _plain_weights(source: str) -> Weights | None:
-    """Weights of a plain ViT, None if ``source`` is a coarse-to-fine model: ours, the authors' or a bundled one."""
+def _read_start(source: str) -> Weights | CoarseToFineViT:
+    """Weights of a plain ViT, or a coarse-to-fine model: ours, the authors' or a bundled one."""
     path = Path(source)
     ours = source in bundled_models() if not path.exists() else path.is_dir() and not _is_backbone_folder(path)
-    if ours:
-        return None
-    weights = read_weights(source)
-    return None if "pos_embed_list.0" in weights.tensors else weights
+    weights = None if ours else read_weights(source)
+    return load(source) if weights is None or "pos_embed_list.0" in weights.tensors else weights
 
 
 def is_coarse_to_fine(source: str) -> bool:
     """Whether `initialise` would read a coarse-to-fine model there, not a plain ViT."""
-    return source != "timm" and _plain_weights(source) is None
+    return source != "timm" and isinstance(_read_start(source), CoarseToFineViT)
 
 
 def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
@@ -320,14 +302,13 @@ def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
         with torch.device("meta"):
             network: Any = timm.create_model(backbone)
         return None, network.num_classes
-    weights = _plain_weights(source)
-    if weights is None:
-        model = load(source)
-        return model.class_names, model.config.num_classes
-    head = weights.tensors.get("head.weight")
+    start = _read_start(source)
+    if isinstance(start, CoarseToFineViT):
+        return start.class_names, start.config.num_classes
+    head = start.tensors.get("head.weight")
     if head is None:
         raise CfvitError(f"{source} has no head.weight: give weights of a trained classifier")
-    return weights.class_names, len(head)
+    return start.class_names, len(head)
 
 
 def preprocessing_of(source: str) -> dict[str, Any]:
@@ -337,8 +318,8 @@ def preprocessing_of(source: str) -> dict[str, Any]:
     """
     if source == "timm":
         return {}
-    weights = _plain_weights(source)
-    known = load(source).data_config if weights is None else weights.preprocessing
+    start = _read_start(source)
+    known = start.data_config if isinstance(start, CoarseToFineViT) else start.preprocessing
     return {key: known[key] for key in PREPARED_BY if key in known}
 
 
@@ -386,7 +367,8 @@ def load_authors_checkpoint(path: str | Path) -> CoarseToFineViT:
     model = CoarseToFineViT(_authors_config(weights, path, kind))
     ours = {_respelled(name, _AUTHORS_PREFIXES): tensor for name, tensor in weights.items()}
     theirs = {prefix: name for name, prefix in _AUTHORS_PREFIXES.items()}
-    load_strictly(model, ours, str(path), lambda name: _respelled(name, theirs))
+    complaint = f"{path} does not fit the model"
+    backbones.load_strictly(model, ours, complaint, lambda name: _respelled(name, theirs))
     model.data_config.update(crop_pct=_AUTHORS_CROPS[kind], interpolation="bicubic")
     wnids = ImageNetInfo().label_names()
     data_set = str(getattr(options, "data_set", "IMNET"))

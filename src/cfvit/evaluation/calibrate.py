@@ -30,7 +30,7 @@ from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress, labelled_images
 from cfvit.evaluation.timing import lacks_memory, time_stages
 from cfvit.inference.engines.packing import accelerate, frozen
-from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling import timm_vit
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.cost import StageMacs, count_macs
 from cfvit.modeling.exit import Exit, Measure
@@ -181,7 +181,7 @@ def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
     found = []
     for ratio in (1.0, 0.8, 0.6):
         split = num_informative(ratio * trained.informative_ratio, cells)
-        merging = 0 if anatomy.refuses_merging(model.backbone) else round(MERGED_SHARE * (cells + 3 * split))
+        merging = 0 if timm_vit.refuses_merging(model.backbone) else round(MERGED_SHARE * (cells + 3 * split))
         for more in sorted({0, merging}):
             share, merged = round(ratio * trained.informative_ratio, 3), trained.fine_merged + more
             found.append(replace(trained, informative_ratio=share, fine_merged=merged))

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cfvit.errors import CfvitError, UsageError, first_line
 from cfvit.files import atomic_write
-from cfvit.modeling.backbones import require_fit
+from cfvit.modeling.backbones import load_strictly
 from cfvit.modeling.config import ModelConfig, Objective, configuration
 from cfvit.modeling.cost import macs_of
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.losses import answer_loss
-from cfvit.modeling.weights import WEIGHTS_FILE, require_finite
+from cfvit.modeling.weights import WEIGHTS_FILE, require_finite, write_weights
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,7 @@ class Method(ABC):
         except (OSError, SafetensorError, ValueError, TypeError) as error:
             raise CfvitError(f"{folder} is damaged ({first_line(error)}): remove it to train it again") from error
         require_finite(weights, str(folder / WEIGHTS_FILE))
-        require_fit(network.state_dict(), weights, f"{folder} does not fit its recipe")
-        network.load_state_dict(weights)
+        load_strictly(network, weights, f"{folder} does not fit its recipe")
         return network.eval()
 
     def save(self, network: Any, folder: Path) -> None:
@@ -206,9 +205,7 @@ class Method(ABC):
         if hasattr(network, "exit"):  # first: what is killed in between has no weights, and is no run
             with atomic_write(folder / EXIT_FILE) as file:
                 file.write_text(json.dumps(asdict(network.exit)) + "\n")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-        with atomic_write(folder / WEIGHTS_FILE) as file:
-            save_file(weights, file, metadata={"format": "pt", "method": self.name})
+        write_weights(network, folder / WEIGHTS_FILE, method=self.name)
 
 
 METHODS: dict[str, type[Method]] = {}

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor
 
-from cfvit.checkpoints import CONFIG_FILE, WEIGHTS_FILE
 from cfvit.files import atomic_write
 from cfvit.methods.base import Method, register
 from cfvit.methods.cf_vit import build_model
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.model import CoarseToFineViT
+from cfvit.modeling.weights import CONFIG_FILE, WEIGHTS_FILE, write_weights
 
 
 @register("plain")
@@ -35,11 +34,9 @@ class Plain(Method):
 
     def save(self, network: Any, folder: Path) -> None:
         """In timm's own format, which it reads as ``local-dir:FOLDER`` and transformers as a model of timm's."""
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         elsewhere = ("url", "file", "hf_hub_id", "source")
         described = {k: v for k, v in network.pretrained_cfg.items() if k not in elsewhere} | network.data_config
-        with atomic_write(folder / WEIGHTS_FILE) as file:
-            save_file(weights, file, metadata={"format": "pt"})
+        write_weights(network, folder / WEIGHTS_FILE)
         with atomic_write(folder / CONFIG_FILE) as file:
             save_config_for_hf(
                 network,

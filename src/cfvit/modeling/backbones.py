@@ -1,7 +1,7 @@
 """Which of timm's models can be read in two stages, and how they are made and filled.
 
 A backbone is timm's own model, unchanged, so that its weights load key for key. How it is taken
-apart is in `anatomy`, the two-stage method in `model`. A model of one's own is added in one file
+apart is in `timm_vit`, the two-stage method in `model`. A model of one's own is added in one file
 that subclasses timm's ``VisionTransformer`` and registers it with timm, as `lvvit` does.
 """
 
@@ -89,14 +89,14 @@ def create_backbone(
     if not isinstance(pretrained, bool):
         if isinstance(pretrained, Mapping):
             pretrained = Weights("the given weights", dict(pretrained))
-        _fill(model, pretrained if isinstance(pretrained, Weights) else read_weights(pretrained), name)
+        _load(model, pretrained if isinstance(pretrained, Weights) else read_weights(pretrained), name)
     rope: Any = getattr(model, "rope", None)
     if getattr(rope, "aug_active", False):
         rope.aug_active = False  # drawn anew for each stage, it would move the two grids apart
     return model
 
 
-def _fill(model: Backbone, weights: Weights, name: str) -> None:
+def _load(model: Backbone, weights: Weights, name: str) -> None:
     """Loads weights, positions resampled; all but heads of other classes must fit."""
     tensors = in_timms_keys(model, weights)
     own = model.state_dict()
@@ -105,13 +105,11 @@ def _fill(model: Backbone, weights: Weights, name: str) -> None:
     unfit = ["no head"] if unfit and not heads & tensors.keys() else unfit
     unfit += [f"{k} of {list(tensors[k].shape)}" for k in heads & tensors.keys() if tensors[k].shape != own[k].shape]
     if unfit:
-        tensors = {key: tensor for key, tensor in tensors.items() if key not in heads}
-    expected = {key: tensor for key, tensor in own.items() if not unfit or key not in heads}
-    require_fit(expected, tensors, f"{weights.source} does not fit {name}")
+        tensors = {**tensors, **{key: own[key] for key in heads}}
+    load_strictly(model, tensors, f"{weights.source} does not fit {name}")
     if unfit:
         what = f"{', '.join(sorted(unfit))} for {model.num_classes} classes"
         warnings.warn(f"{weights.source} has {what}: the head is untrained", stacklevel=2)
-    model.load_state_dict(tensors, strict=False)
 
 
 HEADS = frozenset({"head", "head_dist", "aux_head"})
@@ -222,17 +220,19 @@ def cfvit_backbone(pretrained: bool = False, *, backbone: str, **timm_kwargs: An
     return network
 
 
-def require_fit(
-    own: Mapping[str, Tensor], weights: Mapping[str, Tensor], complaint: str, spelled: Callable[[str], str] = str
+def load_strictly(
+    network: nn.Module, weights: Mapping[str, Tensor], complaint: str, spelled: Callable[[str], str] = str
 ) -> None:
-    """Compares names, shapes and kinds of weights with those that a module has.
+    """Copies weights into a network, each of its own and no other, in the network's precision.
 
     Args:
+        complaint: how the error begins.
         spelled: our name of a weight to the one to show.
 
     Raises:
-        CfvitError: begins with the complaint, and names the first missing, unknown or misshapen weights.
+        CfvitError: names the first weights that are missing, unknown, misshapen or no floats of 16 bits or more.
     """
+    own = network.state_dict()
     problems = [f"missing {spelled(name)}" for name in own if name not in weights]
     problems += [f"unknown {spelled(name)}" for name in weights if name not in own]
     problems += [
@@ -248,6 +248,7 @@ def require_fit(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CfvitError(f"{complaint}: {'; '.join(problems[:5])}{more}")
+    network.load_state_dict({name: tensor.to(own[name].dtype) for name, tensor in weights.items()})
 
 
 def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:

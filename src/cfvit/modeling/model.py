@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from cfvit.errors import CfvitError, UsageError
-from cfvit.modeling import backbones
-from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling import backbones, timm_vit
 from cfvit.modeling.batches import Rows, check_images
 from cfvit.modeling.config import ModelConfig, Preprocessing, Reuse, Selection
 from cfvit.modeling.exit import Exit, HasExit, confidence_of
@@ -150,18 +149,18 @@ class CoarseToFineViT(HasExit, nn.Module):
             pretrained=pretrained_backbone,
             **config.timm_kwargs,
         )
-        if config.fine_merged and anatomy.refuses_merging(self.backbone):
+        if config.fine_merged and timm_vit.refuses_merging(self.backbone):
             raise UsageError("fine_merged is not for rotary positions, nor for tokens beside class token and patches")
         self.coarse_pos_embed: nn.Parameter | None = None
         if self.backbone.pos_embed is not None:
             positions, fine_grid = self.backbone.pos_embed.detach(), (2 * self.grid[0], 2 * self.grid[1])
-            coarse = anatomy.resample_positions(self.backbone, positions, fine_grid, self.grid)
+            coarse = timm_vit.resample_positions(self.backbone, positions, fine_grid, self.grid)
             self.coarse_pos_embed = nn.Parameter(coarse.clone())
             if pretrained_backbone is False:
                 trunc_normal_(self.coarse_pos_embed, std=0.02)
         self.feature_reuse: FeatureReuse | None = None
         if config.feature_reuse != "none":
-            hidden = None if config.feature_reuse == "linear" else anatomy.mlp_width(self.backbone)
+            hidden = None if config.feature_reuse == "linear" else timm_vit.mlp_width(self.backbone)
             eps = getattr(self.backbone.norm, "eps", 1e-6)
             self.feature_reuse = FeatureReuse(self.backbone.embed_dim, hidden, eps)
         rope: Any = getattr(self.backbone, "rope", None)
@@ -206,21 +205,21 @@ class CoarseToFineViT(HasExit, nn.Module):
         check_images(images, self.image_size, self.coarse_size)
         backbone, positions = self.backbone, self.coarse_pos_embed
         small = images if images.shape[-2:] == self.coarse_size else coarse_image(images)
-        embedding = anatomy.embed_coarse(backbone, small)
+        embedding = timm_vit.embed_coarse(backbone, small)
         if sources is not None:
             embedding = embedding[sources, torch.arange(sources.shape[1], device=sources.device)]
         if positions is not None:
-            embedding = embedding + anatomy.patch_positions(backbone, positions)
-        prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
-        tokens = anatomy.enter(backbone, torch.cat([prefix, embedding], dim=1))
+            embedding = embedding + timm_vit.patch_positions(backbone, positions)
+        prefix = timm_vit.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
+        tokens = timm_vit.enter(backbone, torch.cat([prefix, embedding], dim=1))
 
         depth = len(backbone.blocks)
         first = min(FIRST_ATTENTION_BLOCK, depth - 1)
         _, rotation = self._rotations()
-        tokens = anatomy.run_blocks(backbone, tokens, rotation, first)
+        tokens = timm_vit.run_blocks(backbone, tokens, rotation, first)
         attention = None
         for index in range(first, depth):
-            tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
+            tokens, row = timm_vit.block_with_class_attention(backbone, index, tokens, rotation)
             attention = accumulate_attention(attention, row, self.config.attention_momentum)
         assert attention is not None
         tokens = backbone.norm(tokens)
@@ -262,10 +261,10 @@ class CoarseToFineViT(HasExit, nn.Module):
         backbone, positions = self.backbone, self.backbone.pos_embed
         places = child_positions(informative, self.grid[1])
         sources = None if sources is None else sources.gather(1, informative)
-        children = anatomy.embed_children(backbone, images, informative, sources)
+        children = timm_vit.embed_children(backbone, images, informative, sources)
         if positions is not None:
-            children = children + gather_tokens(anatomy.patch_positions(backbone, positions), places)
-        prefix = anatomy.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
+            children = children + gather_tokens(timm_vit.patch_positions(backbone, positions), places)
+        prefix = timm_vit.prefix_tokens(backbone, positions).expand(images.shape[0], -1, -1)
         rest = gather_tokens(state.embedding, others)
         if (reuse := self.feature_reuse) is not None:  # Eq. 12, and two variants of Table 5
             children = children + repeat_for_children(reuse(gather_tokens(state.tokens, informative)))
@@ -276,8 +275,10 @@ class CoarseToFineViT(HasExit, nn.Module):
         tokens = torch.cat([prefix, children, rest], dim=1)
 
         fine, cells = self._rotations()
-        rotation = anatomy.join_rotations(anatomy.gather_rotation(fine, places), anatomy.gather_rotation(cells, others))
-        return backbone.norm(self.run_fine(anatomy.enter(backbone, tokens), rotation))
+        rotation = timm_vit.join_rotations(
+            timm_vit.gather_rotation(fine, places), timm_vit.gather_rotation(cells, others)
+        )
+        return backbone.norm(self.run_fine(timm_vit.enter(backbone, tokens), rotation))
 
     def run_fine(self, tokens: Tensor, rotation: Tensor | None) -> Tensor:
         """All blocks on the mixed sequence ``[B, p + T, D]``, merging tokens if asked to; a subclass may drop some.
@@ -286,19 +287,19 @@ class CoarseToFineViT(HasExit, nn.Module):
             rotation: of all patches in ``tokens``, where positions are rotary.
         """
         if self.config.fine_merged:
-            return anatomy.run_merging(self.backbone, tokens, self.config.fine_merged)
-        return anatomy.run_blocks(self.backbone, tokens, rotation)
+            return timm_vit.run_merging(self.backbone, tokens, self.config.fine_merged)
+        return timm_vit.run_blocks(self.backbone, tokens, rotation)
 
     def _rotations(self) -> tuple[Tensor | None, Tensor | None]:
         """Rotations of all fine patches and of all cells: kept, or from what the backbone has learned. None without."""
         return self._make_rotations() if self.fine_rotation is None else (self.fine_rotation, self.cell_rotation)
 
     def _make_rotations(self) -> tuple[Tensor | None, Tensor | None]:
-        fine = anatomy.fine_rotation(self.backbone)
+        fine = timm_vit.fine_rotation(self.backbone)
         if fine is None:
             return None, None
         cells = torch.arange(self.grid[0] * self.grid[1], device=fine.device)[None]
-        return fine, anatomy.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
+        return fine, timm_vit.cell_rotation(self.backbone, fine, child_positions(cells, self.grid[1]), self.grid)
 
     def forward(self, images: Tensor, *, informative_ratio: float | None = None) -> CoarseToFineOutput:
         """Both stages for every image, as in training and in the sweep over thresholds."""

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from cfvit.errors import CfvitError, first_line
+from cfvit.files import atomic_write
 from cfvit.modeling import transformers_vit
 from cfvit.modeling.config import Preprocessing
 
@@ -143,6 +144,21 @@ def require_finite(tensors: Mapping[str, Tensor], source: str) -> None:
                 f"{source} cannot be used: {name} holds values that are not finite, as after a training that diverged: "
                 "give an earlier checkpoint"
             )
+
+
+def write_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
+    """Writes the weights of a network as ``.safetensors``, as a whole or not at all.
+
+    Args:
+        dtype: the precision to store them in; by default as they are.
+        metadata: what else the file's header says.
+
+    Raises:
+        CfvitError: the file cannot be written; it is then as it was.
+    """
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in network.state_dict().items()}
+    with atomic_write(path) as file:
+        save_file(tensors, file, metadata={"format": "pt", **metadata})
 
 
 def digest_of(tensors: Mapping[str, Tensor], more: str = "") -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfvit.modeling import timm_vit as anatomy
+from cfvit.modeling import timm_vit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import Backbone
 from cfvit.modeling.tokens import gather_tokens, rank_cells
@@ -36,10 +36,10 @@ def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
     """
     count = cast(Any, backbone.patch_embed).num_patches
     tokens = _sequence(backbone, images, torch.arange(count, device=images.device).expand(len(images), -1))
-    rotation = anatomy.fine_rotation(backbone)
+    rotation = timm_vit.fine_rotation(backbone)
     rows = []
     for index in range(len(backbone.blocks)):
-        tokens, row = anatomy.block_with_class_attention(backbone, index, tokens, rotation)
+        tokens, row = timm_vit.block_with_class_attention(backbone, index, tokens, rotation)
         rows.append(row)
     return torch.stack(rows)
 
@@ -50,8 +50,8 @@ def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Ten
 
     ``kept`` has their numbers ``[B, k]``, row by row; their order does not matter.
     """
-    rotation = anatomy.gather_rotation(anatomy.fine_rotation(backbone), kept)
-    tokens = anatomy.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
+    rotation = timm_vit.gather_rotation(timm_vit.fine_rotation(backbone), kept)
+    tokens = timm_vit.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
     return backbone.forward_head(backbone.norm(tokens))
 
 
@@ -60,9 +60,9 @@ def _sequence(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
     embed: Any = backbone.patch_embed
     patches, positions = embed(images).flatten(1, -2), backbone.pos_embed  # some of timm's stems keep rows and columns
     if positions is not None:
-        patches = patches + anatomy.patch_positions(backbone, positions)
-    prefix = anatomy.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
-    return anatomy.enter(backbone, torch.cat([prefix, gather_tokens(patches, kept)], dim=1))
+        patches = patches + timm_vit.patch_positions(backbone, positions)
+    prefix = timm_vit.prefix_tokens(backbone, positions).expand(len(images), -1, -1)
+    return timm_vit.enter(backbone, torch.cat([prefix, gather_tokens(patches, kept)], dim=1))
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ from torch import Tensor
 from cfvit.checkpoints import CONFIG_FILE
 from cfvit.data import difference_of_classes, have_one_order
 from cfvit.errors import CfvitError
-from cfvit.modeling.backbones import in_timms_keys, require_fit
+from cfvit.modeling.backbones import in_timms_keys, load_strictly
 from cfvit.modeling.weights import digest_of, is_of_plain_network, read_weights
 
 
@@ -188,9 +188,7 @@ def load_teacher(
     if weights is not None:
         found = read_weights(weights)
         names = found.class_names or names
-        own, read = model.state_dict(), in_timms_keys(model, found)
-        require_fit(own, read, f"{weights} does not fit the teacher {name}")
-        model.load_state_dict({key: tensor.to(own[key].dtype) for key, tensor in read.items()})
+        load_strictly(model, in_timms_keys(model, found), f"{weights} does not fit the teacher {name}")
     model = model.eval().requires_grad_(False).to(device or torch.device("cpu"))
     config = resolve_model_data_config(model)
     names = None if names is None else list(names)
