@@ -29,9 +29,11 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 from torch.nn import functional
 
-from cfvit import CoarseToFineOutput, CoarseToFineViT, create_model, load
+from cfvit import CoarseToFineOutput, CoarseToFineViT, Predictor, create_model, load, save
+from cfvit.calibration import Drop
 from cfvit.data import open_data
 from cfvit.errors import UsageError
+from cfvit.evaluation.calibrate import calibrate_model
 from cfvit.evaluation.metrics import evaluate_model
 from cfvit.methods import cf_vit
 from cfvit.methods.base import Batch, TokenLabels
@@ -510,14 +512,27 @@ def _is_of_the_fine_stage(name: str) -> bool:
     return name.startswith("feature_reuse.") or name == "backbone.pos_embed"
 
 
-def test_coarse_stage_alone_learns(recipe: Recipe, tmp_path: Path) -> None:
+def test_coarse_stage_alone_learns_and_no_image_goes_on(
+    recipe: Recipe, colours: Path, tmp_path: Path, cfvit_main: Callable[..., Any], fails: Callable[..., Any]
+) -> None:
     figures = train(recipe.replace({"method": "coarse_only", "epochs": 4}), tmp_path / "run")
     losses = [line["loss"] for line in _log(tmp_path / "run", "train")]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     scores = {f"{images}_coarse_top{k}" for images in ("holdout", "validation") for k in (1, 5)}
     assert set(figures) == scores, "nothing is chosen: its eta is 0"
     assert figures["validation_coarse_top1"] > 60
-    assert load(tmp_path / "run").threshold == 0.0
+    of_run = ("--model", tmp_path / "run", "--data", colours)
+    assert [json.loads(line)["stage"] for line in cfvit_main("eval", *of_run, "--json").out] == ["coarse"]
+    for refused in (("calibrate", *of_run, "--max-drop", 1, "--best"), ("eval", *of_run, "--report", tmp_path)):
+        outcome = cfvit_main(*refused)
+        assert (outcome.status, len(outcome.err)) == (1, 1) and "fine stage was never trained" in outcome.err[0]
+    save(load(tmp_path / "run"), tmp_path / "copy")
+    copy = load(tmp_path / "copy")
+    assert Predictor(copy).threshold == 0.0
+    with fails("fine stage was never trained"):
+        Predictor(copy, 0.5)
+    with fails("fine stage was never trained"):
+        calibrate_model(copy, str(colours), Drop(1), batch_size=8, workers=0)
 
 
 def test_coarse_stage_alone_gives_the_fine_one_no_gradient(recipe: Recipe) -> None:

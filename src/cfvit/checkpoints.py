@@ -65,13 +65,14 @@ def save(model: CoarseToFineViT, folder: str | Path, *, dtype: torch.dtype | Non
         raise CfvitError(f"{folder} holds an exported model, beside which no other is found: choose another folder")
     known = getattr(model.backbone, "pretrained_cfg", {})  # a class of one's own may have none
     kwargs = {k: v for k, v in model.config.timm_kwargs.items() if k != "pretrained_cfg_overlay"}  # in data_config
+    trained = model.trained and _fine_stage(model.trained)
     config = {
         "model": {**asdict(model.config), "timm_kwargs": dict(model.config.timm_kwargs)},
         "data_config": model.data_config,
         "class_names": model.class_names,
         "exit": asdict(model.exit),
         **({} if model.class_order is None else {"class_order": model.class_order}),
-        **({} if _fine_stage(model.trained) == _fine_stage(model.config) else {"trained": _fine_stage(model.trained)}),
+        **({} if trained == _fine_stage(model.config) else {"trained": trained}),
         # what timm has to find here to make the plain ViT of the model, by `backbones.cfvit_backbone`
         "model_type": MODEL_TYPE,
         "architecture": backbones.cfvit_backbone.__name__,
@@ -214,7 +215,8 @@ def _load_folder(folder: Path) -> CoarseToFineViT:
         config = json.loads((folder / CONFIG_FILE).read_text())
         weights = load_file(folder / WEIGHTS_FILE)
         model = CoarseToFineViT(ModelConfig(**config["model"]))
-        model.trained = replace(model.config, **config.get("trained", {}))
+        trained = config.get("trained", {})
+        model.trained = None if trained is None else replace(model.config, **trained)
         model.data_config = {k: tuple(v) if isinstance(v, list) else v for k, v in config["data_config"].items()}
         model.class_names, model.class_order = config["class_names"], config.get("class_order")
         model.exit = parse_record(Exit, json.dumps(config["exit"]), f"{folder / CONFIG_FILE}: exit")

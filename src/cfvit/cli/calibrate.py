@@ -157,9 +157,9 @@ def calibrate(
     finally:  # a full disk does not cost what was found
         _print_calibration(calibration, json)
     report_unreadable(unreadable)
-    if config != network.trained:
+    if config != (trained := network.require_trained()):
         now, was = (
-            f"informative_ratio {c.informative_ratio:g}, fine_merged {c.fine_merged}" for c in (config, network.trained)
+            f"informative_ratio {c.informative_ratio:g}, fine_merged {c.fine_merged}" for c in (config, trained)
         )
         say(f"fine stage: {now}, as --best chose; in training {was}")
     say(f"written to {path}" + ("" if out is None else f": give it to predict and eval with --calibration {out}"))

@@ -123,7 +123,8 @@ def _open_scored(
         network, method = load_model(name, calibration), None
         config = network.config
     base = None if plain is None else create_method("plain").build(config, plain, network.class_names).eval()
-    return network, network, None if isinstance(network, CoarseToFineViT) else method, base
+    staged = isinstance(network, CoarseToFineViT) and (method is None or network.trained is not None)
+    return network, network, None if staged else method, base
 
 
 def _print_evaluation(result: Scores, json: bool) -> None:

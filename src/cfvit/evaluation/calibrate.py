@@ -79,8 +79,10 @@ def calibrate_model(
         count.
 
     Raises:
-        CfvitError: a class without images, images of the training, logits that are not finite, a target out of reach.
+        CfvitError: a fine stage that was not trained, a class without images, images of the training, logits that are
+            not finite, a target out of reach.
     """
+    model.require_trained()
     names = model.class_names or range(model.config.num_classes)
     source = labelled_images(model, data)
     present = range(len(names)) if source.targets is None else source.targets
@@ -177,7 +179,7 @@ def _best_place(places: Iterable[int], calibrated: Callable[[int], Calibration])
 
 def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
     """Other fine stages than the model has now: that of its training, with fewer cells split or more tokens merged."""
-    cells, trained = model.grid[0] * model.grid[1], model.trained
+    cells, trained = model.grid[0] * model.grid[1], model.require_trained()
     found = []
     for ratio in (1.0, 0.8, 0.6):
         split = num_informative(ratio * trained.informative_ratio, cells)

@@ -259,11 +259,12 @@ def evaluate_model(
         plain: from images to the plain ViT's logits, with which answers are compared.
 
     Raises:
-        CfvitError: not one image could be read.
+        CfvitError: not one image could be read, or the model's fine stage was not trained.
     """
     if isinstance(model, ExportedEngine):
         engine, macs = model, model.model.macs
     else:
+        model.require_trained()
         engine, macs = TorchEngine(model.eval().to(process.device)), count_macs(model)
     about: Any = engine.model
 

@@ -51,8 +51,8 @@ class Predictor:
         threshold: eta.
 
     Raises:
-        CfvitError: a threshold that is no number in [0, 1], or none given and none calibrated; another ``compile``; a
-            folder without an exported model, or what is none of these.
+        CfvitError: a threshold that is no number in [0, 1], none given and none calibrated, one above 0 where the fine
+            stage was not trained; another ``compile``; a folder without an exported model, or what is none of these.
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Predictor:
         if isinstance(eta, bool) or not isinstance(eta, Real) or not 0 <= float(eta) <= 1:
             raise CfvitError(f"threshold is {eta!r}: give a number between 0 (coarse only) and 1 (always fine)")
         self.threshold = float(eta)
+        if self.threshold and isinstance(self.model, CoarseToFineViT):
+            self.model.require_trained()
 
     @cached_property
     def macs(self) -> StageMacs:

@@ -111,5 +111,5 @@ class CoarseOnly(Method):
         return {}
 
     def save(self, network: CoarseToFineViT, folder: Path) -> None:
-        network.threshold = 0.0  # also without a hold-out
+        network.threshold, network.trained = 0.0, None  # also without a hold-out
         save(network, folder)

@@ -124,7 +124,8 @@ class CoarseToFineViT(HasExit, nn.Module):
 
     Attributes:
         config: the `ModelConfig` it was built from.
-        trained: the same with the fine stage that it was trained with, where ``cfvit calibrate --best`` chose another.
+        trained: the same with the fine stage that it was trained with, where ``cfvit calibrate --best`` chose another;
+            None if its fine stage was not trained.
         data_config: preprocessing in timm's keys (``input_size``, ``mean``, ``std``, ...).
         class_names: a name for each class, or None.
         class_order: of a model without names, how the folders of its classes are numbered: ``"natural"`` or
@@ -138,7 +139,8 @@ class CoarseToFineViT(HasExit, nn.Module):
     def __init__(self, config: ModelConfig, pretrained_backbone: backbones.Pretrained = False) -> None:
         super().__init__()
         patch = backbones.patch_size(config.backbone, **config.timm_kwargs)
-        self.config = self.trained = config
+        self.config = config
+        self.trained: ModelConfig | None = config
         self.grid = config.grid
         self.image_size = (2 * self.grid[0] * patch[0], 2 * self.grid[1] * patch[1])
         self.coarse_size = (self.image_size[0] // 2, self.image_size[1] // 2)
@@ -183,6 +185,18 @@ class CoarseToFineViT(HasExit, nn.Module):
     def label_of(self, index: int) -> str:
         """The name of a class, or its number where the model has no names."""
         return self.class_names[index] if self.class_names else str(index)
+
+    def require_trained(self) -> ModelConfig:
+        """`trained`.
+
+        Raises:
+            CfvitError: the fine stage was not trained, so that no image may go on to it.
+        """
+        if self.trained is None:
+            raise CfvitError(
+                "the model's fine stage was never trained: leave its eta at 0, or train both stages (--method cf_vit)"
+            )
+        return self.trained
 
     def coarse(self, images: Tensor) -> CoarseState:
         """The first stage: every image at half its side (Eqs. 5 to 9).
