@@ -166,6 +166,11 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def has_exits(self) -> bool:
+        """Whether images exit at one operating point or another."""
+        return type(self).exits is not Method.exits
+
     def exits(self, network: Any, logits: dict[str, Tensor]) -> Tensor | None:
         """The number of the operating point at which each image exits, ``[n]``; None for a network without exits.
 

@@ -28,6 +28,7 @@ from cfvit.errors import CfvitError, first_line
 from cfvit.evaluation.metrics import collect, top_k_accuracy
 from cfvit.files import atomic_write, require_writable
 from cfvit.inference.engines.exported import is_exported
+from cfvit.modeling.model import CoarseToFineViT
 from cfvit.processes import Process, join_processes
 from cfvit.training.log import Pace, Reporter
 from cfvit.training.recipe import Recipe
@@ -267,11 +268,11 @@ class _Run:
                 raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
         figures = figures or self._evaluate_and_save("the end")
         held = 0 if self.images.holdout is None else len(self.images.holdout) * process.world
-        if "threshold" in figures and held < FEW_IMAGES:
-            few = f"{held} held-out image{'s' * (held > 1)}, too few to rely on it"
-            reporter.say(f"eta was chosen on {few}: choose it on more with cfvit calibrate, or give a larger --holdout")
-        elif not held and getattr(self.trained.model, "threshold", 0.0) is None:
-            reporter.say("no image was held out, so no eta was chosen: cfvit calibrate chooses it")
+        if trained.method.has_exits and held < FEW_IMAGES:
+            few = f"eta was chosen on {held} held-out image{'s' * (held > 1)}, too few to rely on it"
+            problem = few if held else "no image was held out, so no eta was chosen"
+            more = ", or choose it with cfvit calibrate" if isinstance(trained.model, CoarseToFineViT) else ""
+            reporter.say(f"{problem}: give a larger --holdout{more}")
         return figures
 
     def _require_finite(self, name: str, values: Tensor) -> None:
