@@ -203,6 +203,7 @@ def test_pictures_that_cannot_be_written(cfvit_main: Cli, colour_model: Path, ph
         (["predict", "x.png", "--batch-size", "0"], "--batch-size.*>= 1"),
         (["predict", "x.png", "--treshold", "0.5"], "--treshold.*--threshold"),
         (["predict"], "PATHS"),
+        (["predict", "x.png", "--output", "x.jsonl", "--ray-workers", "2"], "--ray-workers.*add --ray"),
         (["eval"], "--data"),
         (["eval", "--data", "x", "--thresholds", "0.5", "2"], "--thresholds.*<= 1"),
         (["train", "--epoch", "3"], "--epoch.*--epochs"),

@@ -82,9 +82,9 @@ def test_images_are_opened_with_and_without_classes(colours: Path, tmp_path: Pat
     assert len(open_images(str(tmp_path / "packed.tar"))) == 33
 
 
-@pytest.mark.parametrize("flag", ["--report", "--calibration"])
-def test_against_goes_with_neither_report_nor_calibration(
-    flag: str, cfvit_main: Cli, model: Path, colours: Path, tmp_path: Path
+@pytest.mark.parametrize("flag", ["--report", "--calibration", "--thresholds"])
+def test_against_goes_with_nothing_that_needs_labels_or_eta(
+    flag: str, cfvit_main: Cli, model: Path, colours: Path
 ) -> None:
-    outcome = cfvit_main("eval", "--data", colours, "--against", model, flag, tmp_path / "x")
+    outcome = cfvit_main("eval", "--data", colours, "--against", model, flag, 1)
     assert "--against needs neither labels nor eta" in error(outcome, 2)

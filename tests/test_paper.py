@@ -626,6 +626,9 @@ def test_a_comparison_that_would_mislead_is_refused(
         ({"--calibration-data": None}, 2, "--plain and --calibration-data go together"),
         ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides images that --plain and"),
         ({"--runs": held}, 2, "--runs needs --plain and --calibration-data, no --model, and is for table3, fig5, all"),
+        ({"--seeds": 1}, 2, "--seeds is for training, and with --model nothing is trained: leave it out"),
+        ({"--budget": "1h", "--model": None, "--runs": held}, 2, "--budget is for training, and with --runs nothing"),
+        ({"--all-cells-share": 0.5}, 2, "--all-cells-share is for training"),
     ):
         words = [word for pair in {**given, **changes}.items() if pair[1] is not None for word in pair]
         options = ["--no-speed", "--workers", "0", "--out", tmp_path / "out"]

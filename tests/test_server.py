@@ -727,6 +727,7 @@ def test_what_is_missing_is_said(cfvit_main: Callable[..., Outcome], monkeypatch
         (["--api-key", "missing.txt"], 2, "cannot be read"),
         (["--port", "70000"], 2, "65535"),
         (["--threshold", "0.3", "--least-eta", "0.9"], 2, "least eta is 0.9, and eta 0.3"),
+        (["--target-wait", "20"], 2, "--target-wait is when eta begins to fall to --least-eta: give both"),
         (["--gmacs", "900"], 2, "--gmacs is 900: an image costs between"),
         (["--model", "missing"], 1, "missing"),
         (["--host", "203.0.113.7"], 1, "cannot listen on 203.0.113.7, port 8000 .*: choose another --port or --host"),

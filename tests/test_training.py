@@ -532,9 +532,13 @@ def test_coarse_stage_alone_learns_and_no_image_goes_on(
     assert figures["validation_coarse_top1"] > 60
     of_run = ("--model", tmp_path / "run", "--data", colours)
     assert [json.loads(line)["stage"] for line in cfvit_main("eval", *of_run, "--json").out] == ["coarse"]
-    for refused in (("calibrate", *of_run, "--max-drop", 1, "--best"), ("eval", *of_run, "--report", tmp_path)):
-        outcome = cfvit_main(*refused)
-        assert (outcome.status, len(outcome.err)) == (1, 1) and "fine stage was never trained" in outcome.err[0]
+    for command, *options, status, said in (
+        ("calibrate", "--max-drop", 1, "--best", 1, "fine stage was never trained"),
+        ("eval", "--report", tmp_path, 1, "fine stage was never trained"),
+        ("eval", "--thresholds", 0.5, 2, "--thresholds are for a CF-ViT"),
+    ):
+        outcome = cfvit_main(command, *of_run, *options)
+        assert (outcome.status, len(outcome.err)) == (status, 1) and said in outcome.err[0]
     save(load(tmp_path / "run"), tmp_path / "copy")
     copy = load(tmp_path / "copy")
     assert Predictor(copy).threshold == 0.0

@@ -98,7 +98,7 @@ def serve(
     fine_batch: Count | None = None,
     fine_wait: NonNegativeFloat | None = None,
     least_eta: Share | None = None,
-    target_wait: PositiveFloat = 500,
+    target_wait: PositiveFloat | None = None,
     gmacs: float | None = None,
     max_waiting: Count = 128,
     max_images: Count = 32,
@@ -125,7 +125,7 @@ def serve(
         fine_batch: the same for the fine stage
         fine_wait: the same for the fine stage
         least_eta: under load eta falls to this, for cheaper answers; by default never
-        target_wait: milliseconds of waiting from which eta falls
+        target_wait: with --least-eta, milliseconds of waiting from which eta falls (default: 500)
         gmacs: budget: eta follows the images, at most its own, to this mean cost of an image
         max_waiting: images, and requests, that may wait; others get status 503
         max_images: images of a request
@@ -154,6 +154,8 @@ def serve(
         raise UsageError(f"--api-key {api_key} cannot be read ({error}): give a text file") from error
     if key == "":
         raise UsageError("the API key is empty: put it into the file, or into CFVIT_API_KEY")
+    if target_wait is not None and least_eta is None:
+        raise UsageError("--target-wait is when eta begins to fall to --least-eta: give both, or leave it out")
     predictor = load_predictor(model, threshold, calibration)
     if least_eta is not None and least_eta > predictor.threshold:
         raise UsageError(f"least eta is {least_eta:g}, and eta {predictor.threshold:g}: give at most that")
@@ -178,7 +180,7 @@ def serve(
         fine=StageOptions(fine_batch, None if fine_wait is None else fine_wait / 1e3),
         max_waiting=max_waiting,
         least_eta=least_eta,
-        target_wait=target_wait / 1e3,
+        target_wait=(target_wait or 500) / 1e3,
         fine_share=None if gmacs is None else (gmacs - least) / (most - least),
     )
     run(create_app(predictor, settings, scheduler), host, port, notice)

@@ -44,7 +44,7 @@ def evaluate(
     against: Path | None = None,
     plain: str | None = None,
     report: Path | None = None,
-    thresholds: Annotated[tuple[Share, ...], several] = DEFAULT_THRESHOLDS,
+    thresholds: Annotated[tuple[Share, ...] | None, several] = None,
     json: Json = False,
     batch_size: BatchSize = 64,
     workers: Workers = 2,
@@ -63,13 +63,14 @@ def evaluate(
         against: compare with the images of this calibration.json, or of this model's; needs no labels
         plain: the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own
         report: folder for report.html: curve, reliability, classes and examples on one page
-        thresholds: values of eta to report
+        thresholds: values of eta to report (default: 0 to 1 in eleven steps)
     """
     name = model or (str(against) if against is not None and against.is_dir() else DEFAULT_MODEL)
     if against is not None:
-        if report is not None or calibration is not None or plain is not None:
+        if any(given is not None for given in (report, calibration, plain, thresholds)):
             raise UsageError(
-                "--against needs neither labels nor eta: give --report, --calibration, --plain in a call of their own"
+                "--against needs neither labels nor eta: "
+                "give --report, --calibration, --plain, --thresholds in a call of their own"
             )
         return _check_drift(name, data, against, batch_size, workers, json)
     from cfvit.calibration.calibrated import CALIBRATION_FILE, read_calibration
@@ -79,6 +80,11 @@ def evaluate(
     from cfvit.processes import join_processes
 
     network, about, method, base = _open_scored(name, calibration, report, plain)
+    if method is not None and thresholds is not None:
+        raise UsageError(
+            f"--thresholds are for a CF-ViT, and {name} is a run of --method {method.name}, which is scored at its own "
+            "operating points: leave them out"
+        )
     if report is not None and about.threshold is None:
         raise CfvitError("a report is about one eta and the model has none: cfvit calibrate chooses it")
     source, page = labelled_images(about, data), report and report / "report.html"
@@ -87,7 +93,8 @@ def evaluate(
             require_report(page)
         base = base and accelerate(base.to(process.device))
         if method is None:
-            result = evaluate_model(network, source, thresholds, batch_size, workers, process, base)
+            etas = DEFAULT_THRESHOLDS if thresholds is None else thresholds
+            result = evaluate_model(network, source, etas, batch_size, workers, process, base)
         else:
             result = evaluate_method(method, network, source, batch_size, workers, process, base)
         if process.leads:

@@ -83,6 +83,8 @@ def predict(
     output = (in_file or {}).get("output")
     if in_file and output is None:
         raise UsageError("--shard, --part-size and --ray are for answers in a file: add --output")
+    if in_file and "ray_workers" in in_file and "ray" not in in_file:
+        raise UsageError("--ray-workers are those of a cluster: add --ray, or leave them out")
     if in_file and "ray" in in_file and scaled_decode:
         raise UsageError("--ray decodes whole images, and --scaled-decode does not: leave one out")
     if output is not None and (json or explain is not None):

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from cfvit.paper.rows import Made
     from cfvit.paper.studies import Study
 
+SCORED_BY = frozenset({"data", "val_data", "seed", "precision", "workers", "eval_batch_size"})
+"""Fields of a recipe that matter where networks are scored and not trained."""
+
 
 @app.command
 def train(
@@ -141,6 +144,13 @@ def reproduce(
     if not chosen or min(chosen) < 0:
         problem = "--seeds has no number" if not chosen else f"seed {min(chosen)} is below 0"
         raise UsageError(f"{problem}: give numbers from 0, as in --seeds 0 1 2")
+    if model is not None or runs is not None:
+        given = {"seeds": seeds is not None, "budget": budget is not None, **dict.fromkeys(overrides or (), True)}
+        if training := [name.replace("_", "-") for name, there in given.items() if there and name not in SCORED_BY]:
+            raise UsageError(
+                f"--{training[0]} is for training, and with --{'runs' if model is None else 'model'} nothing is "
+                "trained: leave it out"
+            )
     from cfvit.paper.runs import parse_budget
     from cfvit.paper.write import Request, as_json, print_table, reproduce
 
