@@ -603,6 +603,7 @@ def test_table_2_of_a_given_model_is_in_pairs_with_its_plain_vit(
     text = (tmp_path / "out" / "table2.md").read_text()
     for part in (f"eta chosen on {held}", "eta is chosen on 60 images, and the 33 test images", "reds: 11 images"):
         assert part in text
+    assert "hold-out" not in text
     header = (tmp_path / "out" / "table2.csv").read_text().splitlines()[0]
     assert "accuracy,accuracy_spread,accuracy_paper,accuracy_low,accuracy_high" in header
 

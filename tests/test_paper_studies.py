@@ -253,7 +253,7 @@ def test_parity_out_of_reach_is_told(runs: tuple[Result, Result]) -> None:
     point = OperatingPoint("CF-ViT, eta at parity", DEFAULT, "parity")
     row = point.row([ours], {0: _result(perfect, perfect)})
     assert row.cells["accuracy"].ours is None
-    assert row.missing == "no eta reaches the plain ViT's accuracy on the hold-out"
+    assert row.missing == "no eta reaches the plain ViT's accuracy on the images to choose it on"
     assert point.row([ours], {}).missing == "the plain ViT is not there"
     assert point.row([ours], {0: plain}).missing is None
     second = dataclasses.replace(ours, seed=1)
@@ -261,7 +261,7 @@ def test_parity_out_of_reach_is_told(runs: tuple[Result, Result]) -> None:
     assert (both.seeds, both.missing) == (1, "the plain ViT is not there for 1 of 2 seeds")
     short = point.row([ours, second], {0: _result(perfect, perfect)}, "seed 2 is not there")
     assert short.missing == (
-        "seed 2 is not there; no eta reaches the plain ViT's accuracy on the hold-out for 1 of 2 seeds; "
+        "seed 2 is not there; no eta reaches the plain ViT's accuracy on the images to choose it on for 1 of 2 seeds; "
         "the plain ViT is not there for 1 of 2 seeds"
     )
 

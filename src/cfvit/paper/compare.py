@@ -238,7 +238,10 @@ class OperatingPoint:
         unknown = sum(result.seed not in plains for result, eta in etas if eta is None)
         reasons = [missing] if missing else []
         for reason, count in (
-            ("no eta reaches the plain ViT's accuracy on the hold-out", len(results) - len(reached) - unknown),
+            (
+                "no eta reaches the plain ViT's accuracy on the images to choose it on",
+                len(results) - len(reached) - unknown,
+            ),
             ("the plain ViT is not there", unknown),
         ):
             if count:
@@ -266,8 +269,8 @@ def operating_points(study: Study, sources: Sources) -> Made:
     points = points_of(study, sources.family)
     plains = {result.seed: result for result in sources.of(PLAIN)}
     notes = [
-        "eta at parity is the cheapest one whose accuracy on the hold-out is at least the plain ViT's there; the "
-        "validation images are only scored."
+        "eta at parity is the cheapest one whose accuracy is at least the plain ViT's on the images that eta is chosen "
+        "on; others are scored."
     ]
     speeds: dict[str, float] = {}
     if study.name == "table2" and plains and sources.speed:
@@ -394,9 +397,9 @@ def methods(study: Study, sources: Sources) -> Made:
         by_time[f"mean time of an image in batches of {size}, ms"] = _curves_by(finer, milliseconds)
     draw = partial(pictures.draw_curves, title=study.title, ours=_curves_by(finer, by_macs), timed=by_time)
     notes = (
-        "'for 0.5 points': the cheapest eta that loses no more than that to the network's own last answer on the "
-        "images that eta is chosen on; 'at parity': that loses nothing to the plain ViT there. Networks without such "
-        "a row have no exits, or their last answers are below the plain ViT's on those images.",
+        "'for 0.5 points': the lowest eta from which on none loses more than that to the network's own last answer on "
+        "the images that eta is chosen on; 'at parity': from which on none loses anything to the plain ViT there. "
+        "Networks without such a row have no exits, or their last answers are below the plain ViT's on those images.",
         *notes,
     )
     if sources.speeds:
