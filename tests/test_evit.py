@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT
 from cfvit.methods.base import create_method
+from cfvit.methods.blocks import places_of_reduction
 from cfvit.methods.evit import fuse_inattentive
-from cfvit.methods.plain_blocks import places_of_reduction
 
 
 def test_if_all_are_kept_it_is_timms_network(

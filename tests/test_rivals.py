@@ -17,9 +17,9 @@ from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_method
 from cfvit.methods.base import Batch, create_method
+from cfvit.methods.blocks import attend, attend_kept, embed, run
 from cfvit.methods.evo_vit import evolve
 from cfvit.methods.ia_red2 import reward
-from cfvit.methods.plain_blocks import attend, attend_kept, embed, run
 from cfvit.methods.ps_vit import impact
 from cfvit.methods.sit import Mixtures
 from cfvit.modeling.config import ModelConfig, Objective
@@ -62,7 +62,7 @@ def test_a_step_of_training_reaches_every_weight(
     losses = []
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
     for _ in range(12):
-        loss = method.loss(method.in_training(network), Batch(images, torch.arange(4)), 1.0)
+        loss = method.loss(method.training_module(network), Batch(images, torch.arange(4)), 1.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -82,7 +82,7 @@ def test_without_labels_it_learns_a_teachers_answers(
     network = method.build(config).train()
     images, teacher = make_images(network, 4), 5 * torch.eye(4, config.num_classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    running = method.in_training(network)
+    running = method.training_module(network)
     for _ in range(25):
         method.loss(running, Batch(images, None, teacher), 0.5).backward()
         optimizer.step()
@@ -370,7 +370,7 @@ def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_d
     tokens, kept, shares = network.decide(images)
     assert torch.stack(shares).tolist() == [[0.5] * 2, [0.25] * 2, [0.125] * 2]
     assert kept.tolist() == [[0.0] * 56 + [1.0] * 8] * 2
-    logits, imitation = method.in_training(network)(images)
+    logits, imitation = method.training_module(network)(images)
     torch.testing.assert_close(logits, network(images), rtol=1e-5, atol=1e-5)
     vit = network.backbone
     distance = (tokens - vit.forward_features(images))[:, -8:].square().mean()  # of the patches that are kept
@@ -419,7 +419,7 @@ def test_ps_vit_chooses_nested_masks_from_the_last_block_to_the_first(
     for tolerance in (0.001, 0.1, 0.5):
         method, network = build("ps_vit", tolerance=tolerance)
         images = make_images(network, 3)
-        method.in_training(network)(images)
+        method.training_module(network)(images)
         vit, plan = network.backbone, network.plan.tolist()
         assert plan == sorted(plan, reverse=True)
         assert sorted(network.order.tolist()) == list(range(64))
@@ -439,7 +439,7 @@ def test_ps_vits_masks_are_saved_with_it(
 ) -> None:
     method, network = build("ps_vit", tolerance=0.5)
     images = make_images(network, 3)
-    method.in_training(network)(images)
+    method.training_module(network)(images)
     method.save(network, tmp_path)
     _, read = build("ps_vit", tolerance=0.5)
     read = method.load(read, tmp_path)
@@ -461,7 +461,7 @@ def choosy(build: Callable[..., Any]) -> tuple[Any, Any]:
 def test_ia_red2_drops_what_it_masks_in_training(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
     method, network = choosy
     images = make_images(network, 4)
-    *_, greedy_logits, greedy_shares = method.in_training(network)(images)
+    *_, greedy_logits, greedy_shares = method.training_module(network)(images)
     assert greedy_shares[:, -1].unique().numel() > 1, "images keep different numbers"
     assert 0 < greedy_shares.min() < greedy_shares.max() < 1
     torch.testing.assert_close(network(images), greedy_logits, rtol=1e-4, atol=1e-5)
@@ -471,7 +471,7 @@ def test_ia_red2_drops_what_it_masks_in_training(choosy: tuple[Any, Any], make_i
 def test_ia_red2_costs_what_its_images_keep(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
     method, network = choosy
     images, before = make_images(network, 1), network.plan.clone()
-    *_, (shares,) = method.in_training(network)(images)
+    *_, (shares,) = method.training_module(network)(images)
     assert network.plan.tolist() == before.tolist(), "training counts nothing"
     with FlopCounterMode(display=False) as counter:
         method.answers(network, images)

@@ -61,10 +61,10 @@ def count_points(network: Any, points: Callable[[Any], dict[str, Callable[[Tenso
 
 @configuration
 class Options:
-    """What one method alone can be told. A method with options adds them as fields, at the settings of its paper."""
+    """Settings of one method alone: a method adds its own as fields, with the values of its paper as defaults."""
 
 
-class InTraining(nn.Module):
+class TrainingModule(nn.Module):
     """A function of networks and of what a batch holds, as one module: what a training step compiles and distributes.
 
     Args:
@@ -114,7 +114,7 @@ class Method(ABC):
         Args:
             weights: where trained weights come from, as of `cfvit.checkpoints.initialise`; None for
                 random ones by torch's generator.
-            class_names: by class index; trained weights of other classes are told.
+            class_names: by class index; trained weights of other classes are a warning.
         """
 
     def is_added(self, name: str) -> bool:
@@ -125,18 +125,18 @@ class Method(ABC):
         """What a training step computes of images ``[B, 3, S, S]``, and what `loss` reads of it."""
         return network(images)
 
-    def in_training(self, network: Any) -> nn.Module:
+    def training_module(self, network: Any) -> nn.Module:
         """`forward` of a network as a module."""
-        return InTraining(self.forward, network)
+        return TrainingModule(self.forward, network)
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
         """The loss on a batch, a scalar; by default that of the one answer which `forward` gives.
 
         Args:
-            running: what `in_training` gave, perhaps compiled and distributed.
+            module: what `training_module` gave, perhaps compiled and distributed.
             split: share of cells that are split in this phase; a method without cells ignores it.
         """
-        return self.answer_loss(running(batch.images), batch)
+        return self.answer_loss(module(batch.images), batch)
 
     def answer_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of one answer: cross entropy with the label, divergence from the teacher."""

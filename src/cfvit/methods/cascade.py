@@ -95,8 +95,8 @@ class Cascade(CfViT):
     def forward(self, network: Any, images: Tensor, split: float = 1.0, labels: TokenLabels | None = None) -> Any:
         return network(images)
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        small, large = running(batch.images)
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
+        small, large = module(batch.images)
         return self.answer_loss(small, batch) + self.answer_loss(large, batch)
 
     def save(self, network: Any, folder: Path) -> None:

@@ -49,10 +49,10 @@ class CfViT(Method):
             return network(images, informative_ratio=split)
         return network.forward_tokens(images, informative_ratio=split, mixed=labels.mixed)
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
         """The paper's loss on both stages' logits, or LV-ViT's with a label for each token; a scalar."""
         labels = batch.token_labels
-        output = running(batch.images, split, labels)
+        output = module(batch.images, split, labels)
         if labels is None:
             return coarse_to_fine_loss(output, batch.target, self.objective, batch.teacher)
         assert batch.target is not None
@@ -97,11 +97,11 @@ class CoarseOnly(Method):
     def forward(self, network: Any, images: Tensor) -> Tensor:
         return network.coarse(images).logits
 
-    def in_training(self, network: Any) -> nn.Module:
+    def training_module(self, network: Any) -> nn.Module:
         for part in (network.feature_reuse, network.backbone.pos_embed):
             if part is not None:
                 part.requires_grad_(False)  # only the fine stage uses it
-        return super().in_training(network)
+        return super().training_module(network)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         return {"coarse": partial(self.forward, network)}

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfvit.methods import blocks
 from cfvit.methods.base import register
 from cfvit.methods.cascade import resized
-from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, Seen
+from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, StageOutput
 from cfvit.methods.plain import Plain
-from cfvit.methods.plain_blocks import attend, embed, require_plain_vit, transform
 from cfvit.modeling.config import ModelConfig
 
 SMALLER_GRIDS = (7 / 14, 10 / 14)
@@ -85,37 +85,37 @@ class CascadeWithReuse(MultiExitNetwork):
         super().__init__(["x".join(map(str, vit.patch_embed.grid_size)) for vit in vits])
         last = vits[-1]
         self.image_size, self.data_config, self.class_names = last.image_size, last.data_config, last.class_names
-        blocks, later = last.blocks, vits[1:]
+        later, depth, heads = vits[1:], len(last.blocks), last.blocks[0].attn.num_heads
         for block in (block for vit in later for block in vit.blocks):
             block.mlp.fc1 = widen(block.mlp.fc1)
         self.vits = nn.ModuleList(vits)
-        self.features = nn.ModuleList(nn.ModuleList(FeatureReuse(last.embed_dim) for _ in blocks) for _ in later)
-        self.relations = nn.ModuleList(RelationReuse(len(blocks) * blocks[0].attn.num_heads) for _ in later)
+        self.features = nn.ModuleList(nn.ModuleList(FeatureReuse(last.embed_dim) for _ in range(depth)) for _ in later)
+        self.relations = nn.ModuleList(RelationReuse(depth * heads) for _ in later)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters for optimisers to leave undecayed."""
         vits: list[Any] = list(self.vits)
         return {f"vits.{stage}.{name}" for stage, vit in enumerate(vits) for name in vit.no_weight_decay()}
 
-    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+    def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """A network on the image at its own size, with what the one before has seen, if there was one."""
         vits: list[Any] = list(self.vits)
         vit, relations = vits[index], []
-        tokens = embed(vit, F.interpolate(images, vit.patch_embed.img_size, mode="bilinear", align_corners=True))
+        tokens = blocks.embed(vit, F.interpolate(images, vit.patch_embed.img_size, mode="bilinear", align_corners=True))
         biases = joined = [None] * len(vit.blocks)
-        if before is not None:
-            seen_tokens, seen_relations = before.parts
+        if previous is not None:
+            seen_tokens, seen_relations = previous.features
             grids = vits[index - 1].patch_embed.grid_size, vit.patch_embed.grid_size
             features: Any = self.features[index - 1]
             joined = [feature(seen_tokens, *grids) for feature in features]
             biases = self.relations[index - 1](seen_relations, *grids).chunk(len(vit.blocks), dim=1)
         for block, bias, more in zip(vit.blocks, biases, joined, strict=True):
-            tokens, query, key = attend(block, tokens, bias)
-            tokens = transform(block, tokens, more)
+            tokens, query, key = blocks.attend(block, tokens, bias)
+            tokens = blocks.transform(block, tokens, more)
             if index + 1 < len(vits):
                 relations.append((query * block.attn.scale) @ key.transpose(-2, -1))
         tokens = vit.norm(tokens)
-        return Seen(vit.forward_head(tokens), (tokens, torch.cat(relations, dim=1)) if relations else ())
+        return StageOutput(vit.forward_head(tokens), (tokens, torch.cat(relations, dim=1)) if relations else ())
 
 
 @register("dvt")
@@ -126,7 +126,7 @@ class DVT(MultiExit):
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         large = Plain(self.objective).build(config, weights, class_names)
-        require_plain_vit(large)
+        blocks.require_plain_vit(large)
         rows, columns = large.patch_embed.grid_size
         height, width = large.patch_embed.patch_size
         sizes = [(round(rows * share) * height, round(columns * share) * width) for share in SMALLER_GRIDS]

@@ -14,18 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfvit.methods import blocks
 from cfvit.methods.base import register
-from cfvit.methods.plain_blocks import (
-    ExtendedViT,
-    FrozenTeacher,
-    KeepRate,
-    TaughtByItself,
-    attend_kept,
-    embed,
-    keep_highest,
-    places_of_reduction,
-    transform,
-)
+from cfvit.methods.plain import ExtendedViT, FrozenTeacher, KeepRate, SelfDistilled
 from cfvit.modeling.losses import distillation_loss
 
 RATIO_WEIGHT, TOKEN_WEIGHT, TEACHER_WEIGHT = 2.0, 0.5, 0.5
@@ -62,7 +53,7 @@ class SparsifiedViT(ExtendedViT):
 
     def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
         super().__init__(backbone, options, trained)
-        places, rate = places_of_reduction(backbone), options.keep_rate
+        places, rate = blocks.places_of_reduction(backbone), options.keep_rate
         self.shares = {place: rate**stage for stage, place in enumerate(places, start=1)}
         """Of all patches that are kept, by the block before which others are dropped."""
         self.predictors = nn.ModuleList(KeepPredictor(backbone.embed_dim) for _ in places)
@@ -76,7 +67,7 @@ class SparsifiedViT(ExtendedViT):
             return tokens
         scores = self.predict(index, tokens[:, 1:], tokens.new_ones(len(tokens), tokens.shape[1] - 1))[..., 0]
         count = math.floor(round(self.backbone.patch_embed.num_patches * self.shares[index], 6))
-        return keep_highest(tokens, scores, max(1, count))
+        return blocks.keep_highest(tokens, scores, max(1, count))
 
     def decide(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """In training, decisions are drawn by Gumbel's trick and mask the attention, which gives gradients.
@@ -85,25 +76,25 @@ class SparsifiedViT(ExtendedViT):
             The tokens after the norm ``[B, 1 + n, D]``, the decisions ``[B, n]``, and the share of the patches that is
             kept at each stage, ``[B]``.
         """
-        tokens, shares = embed(self.backbone, images), []
+        tokens, shares = blocks.embed(self.backbone, images), []
         kept = tokens.new_ones(len(tokens), tokens.shape[1] - 1)
         for index, block in enumerate(self.backbone.blocks):
             if index in self.shares:
                 kept = kept * F.gumbel_softmax(self.predict(index, tokens[:, 1:], kept), hard=True)[..., 0]
                 shares.append(kept.mean(dim=1))
-            tokens = transform(block, attend_kept(block, tokens, F.pad(kept, (1, 0), value=1.0)))
+            tokens = blocks.transform(block, blocks.attend_kept(block, tokens, F.pad(kept, (1, 0), value=1.0)))
         return self.backbone.norm(tokens), kept, shares
 
 
 @register("dynamicvit")
-class DynamicViT(TaughtByItself):
+class DynamicViT(SelfDistilled):
     """Trained with masks towards the keep rate of each stage and the backbone's own answers; answers by dropping."""
 
     title = "DynamicViT"
     options_class = KeepRate
     network_class = SparsifiedViT
 
-    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
+    def distil(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits; and the distances to the wanted shares, to the teacher's patches and to its answer."""
         tokens, kept, shares = network.decide(images)
         logits, (teacher_logits, patches) = network.backbone.forward_head(tokens), teacher(images)

@@ -12,18 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfvit.methods import blocks
 from cfvit.methods.base import Method, register
 from cfvit.methods.cf_vit import CfViT, build_model
-from cfvit.methods.plain_blocks import (
-    KeepRate,
-    PlainBlocks,
-    attend,
-    classify,
-    embed,
-    places_of_reduction,
-    require_plain_vit,
-    transform,
-)
+from cfvit.methods.plain import KeepRate, PlainBlocks
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
@@ -37,18 +29,19 @@ class EViT(PlainBlocks):
     options_class = KeepRate
 
     def forward(self, network: Any, images: Tensor) -> Tensor:
-        return classify(network, run_reorganising(network, embed(network, images), self.options.keep_rate))
+        tokens = run_reorganising(network, blocks.embed(network, images), self.options.keep_rate)
+        return blocks.classify(network, tokens)
 
 
 def run_reorganising(backbone: Any, tokens: Tensor, keep: float) -> Tensor:
     """All blocks, between whose halves three reduce the tokens: ``[B, 1 + n, D]`` to what is left of them."""
-    places = places_of_reduction(backbone)
+    places = blocks.places_of_reduction(backbone)
     for index, block in enumerate(backbone.blocks):
-        tokens, query, key = attend(block, tokens)
+        tokens, query, key = blocks.attend(block, tokens)
         if index in places:
             row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
             tokens = fuse_inattentive(tokens, row, math.ceil(keep * row.shape[1]))
-        tokens = transform(block, tokens)
+        tokens = blocks.transform(block, tokens)
     return tokens
 
 
@@ -85,6 +78,6 @@ class CfEViT(CfViT):
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         network: Any = build_model(config, weights, class_names, ReorganisingFineStage)
-        require_plain_vit(network.backbone)
+        blocks.require_plain_vit(network.backbone)
         network.keep = self.options.keep_rate
         return network

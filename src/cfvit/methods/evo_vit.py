@@ -16,8 +16,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from cfvit.methods import blocks
 from cfvit.methods.base import Batch, register
-from cfvit.methods.plain_blocks import KeepRate, PlainBlocks, attend, embed, transform
+from cfvit.methods.plain import KeepRate, PlainBlocks
 from cfvit.modeling.config import Number, configuration
 from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
 
@@ -43,9 +44,9 @@ def evolve(block: Any, tokens: Tensor, average: Tensor, count: int) -> tuple[Ten
     bypassing = gather_tokens(tokens[:, 1:], fast)
     representative = (weights[..., None] * bypassing).sum(dim=1, keepdim=True)
     chosen = torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], slow), representative], dim=1)
-    chosen, query, key = attend(block, chosen)
+    chosen, query, key = blocks.attend(block, chosen)
     row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)[:, :count]
-    chosen = transform(block, chosen)
+    chosen = blocks.transform(block, chosen)
     bypassing = bypassing + chosen[:, -1:] - representative  # what both halves of the block added to it
     seen = MOMENTUM * average.gather(1, slow) + (1 - MOMENTUM) * row
     return torch.cat([chosen[:, :-1], bypassing], dim=1), torch.cat([seen, waiting], dim=1)
@@ -60,20 +61,20 @@ class EvoViT(PlainBlocks):
 
     def forward(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits by the class token and by the mean patch, ``[B, classes]`` each."""
-        tokens, average = embed(network, images), None
+        tokens, average = blocks.embed(network, images), None
         count = math.ceil(round(self.options.keep_rate * (tokens.shape[1] - 1), 6))
         for index, block in enumerate(network.blocks):
             if average is None or index < len(network.blocks) // 3 or count == average.shape[1]:
-                tokens, query, key = attend(block, tokens)
+                tokens, query, key = blocks.attend(block, tokens)
                 average = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
-                tokens = transform(block, tokens)
+                tokens = blocks.transform(block, tokens)
             else:
                 tokens, average = evolve(block, tokens, average, count)
         tokens = network.norm(tokens)
         return network.forward_head(tokens), network.head(tokens[:, 1:].mean(dim=1))
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        by_class, by_patches = running(batch.images)
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
+        by_class, by_patches = module(batch.images)
         return 0.5 * self.answer_loss(by_class, batch) + 0.5 * self.answer_loss(by_patches, batch)
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:

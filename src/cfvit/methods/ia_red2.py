@@ -22,19 +22,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cfvit.methods import blocks
 from cfvit.methods.base import Batch, Options, count_points, register
-from cfvit.methods.plain_blocks import (
-    ExtendedViT,
-    ExtendsPlainViT,
-    add_mixed,
-    attend,
-    classify,
-    embed,
-    keep_highest,
-    project,
-    run,
-    transform,
-)
+from cfvit.methods.plain import ExtendedViT, ExtendsPlainViT
 from cfvit.modeling.config import Number, configuration
 
 GROUPS = 3
@@ -97,7 +87,7 @@ class InterpretedViT(ExtendedViT):
 
         The tokens of all images lie in one row, since they differ in number; only attention is computed image by image.
         """
-        tokens = embed(self.backbone, images)
+        tokens = blocks.embed(self.backbone, images)
         lengths, row = [tokens.shape[1]] * len(images), tokens.flatten(0, 1)[None]
         counts = []
         for index, block in enumerate(self.backbone.blocks):
@@ -106,10 +96,10 @@ class InterpretedViT(ExtendedViT):
                 parts = [F.pad(part[1:], (1, 0), value=True) for part in kept.split(lengths)]  # class tokens stay
                 row, lengths = row[:, torch.cat(parts)], torch.stack([part.sum() for part in parts]).tolist()
                 counts.append(lengths)
-            images_of = [part.split(lengths, dim=2) for part in project(block.attn, block.norm1(row))]
+            images_of = [part.split(lengths, dim=2) for part in blocks.project(block.attn, block.norm1(row))]
             mixed = [F.scaled_dot_product_attention(*image) for image in zip(*images_of, strict=True)]
-            row = transform(block, add_mixed(block, row, torch.cat(mixed, dim=2)))
-        return torch.cat([classify(self.backbone, image) for image in row.split(lengths, dim=1)]), counts
+            row = blocks.transform(block, blocks.add_mixed(block, row, torch.cat(mixed, dim=2)))
+        return torch.cat([blocks.classify(self.backbone, image) for image in row.split(lengths, dim=1)]), counts
 
     def with_counts(self, images: Tensor, counts: list[int]) -> Tensor:
         """The same with given numbers of patches in each group, those that are worth most."""
@@ -118,9 +108,9 @@ class InterpretedViT(ExtendedViT):
             if index not in self.starts:
                 return tokens
             group = self.starts.index(index)
-            return keep_highest(tokens, self.interpreters[group](tokens[:, 1:]), counts[group])
+            return blocks.keep_highest(tokens, self.interpreters[group](tokens[:, 1:]), counts[group])
 
-        return classify(self.backbone, run(self.backbone, images, reduce))
+        return blocks.classify(self.backbone, blocks.run(self.backbone, images, reduce))
 
     def play(self, images: Tensor, decide: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """In training: dropped patches are masked, as images of a batch drop different ones.
@@ -132,7 +122,7 @@ class InterpretedViT(ExtendedViT):
             Logits ``[B, classes]``; the share of all patches that each group keeps, ``[B, groups]``; and the
             log-probability of the decisions, mean over patches, ``[B]``.
         """
-        tokens = embed(self.backbone, images)
+        tokens = blocks.embed(self.backbone, images)
         kept = tokens.new_ones(len(tokens), tokens.shape[1] - 1)
         shares, log_probability, seen = [], tokens.new_zeros(len(tokens)), None
         for index, block in enumerate(self.backbone.blocks):
@@ -144,8 +134,8 @@ class InterpretedViT(ExtendedViT):
                 kept = kept * decision
                 shares.append(kept.mean(dim=1))
                 seen = F.pad(kept > 0, (1, 0), value=True)[:, None, None]
-            tokens = transform(block, attend(block, tokens, seen)[0])
-        return classify(self.backbone, tokens), torch.stack(shares, dim=1), log_probability
+            tokens = blocks.transform(block, blocks.attend(block, tokens, seen)[0])
+        return blocks.classify(self.backbone, tokens), torch.stack(shares, dim=1), log_probability
 
 
 def reward(logits: Tensor, shares: Tensor, answer: Tensor, penalty: float) -> Tensor:
@@ -174,9 +164,9 @@ class IaRed2(ExtendsPlainViT):
             logits, shares, _ = network.play(images, lambda worth: (worth >= KEEP_ABOVE).to(worth.dtype))
         return *drawn, logits, shares
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
         """The reward over that of the likeliest decisions raises or lowers the probability of those drawn."""
-        logits, shares, log_probability, greedy_logits, greedy_shares = running(batch.images)
+        logits, shares, log_probability, greedy_logits, greedy_shares = module(batch.images)
         answer = batch.teacher if batch.target is None else batch.target
         assert answer is not None
         answer = answer.argmax(dim=-1) if answer.is_floating_point() else answer

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cfvit.checkpoints import load
 from cfvit.errors import UsageError
+from cfvit.methods import blocks
 from cfvit.methods.base import register
 from cfvit.methods.cf_vit import CfViT, build_model
-from cfvit.methods.plain_blocks import project, require_plain_vit, transform
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.model import FIRST_ATTENTION_BLOCK, CoarseState, CoarseToFineViT
 from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
@@ -40,7 +40,7 @@ class Literal(CfViT):
             UsageError: a backbone, a selection or a feature reuse that it is not written for.
         """
         network = build_model(config, weights, class_names, LiteralPort)
-        require_plain_vit(network.backbone)
+        blocks.require_plain_vit(network.backbone)
         if hasattr(network.backbone, "token_logits"):
             raise UsageError("the method is written for patches of the image itself: choose a ViT, not LVViT")
         if (config.selection, config.feature_reuse, config.fine_merged) != ("attention", "mlp", 0):
@@ -95,10 +95,10 @@ class LiteralPort(CoarseToFineViT):
         average = None
         first = min(FIRST_ATTENTION_BLOCK, len(backbone.blocks) - 1)
         for index, block in enumerate(backbone.blocks):
-            query, key, value = project(block.attn, block.norm1(tokens))
+            query, key, value = blocks.project(block.attn, block.norm1(tokens))
             maps = (query * block.attn.scale @ key.transpose(-2, -1)).softmax(dim=-1)
             update = block.attn.proj((maps @ value).transpose(1, 2).flatten(2))
-            tokens = transform(block, tokens + block.drop_path1(block.ls1(update)))
+            tokens = blocks.transform(block, tokens + block.drop_path1(block.ls1(update)))
             if index >= first:
                 row = maps.detach().mean(dim=1)[:, 0, 1:].float()
                 average = accumulate_attention(average, row, self.config.attention_momentum)

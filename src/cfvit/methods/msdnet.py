@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cfvit.errors import UsageError
 from cfvit.methods.base import register
-from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, Seen
+from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, StageOutput
 from cfvit.modeling.backbones import patch_size
 from cfvit.modeling.config import ModelConfig
 
@@ -25,16 +25,16 @@ FACTORS = (1, 2, 4, 4)
 """From the finest resolution to the coarsest: of channels, of growth and of the width of bottlenecks."""
 
 
-def convolve(before: int, after: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def convolve(in_chs: int, out_chs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU."""
-    convolution = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(after), nn.ReLU())
+    convolution = nn.Conv2d(in_chs, out_chs, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out_chs), nn.ReLU())
 
 
-def bottleneck(before: int, after: int, factor: int, stride: int = 1) -> nn.Sequential:
-    """A convolution behind a layer of at most ``factor * after`` channels."""
-    inner = min(before, factor * after)
-    return nn.Sequential(convolve(before, inner, 1), convolve(inner, after, 3, stride))
+def bottleneck(in_chs: int, out_chs: int, factor: int, stride: int = 1) -> nn.Sequential:
+    """A convolution behind a layer of at most ``factor * out_chs`` channels."""
+    inner = min(in_chs, factor * out_chs)
+    return nn.Sequential(convolve(in_chs, inner, 1), convolve(inner, out_chs, 3, stride))
 
 
 class Join(nn.Module):
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         self.shrink = None
         if self.first:
             sizes = ((factor * (width + GROWTH), factor * self.width) for factor in entering[self.first :])
-            self.shrink = nn.ModuleList(convolve(before, after, 1) for before, after in sizes)
+            self.shrink = nn.ModuleList(convolve(*pair, 1) for pair in sizes)
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
         after = [join(maps[i], maps[i - 1] if i else None) for i, join in enumerate(self.joins, start=self.first)]
@@ -132,10 +132,10 @@ class MultiScaleDenseNet(ConvolutionalNetwork):
             self.blocks.append(nn.Sequential(*layers))
             self.heads.append(self.exit_head(width * FACTORS[-1], num_classes))
 
-    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+    def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """A block on the maps of the one before, or of the stem, and its classifier."""
-        maps = self.blocks[index](self.maps(images) if before is None else list(before.parts))
-        return Seen(self.heads[index](maps[-1]), tuple(maps))
+        maps = self.blocks[index](self.maps(images) if previous is None else list(previous.features))
+        return StageOutput(self.heads[index](maps[-1]), tuple(maps))
 
 
 @register("msdnet")

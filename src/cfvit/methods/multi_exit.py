@@ -16,11 +16,11 @@ from cfvit.methods.base import Batch, Method, count_points
 from cfvit.modeling.exit import confidence_of, goes_on
 
 
-class Seen(NamedTuple):
-    """What a stage says of a batch, and the next one takes over."""
+class StageOutput(NamedTuple):
+    """Logits of a stage, and what the next stage takes over."""
 
     logits: Tensor  # ``[B, classes]``
-    parts: tuple[Tensor, ...] = ()  # whatever the next stage needs, with a row for each image
+    features: tuple[Tensor, ...] = ()  # whatever the next stage needs, with a row for each image
 
 
 class MultiExitNetwork(nn.Module):
@@ -38,23 +38,23 @@ class MultiExitNetwork(nn.Module):
         self.register_buffer("etas", torch.ones(len(exits) - 1))  # of all exits but the last; at 1 all images go on
 
     @abstractmethod
-    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+    def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """A stage, on images ``[B, 3, S, S]`` and what the stage before saw of them; None for the first."""
 
     def forward(self, images: Tensor, stages: int | None = None) -> dict[str, Tensor]:
         """Logits ``[B, classes]`` at all exits, or at the first ``stages``."""
-        answers, seen = {}, None
+        answers, output = {}, None
         for index, name in enumerate(self.exits[:stages]):
-            seen = self.stage(index, images, seen)
-            answers[name] = seen.logits
+            output = self.stage(index, images, output)
+            answers[name] = output.logits
         return answers
 
 
 class MultiExit(Method):
     """All exits learn side by side; the operating points are the exits, each at the cost of all stages up to it."""
 
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        return torch.stack([self.answer_loss(logits, batch) for logits in running(batch.images).values()]).sum()
+    def loss(self, module: Any, batch: Batch, split: float) -> Tensor:
+        return torch.stack([self.answer_loss(logits, batch) for logits in module(batch.images).values()]).sum()
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         def answer(stages: int, name: str, images: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ class MultiExit(Method):
 
     def macs(self, network: Any) -> dict[str, int]:
         """Counts each stage once; an exit costs all stages up to it."""
-        seen = None
+        output = None
 
         def run(meta: Any, index: int, image: Tensor) -> None:
-            nonlocal seen
-            seen = meta.stage(index, image, seen)
+            nonlocal output
+            output = meta.stage(index, image, output)
 
         costs = count_points(network, lambda meta: {n: partial(run, meta, i) for i, n in enumerate(network.exits)})
         return dict(zip(costs, accumulate(costs.values()), strict=True))

@@ -19,8 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from cfvit.errors import UsageError
+from cfvit.methods import blocks
 from cfvit.methods.base import Options, register
-from cfvit.methods.plain_blocks import ExtendedViT, ExtendsPlainViT, classify, embed, project, run, run_block
+from cfvit.methods.plain import ExtendedViT, ExtendsPlainViT
 from cfvit.modeling.config import Number, configuration
 
 LAST_SHARE = 0.14
@@ -56,11 +57,11 @@ class PatchSlimmedViT(ExtendedViT):
     def forward(self, images: Tensor, counts: list[int] | None = None) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, with so many patches in each block, or ``plan``."""
         counts = counts or self.plan.tolist()
-        tokens = embed(self.backbone, images)
+        tokens = blocks.embed(self.backbone, images)
         tokens = torch.cat([tokens[:, :1], tokens[:, 1:][:, self.order[: counts[0]]]], dim=1)
         for block, count in zip(self.backbone.blocks, counts, strict=True):
-            tokens = run_block(block, tokens[:, : 1 + count])
-        return classify(self.backbone, tokens)
+            tokens = blocks.run_block(block, tokens[:, : 1 + count])
+        return blocks.classify(self.backbone, tokens)
 
     @torch.no_grad()
     def choose(self, images: Tensor) -> None:
@@ -71,8 +72,8 @@ class PatchSlimmedViT(ExtendedViT):
         """
         training = self.training
         self.eval()  # no block is left out at random
-        inputs = [embed(self.backbone, images)]
-        run(self.backbone, images, after=inputs)
+        inputs = [blocks.embed(self.backbone, images)]
+        blocks.run(self.backbone, images, after=inputs)
         patches = inputs[0].shape[1] - 1
         step = max(1, round(STEP * patches))
         kept, counts = torch.zeros(1, dtype=torch.long, device=images.device), []  # the class token, which is token 0
@@ -85,7 +86,7 @@ class PatchSlimmedViT(ExtendedViT):
             added = (whole[:, needed] - before[:, needed]).square().sum()
             for count in [*range(0, len(others), step), len(others)]:
                 kept = torch.cat([needed, others[:count]])
-                error = (run_block(block, before[:, kept])[:, : len(needed)] - whole[:, needed]).square().sum()
+                error = (blocks.run_block(block, before[:, kept])[:, : len(needed)] - whole[:, needed]).square().sum()
                 if error <= self.options.tolerance * added:
                     break
             counts.insert(0, len(kept) - 1)
@@ -98,7 +99,7 @@ class PatchSlimmedViT(ExtendedViT):
 
 def impact(block: Any, tokens: Tensor, needed: Tensor) -> Tensor:
     """What each token matters to the needed ones, mean over images: ``[B, T, D], [n] -> [T]``."""
-    query, key, value = project(block.attn, block.norm1(tokens))
+    query, key, value = blocks.project(block.attn, block.norm1(tokens))
     maps = (query[:, :, needed] * block.attn.scale @ key.transpose(-2, -1)).softmax(dim=-1)
     return (maps.sum(dim=2) * value.norm(dim=-1)).mean(dim=(0, 1))
 

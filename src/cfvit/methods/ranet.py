@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cfvit.methods.base import register
 from cfvit.methods.msdnet import ConvolutionalNetwork, MSDNet, bottleneck, convolve
-from cfvit.methods.multi_exit import Seen
+from cfvit.methods.multi_exit import StageOutput
 
 LAYERS, CHANNELS, GROWTH, EACH = 8, 32, 16, 2
 FACTORS = (1, 2, 2, 4)
@@ -29,19 +29,19 @@ class FusionBlock(nn.Module):
     """Dense layers of one resolution, in which half of the new maps are made of the network's before.
 
     Args:
-        before: channels that come in.
+        in_chs: channels that come in.
         factor: of the resolution.
         joined: channels of the network before, None for the first one, which makes all maps of its own.
         halve: whether the resolution is halved at the end, where the channels are.
     """
 
-    def __init__(self, before: int, factor: int, joined: int | None, halve: bool) -> None:
+    def __init__(self, in_chs: int, factor: int, joined: int | None, halve: bool) -> None:
         super().__init__()
         new = GROWTH * factor // (1 if joined is None else 2)
-        widths = [before + GROWTH * factor * layer for layer in range(LAYERS)]
+        widths = [in_chs + GROWTH * factor * layer for layer in range(LAYERS)]
         self.own = nn.ModuleList(bottleneck(width, new, factor) for width in widths)
         self.other = None if joined is None else nn.ModuleList(bottleneck(joined, new, factor) for _ in widths)
-        joint = before + GROWTH * factor * LAYERS
+        joint = in_chs + GROWTH * factor * LAYERS
         self.width = joint // 2
         self.shrink = convolve(joint, self.width, 3 if halve else 1, 2 if halve else 1)
 
@@ -77,11 +77,11 @@ class ResolutionAdaptiveNet(ConvolutionalNetwork):
             self.networks.append(blocks)
             joined = widths
 
-    def stage(self, index: int, images: Tensor, before: Seen | None) -> Seen:
+    def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """The rest of a network's blocks up to an exit, on what the network before made, and its classifier."""
         number, place = divmod(index, EACH)
         scales = len(FACTORS)
-        parts = self.maps(images) if before is None else list(before.parts)
+        parts = self.maps(images) if previous is None else list(previous.features)
         stem, rest = parts[:scales], parts[scales:]
         joined, own = rest[: EACH * number], rest[EACH * number :]
         if place == 0 and number:  # a new network, which meets the maps of the one that is done
@@ -91,7 +91,7 @@ class ResolutionAdaptiveNet(ConvolutionalNetwork):
         for block in blocks[len(own) : len(blocks) - EACH + 1 + place]:
             maps = block(maps, joined[min(len(own), len(joined) - 1)] if joined else None)
             own.append(maps)
-        return Seen(self.heads[index](maps), (*stem, *joined, *own))
+        return StageOutput(self.heads[index](maps), (*stem, *joined, *own))
 
 
 @register("ranet")

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cfvit.methods import blocks
 from cfvit.methods.base import register
-from cfvit.methods.plain_blocks import ExtendedViT, FrozenTeacher, KeepRate, TaughtByItself, run
+from cfvit.methods.plain import ExtendedViT, FrozenTeacher, KeepRate, SelfDistilled
 from cfvit.modeling.config import Number, configuration
 from cfvit.modeling.losses import distillation_loss
 
@@ -72,17 +73,17 @@ class SelfSlimmedViT(ExtendedViT):
 
 
 @register("sit")
-class SiT(TaughtByItself):
+class SiT(SelfDistilled):
     """Slimmed in training as well, and taught by the backbone that it started from."""
 
     title = "SiT"
     options_class = Slimming
     network_class = SelfSlimmedViT
 
-    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
+    def distil(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits; and the distances to the teacher's layers and to its answer."""
         (teacher_logits, wanted), after, distances = teacher(images), list[Tensor](), []
-        normed = network.backbone.norm(run(network.backbone, images, network.reduce, after))
+        normed = network.backbone.norm(blocks.run(network.backbone, images, network.reduce, after))
         for stage, tokens, patches in zip(network.stages, (*after[:-1], normed), wanted, strict=True):
             own = network.restore[stage - 1](tokens[:, 1:]) if stage else tokens[:, 1:]
             distances.append(F.mse_loss(own, patches))

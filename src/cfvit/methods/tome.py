@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor
 
+from cfvit.methods import blocks
 from cfvit.methods.base import Options, register
-from cfvit.methods.plain_blocks import PlainBlocks, attend, classify, embed, transform
+from cfvit.methods.plain import PlainBlocks
 from cfvit.modeling.config import configuration
 from cfvit.modeling.tokens import merge_similar
 
@@ -35,10 +36,10 @@ class ToMe(PlainBlocks):
         return f"r={self.options.merged}"
 
     def forward(self, network: Any, images: Tensor) -> Tensor:
-        tokens, sizes = embed(network, images), None
+        tokens, sizes = blocks.embed(network, images), None
         for block in network.blocks:
             bias = None if sizes is None else sizes.log()[:, None, None]  # attention in proportion to size
-            tokens, _, key = attend(block, tokens, bias)
+            tokens, _, key = blocks.attend(block, tokens, bias)
             tokens, sizes = merge_similar(tokens, key.mean(dim=1), sizes, self.options.merged)
-            tokens = transform(block, tokens)
-        return classify(network, tokens)
+            tokens = blocks.transform(block, tokens)
+        return blocks.classify(network, tokens)

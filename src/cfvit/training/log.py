@@ -142,10 +142,9 @@ class Reporter:
 
 
 class Pace:
-    """Images per second of all processes, and the share of their matrix rate that the network's products reach.
+    """Images per second of all processes, and the share of their matrix rate that is reached (model FLOPs utilisation).
 
-    The matrix rate is measured when the pace is made, which takes less than a second. A teacher's products are not
-    counted; the time that it takes is.
+    The matrix rate is measured once, in less than a second. A teacher's products are not counted; its time is.
     """
 
     def __init__(self, recipe: Recipe, trained: Trained, process: Process) -> None:
@@ -174,7 +173,7 @@ def gradient_macs(method: Method, model: Any, split: float) -> int:
     images = torch.empty(1, 3, *meta.image_size, device="meta", dtype=next(meta.parameters()).dtype)
     teacher = torch.empty(1, len(model.class_names), device="meta")
     batch = Batch(images, torch.zeros(1, dtype=torch.long, device="meta"), teacher)
-    return PASSES * macs_of(lambda: method.loss(method.in_training(meta), batch, split))
+    return PASSES * macs_of(lambda: method.loss(method.training_module(meta), batch, split))
 
 
 @cache

@@ -266,7 +266,7 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
         CfvitError: no such optimiser or teacher, too few images for one step.
     """
     method = create_method(recipe.method, recipe, recipe.method_options)
-    network: Any = accelerate_training(method.in_training(model))
+    network: Any = accelerate_training(method.training_module(model))
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = create_optimizer(recipe, model, recipe.lr_base * images_per_step / recipe.lr_base_size)
     scheduler, _ = create_scheduler_v2(

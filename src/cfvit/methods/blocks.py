@@ -1,149 +1,18 @@
-"""Timm's plain ViT and LV-ViT in parts, for methods that drop, merge or mix the tokens between them; what these share.
-
-A method that only runs the weights of a plain ViT in another way is a `PlainBlocks`; one that adds weights to it is an
-`ExtendsPlainViT`.
-"""
+"""The blocks of timm's plain ViT and of LV-ViT in parts, for methods that drop, merge or mix tokens between them."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from abc import abstractmethod
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
-from cfvit.methods.base import Batch, InTraining, Method, Options
-from cfvit.methods.plain import Plain
-from cfvit.modeling.config import ModelConfig, Number, configuration
 from cfvit.modeling.timm_vit import enter, patch_positions, prefix_tokens
 from cfvit.modeling.tokens import gather_tokens, rank_cells
-
-
-@configuration
-class KeepRate(Options):
-    """How many tokens are kept."""
-
-    keep_rate: Number = Field(default=0.7, gt=0, le=1, description="share of the patch tokens that stay each time")
-
-
-class PlainBlocks(Plain):
-    """A method that runs the weights of a plain ViT in another way, by `forward`, and adds none to them."""
-
-    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
-        """The plain ViT, as `cfvit.methods.plain.Plain` builds it.
-
-        Raises:
-            UsageError: a backbone whose blocks these parts are not written for.
-        """
-        network = super().build(config, weights, class_names)
-        require_plain_vit(network)
-        return network
-
-    @property
-    def point(self) -> str:
-        """What its operating point is called."""
-        return f"keep {self.options.keep_rate:g}"
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {self.point: partial(self.forward, network)}
-
-
-class ExtendedViT(nn.Module):
-    """A plain ViT and what a method adds to it, by its options; ``trained`` if the ViT starts from trained weights."""
-
-    counted: tuple[str, ...] = ()
-    """Buffers of numbers of tokens. They stay on the CPU, also in copies without data, by which costs are counted."""
-
-    def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
-        super().__init__()
-        self.backbone, self.options, self.trained = backbone, options, trained
-        self.image_size, self.data_config = backbone.image_size, backbone.data_config
-        self.class_names: list[str] | None = backbone.class_names
-
-    def reduce(self, index: int, tokens: Tensor) -> Tensor:
-        """What block ``index`` runs on of the tokens before it, ``[B, 1 + n, D]``."""
-        return tokens
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``[B, classes]`` of images ``[B, 3, S, S]``."""
-        return classify(self.backbone, run(self.backbone, images, self.reduce))
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters for optimisers to leave undecayed."""
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def _apply(self, fn: Any, recurse: bool = True) -> ExtendedViT:
-        counted = {name: self._buffers[name] for name in self.counted}
-        super()._apply(fn, recurse)
-        self._buffers |= counted
-        return self
-
-
-class ExtendsPlainViT(PlainBlocks):
-    """A method whose network is an `ExtendedViT`."""
-
-    network_class: ClassVar[type[ExtendedViT]]
-    save = Method.save
-
-    def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
-        return self.network_class(super().build(config, weights, class_names), self.options, weights is not None)
-
-    def in_training(self, network: Any) -> nn.Module:
-        running: Any = super().in_training(network)
-        running._ddp_params_and_buffers_to_ignore = [f"parts.0.{name}" for name in network.counted]  # on the CPU
-        return running
-
-    def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
-        return {self.point: network}
-
-    def is_added(self, name: str) -> bool:
-        return not name.startswith("backbone.")
-
-
-class TaughtByItself(ExtendsPlainViT):
-    """A method whose network imitates its backbone as training found it.
-
-    A run that is resumed is built from the same initial weights, so its teacher is the same.
-    """
-
-    @abstractmethod
-    def imitate(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
-        """In training: logits ``[B, classes]``, and how far the network is from its teacher, a scalar."""
-
-    def in_training(self, network: Any) -> nn.Module:
-        if not network.trained:
-            warnings.warn("the teacher is the backbone and has random weights: give --initial-weights", stacklevel=2)
-        return InTraining(self.imitate, network, FrozenTeacher(network.backbone))
-
-    def loss(self, running: Any, batch: Batch, split: float) -> Tensor:
-        logits, imitation = running(batch.images)
-        return self.answer_loss(logits, batch) + imitation
-
-
-class FrozenTeacher(nn.Module):
-    """A copy of a backbone as it is now: always in evaluation, without gradients."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone: Any = copy.deepcopy(backbone).eval().requires_grad_(False)
-
-    def train(self, mode: bool = True) -> FrozenTeacher:
-        return self
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits ``[B, classes]`` and the patches after each block, ``[B, n, D]``, the last ones after the norm."""
-        after: list[Tensor] = []
-        tokens = self.backbone.norm(run(self.backbone, images, after=after))
-        return self.backbone.forward_head(tokens), [tokens[:, 1:] for tokens in (*after[:-1], tokens)]
 
 
 def require_plain_vit(backbone: Any) -> None:
