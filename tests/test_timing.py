@@ -20,11 +20,9 @@ from cfvit.evaluation.timing import (
     lacks_memory,
     paired_ratio,
     percentile,
-    threshold_for_share,
     time_in_turn,
     time_stages,
 )
-from cfvit.modeling.exit import goes_on
 
 CPU = torch.device("cpu")
 
@@ -159,18 +157,6 @@ def test_a_wide_interval_is_too_noisy(spread: float, sharp: bool) -> None:
 )
 def test_a_lack_of_memory_is_known_by_its_words(error: Exception, lacks: bool) -> None:
     assert lacks_memory(error) == lacks
-
-
-@pytest.mark.parametrize(("share", "sent"), [(0, 0), (0.1, 1), (0.25, 2), (0.5, 4), (0.95, 8), (1, 8)])
-def test_threshold_sends_exactly_the_share(share: float, sent: int) -> None:
-    confidence = torch.tensor([0.9, 0.2, 0.5, 1.0, 0.4, 0.3, 0.6, 0.7])
-    assert goes_on(confidence, threshold_for_share(confidence, share)).sum() == sent
-
-
-@pytest.mark.parametrize(("share", "sent"), [(0, 0), (1, 3)])
-def test_threshold_sends_none_or_all_even_of_what_rounds_to_1(share: float, sent: int) -> None:
-    confidence = torch.ones(3)
-    assert goes_on(confidence, threshold_for_share(confidence, share)).sum() == sent
 
 
 def test_stages_are_timed_by_image(

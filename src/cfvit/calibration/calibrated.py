@@ -169,7 +169,7 @@ def calibrate(
     latency: StageLatency | None = None,
     level: float = 0.95,
     allow_missing_classes: bool = False,
-    class_names: Sequence[str] | None = None,
+    class_names: Sequence[object] | None = None,
 ) -> Calibration:
     """Chooses eta for a target, on images on which the model was not trained and will not be scored.
 

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import reduction
 from typing import IO, Any, cast
 
@@ -87,7 +88,7 @@ class TrainSampler(Sampler):
             self.order = DistributedSampler(dataset, num_replicas=world, rank=rank, seed=seed)
 
     def set_position(self, epoch: int, start: int) -> None:
-        """Before each epoch: which it is, and how many of this rank's images of it a resumed run has seen."""
+        """To be called before each epoch, with its number and how many of this rank's images are done already."""
         self.epoch, self.start = epoch, start
         self.order.set_epoch(epoch if self.order.__class__ is DistributedSampler else self.seed * 100_003 + epoch)
 
@@ -201,7 +202,7 @@ def train_loader(
 def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar on standard error where someone watches, and a plain line a minute where it goes to a file.
 
-    Call what it gives with each number of images done; ``done`` are so before the first call.
+    Gives a function to call with the number of images that were just done; ``done`` were so before the first call.
     """
     console = Console(stderr=True)
     start = spoken = time.monotonic()
@@ -257,23 +258,15 @@ def _receive(names: Sequence[str], places: Any, targets: Sequence[int], handle: 
     return HeldImages(names, places, targets, os.fdopen(handle.detach(), "rb"))
 
 
-class _Decoded(Dataset):
-    """Each image as a PPM, which is its pixels behind a line, and its class index; or why it cannot be read."""
-
-    def __init__(self, source: DataSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[bytes | str, int]:
-        content = io.BytesIO()
-        try:
-            image, target = self.source.read(index)
-        except ImageError as error:
-            return str(error), UNREADABLE
-        image.save(content, "PPM")
-        return content.getvalue(), target
+def _decode(source: DataSource, index: int) -> tuple[bytes | str, int]:
+    """An image as a PPM, which is its pixels behind a line, and its class index; or why it cannot be read."""
+    content = io.BytesIO()
+    try:
+        image, target = source.read(index)
+    except ImageError as error:
+        return str(error), UNREADABLE
+    image.save(content, "PPM")
+    return content.getvalue(), target
 
 
 def hold(source: DataSource, workers: int, leads: bool = True) -> DataSource:
@@ -282,7 +275,13 @@ def hold(source: DataSource, workers: int, leads: bool = True) -> DataSource:
     They take ``3 * height * width`` bytes each in the folder for temporary files (``TMPDIR``), for each process
     of a distributed run anew. Raises `CfvitError` if there is no room.
     """
-    loader = DataLoader(_Decoded(source), batch_size=None, num_workers=workers, worker_init_fn=leave_signals_to_the_run)
+    loader = DataLoader(
+        cast(Any, range(len(source))),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=cast(Any, partial(_decode, source)),
+        worker_init_fn=leave_signals_to_the_run,
+    )
     places: list[tuple[int, int] | str] = []
     targets: list[int] = []
     decoded = iter(loader)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,16 +85,16 @@ def calibrate_model(
     model.require_trained()
     names = model.class_names or range(model.config.num_classes)
     source = labelled_images(model, data)
-    present = range(len(names)) if source.targets is None else source.targets
-    require_classes(present, names, len(source), allow_missing_classes)
+    targets = range(len(names)) if source.targets is None else source.targets
+    require_classes(targets, names, len(source), allow_missing_classes)
     process = Process(0, 1, best_device())
     network = frozen(model.eval().to(process.device))
     network.exit = Exit()  # the stages' own answers
     configs, costs = (model.config, *fine_stages), list[tuple[StageMacs, StageLatency | None]]()
     for config in configs:
         network.config = config
-        timed = isinstance(target, LatencyBudget)
-        costs.append((count_macs(network), measure_latency(network, batch_size) if timed else None))
+        latency = measure_latency(network, batch_size) if isinstance(target, LatencyBudget) else None
+        costs.append((count_macs(network), latency))
         require_reachable(target, *costs[-1])
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
@@ -104,29 +104,13 @@ def calibrate_model(
     for fine in fines:
         check_images(coarse, fine, labels)
     require_classes(labels.tolist(), names, len(labels), allow_missing_classes)
-    fitted, kept, doubts = torch.arange(len(labels)), torch.arange(len(labels)), list[str]()
-    if scale_temperatures or (best and isinstance(target, Promise)):
-        fitted, kept, doubts = _halved(labels, names)
-    fitting = (measure, scale_temperatures, best)
-    rules = [_fitted_rule(coarse[fitted], fine[fitted], labels[fitted], *fitting) for fine in fines]
-
-    def calibrated(place: int, rows: Tensor) -> Calibration:
-        macs, latency = costs[place]
-        images = (coarse[rows], fines[place][rows], labels[rows])
-        more: dict[str, Any] = {"latency": latency, "class_names": model.class_names, **rules[place]}
-        return calibrate(*images, macs, target, allow_missing_classes=True, **more)  # classes were checked above
-
-    place = _best_place(range(len(configs)), lambda place: calibrated(place, fitted)) if fine_stages else 0
-    temperatures = [value for name, value in rules[place].items() if name.endswith("temperature")]
-    if any(not 1.01 * LOWEST_TEMPERATURE < value < 0.99 * HIGHEST_TEMPERATURE for value in temperatures):
-        doubts.append("a temperature is at the bound of its range: do not rely on it")
-    if training is None:
-        doubts.append(NOT_COMPARED)
-    calibration = calibrated(place, kept)
+    fit = partial(_fit_exit, measure=measure, temperatures=scale_temperatures, best=best)
+    halved = scale_temperatures or (best and isinstance(target, Promise))
+    place, calibration = _choose(coarse, fines, labels, costs, target, names, fit, halved)
     network.config = configs[place]
-    now, fitted_on = datetime.now(UTC).isoformat(timespec="seconds"), len(labels) - len(kept)
-    origin = Origin(data, now, version("cfvit"), fitted_on, weights_digest(network))
-    warnings = (*calibration.warnings, *doubts)
+    warnings = calibration.warnings if training is not None else (*calibration.warnings, NOT_COMPARED)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    origin = Origin(data, now, version("cfvit"), len(labels) - calibration.images, weights_digest(network))
     return replace(calibration, origin=origin, warnings=warnings), configs[place], unreadable
 
 
@@ -140,41 +124,67 @@ def _answers(network: CoarseToFineViT, configs: Sequence[ModelConfig], images: T
     return found
 
 
-def _fitted_rule(
-    coarse: Tensor, fine: Tensor, labels: Tensor, measure: Measure | None, temperatures: bool, best: bool
-) -> dict[str, Any]:
-    """An exit rule, fitted on images: of the measure that is given, or with ``best`` of the best one."""
-    options: dict[str, Any] = {} if measure is None else {"measure": measure}
-    if temperatures:
-        options["coarse_temperature"] = fit_temperature(coarse, labels)
-        options["fine_temperature"] = fit_temperature(fine, labels)
-    if best:
-        options["coarse_weight"], options["fine_temperature"] = fit_mixture(coarse, fine, labels)
-        rule = Exit(**options)
-        if measure is None:
-            options["measure"] = best_measure(coarse, rule.answer(coarse, fine), labels, rule.coarse_temperature)
-    return options
+def _choose(
+    coarse: Tensor,
+    fines: Sequence[Tensor],
+    labels: Tensor,
+    costs: Sequence[tuple[StageMacs, StageLatency | None]],
+    target: Target,
+    names: Sequence[object],
+    fit: Callable[..., Exit],
+    halved: bool,
+) -> tuple[int, Calibration]:
+    """Which of several fine stages meets a target best: the most accurate within a budget, else the cheapest.
 
-
-def _best_place(places: Iterable[int], calibrated: Callable[[int], Calibration]) -> int:
-    """Where a target is met best: a budget most accurately, another target at the lowest cost.
+    Args:
+        fit: from coarse logits, fine logits and labels to an exit without eta.
+        halved: whether exits are fitted on a random half of the images, and eta is chosen on the other half.
 
     Raises:
-        CfvitError: the target is out of reach everywhere.
+        CfvitError: the target is out of reach.
     """
-    found, failures = list[tuple[tuple[float, float], int]](), list[CfvitError]()
-    for place in places:
+    every = torch.arange(len(labels))
+    fitted, kept, doubts = _halve(labels, names) if halved else (every, every, [])
+    exits = [fit(coarse[fitted], fine[fitted], labels[fitted]) for fine in fines]
+
+    def calibrated(place: int, rows: Tensor) -> Calibration:
+        images, options = (coarse[rows], fines[place][rows], labels[rows]), asdict(exits[place])
+        del options["eta"]
+        macs, options["latency"] = costs[place]
+        # calibrate_model has looked for classes without images
+        return calibrate(*images, macs, target, class_names=names, allow_missing_classes=True, **options)
+
+    def merit(place: int) -> tuple[float, float]:
         try:
-            outcome = calibrated(place)
-        except CfvitError as error:
-            failures.append(error)
-        else:
-            accuracy, cost = outcome.accuracy.value, outcome.gmacs.value
-            merit = (accuracy, -cost) if isinstance(outcome.target, Budget) else (-cost, accuracy)
-            found.append((merit, -place))  # of equals the first
-    if not found:
-        raise failures[0]
-    return -max(found)[1]
+            outcome = calibrated(place, fitted)
+        except CfvitError:  # out of reach with this fine stage
+            return -math.inf, 0.0
+        accuracy, cost = outcome.accuracy.value, outcome.gmacs.value
+        return (accuracy, -cost) if isinstance(target, Budget) else (-cost, accuracy)
+
+    place = max(range(len(fines)), key=merit)  # of equals the first
+    temperatures = exits[place].coarse_temperature, exits[place].fine_temperature
+    if any(not 1.01 * LOWEST_TEMPERATURE < value < 0.99 * HIGHEST_TEMPERATURE for value in temperatures):
+        doubts.append("a temperature is at the bound of its range: do not rely on it")
+    calibration = calibrated(place, kept)
+    return place, replace(calibration, warnings=(*calibration.warnings, *doubts))
+
+
+def _fit_exit(
+    coarse: Tensor, fine: Tensor, labels: Tensor, measure: Measure | None, temperatures: bool, best: bool
+) -> Exit:
+    """An exit without eta, fitted on images: of the measure that is given, or with ``best`` of the best one."""
+    exit = Exit(measure or "max_probability")
+    if temperatures:
+        exit = replace(exit, coarse_temperature=fit_temperature(coarse, labels))
+        exit = replace(exit, fine_temperature=fit_temperature(fine, labels))
+    if best:
+        weight, temperature = fit_mixture(coarse, fine, labels)
+        exit = replace(exit, coarse_weight=weight, fine_temperature=temperature)
+        if measure is None:
+            answers = exit.answer(coarse, fine)
+            exit = replace(exit, measure=best_measure(coarse, answers, labels, exit.coarse_temperature))
+    return exit
 
 
 def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
@@ -190,7 +200,7 @@ def fine_stages_of(model: CoarseToFineViT) -> list[ModelConfig]:
     return [config for config in found if config != model.config]
 
 
-def _halved(labels: Tensor, names: Sequence[object]) -> tuple[Tensor, Tensor, list[str]]:
+def _halve(labels: Tensor, names: Sequence[object]) -> tuple[Tensor, Tensor, list[str]]:
     """Places of a random half of the images to fit temperatures on, of the other half, and doubts about the former.
 
     The half is not taken within each class, though a rare class may then miss in it, which is a warning. The promise

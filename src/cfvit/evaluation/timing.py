@@ -144,18 +144,6 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
-def threshold_for_share(confidence: Tensor, fine_share: float) -> float:
-    """The eta at which this share of a batch goes on, to the nearest image, if no two confidences are equal.
-
-    Args:
-        confidence: ``[B]``, of the coarse stage.
-    """
-    hard = round(fine_share * len(confidence))
-    if hard in (0, len(confidence)):
-        return float(hard > 0)
-    return confidence.sort().values[hard].item()
-
-
 def time_stages(model: CoarseToFineViT, images: Tensor, rounds: int = 10) -> StageLatency:
     """Median time of an image through the coarse stage and through both, in milliseconds.
 
