@@ -27,7 +27,7 @@ from cfvit.files import atomic_write
 from cfvit.inference.engines.exported import is_exported
 from cfvit.modeling import backbones, timm_vit, transformers_vit
 from cfvit.modeling.exit import Exit
-from cfvit.modeling.model import CoarseToFineViT, ModelConfig, check_description
+from cfvit.modeling.model import CoarseToFineViT, ModelConfig, check_description, create_model
 from cfvit.modeling.weights import (
     CONFIG_FILE,
     HUB,
@@ -344,7 +344,6 @@ _AUTHORS_PREFIXES = {
 _AUTHORS_CROPS = {"CF-DeiT": 224 / 256, "CF-LV-ViT": 0.9}
 """The authors resize the shorter side to the input's divided by this, and crop the centre."""
 
-_AUTHORS_DIMS = {"patch_embed.proj.weight": 4, "head.weight": 2}
 _HEAD_DIM = 64
 _AUTHORS_DEITS = {192: "deit_tiny_patch16_224", 384: "deit_small_patch16_224", 768: "deit_base_patch16_224"}
 _AUTHORS_LVVITS = {240: "lvvit_tiny_patch16_224", 384: "lvvit_small_patch16_224", 512: "lvvit_medium_patch16_224"}
@@ -401,10 +400,10 @@ def load_transformers(folder: str | Path) -> CoarseToFineViT:
         config = json.loads((folder / CONFIG_FILE).read_text())
         if "architecture" in config:
             raise CfvitError("a folder of timm's is not converted: cfvit train --initial-weights takes it as it is")
-        preprocessor = folder / PREPROCESSOR_FILE
-        said = json.loads(preprocessor.read_text()) if preprocessor.exists() else {}
+        file = folder / PREPROCESSOR_FILE
+        preprocessor = json.loads(file.read_text()) if file.exists() else {}
         arguments = transformers_vit.timm_arguments(config, weights.tensors)
-        size, prepared = transformers_vit.preprocessing(config["model_type"], said)
+        size, prepared = transformers_vit.preprocessing(config["model_type"], preprocessor)
     except CfvitError as error:
         raise CfvitError(f"{folder}: {error}") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
@@ -416,20 +415,17 @@ def load_transformers(folder: str | Path) -> CoarseToFineViT:
     size = size or tuple(side * cells for side, cells in zip(patch, weights.grid or (14, 14), strict=True))
     classes = len(config.get("id2label", ())) or 1000 if head is None else len(head)
     grid = tuple(max(1, side // (2 * cell)) for side, cell in zip(size, patch, strict=True))
-    model = CoarseToFineViT(
-        ModelConfig(
-            backbone=transformers_vit.BACKBONE,
-            num_classes=classes,
-            coarse_grid=grid[0] if grid[0] == grid[1] else (grid[0], grid[1]),
-            timm_kwargs={**arguments, "pretrained_cfg_overlay": prepared},
-        ),
-        weights,
+    model = create_model(
+        transformers_vit.BACKBONE,
+        num_classes=classes,
+        coarse_grid=grid[0] if grid[0] == grid[1] else (grid[0], grid[1]),
+        pretrained_backbone=weights,
+        pretrained_cfg_overlay=prepared,
+        **arguments,
     )
     if model.feature_reuse is not None:
         model.feature_reuse.start_at_zero()
-    if weights.class_names is not None and len(weights.class_names) == classes:
-        model.class_names = weights.class_names
-    if not said:
+    if not preprocessor:
         mean = ", ".join(f"{value:g}" for value in prepared["mean"])
         warnings.warn(
             f"{folder} has no preprocessor_config.json: images are normalised by the mean {mean}, as transformers does "
@@ -461,7 +457,7 @@ def _authors_config(weights: dict[str, Tensor], path: str | Path, kind: str) -> 
     dim = weights["cls_token"].shape[-1] if weights["cls_token"].ndim else 0
     if dim not in backbones_by_width and dim not in range(_HEAD_DIM, 4097, _HEAD_DIM):
         raise CfvitError(f"{path} has {dim} channels: {kind} has a multiple of {_HEAD_DIM}, at most 4096")
-    for key, dims in _AUTHORS_DIMS.items():
+    for key, dims in (("patch_embed.proj.weight", 4), ("head.weight", 2)):
         if weights[key].ndim != dims or 0 in weights[key].shape:
             raise CfvitError(f"{path} does not fit a {kind}: {key} is {list(weights[key].shape)}")
     name = backbones_by_width.get(dim, backbones_by_width[384])

@@ -280,9 +280,9 @@ def _enter(path: Path, split: str) -> tuple[str, Tree, bool]:
 def _split_among(names: Iterable[str], holds_classes: Callable[[str], bool], split: str, root: str) -> str | None:
     """The folder or tar of a split among all of a folder, None where there is none.
 
-    Those that have the name of a split may be classes. They are splits if one of them holds class folders, the others
-    being refused then for their want of them, but for a ``test`` of images without labels; or if all are named so.
-    A name that is not in lower case is refused.
+    Folders with the name of a split may be classes. They are splits if one of them holds class folders (a ``test`` of
+    images without labels is then left out, others without class folders are refused), or if all are named so. A name
+    that is not in lower case is refused.
     """
     named = {name.lower(): name for name in sorted(names)}
     there = _SPLIT_NAMES & named.keys()

@@ -55,7 +55,12 @@ def patch_size(backbone: str, **timm_kwargs: Any) -> tuple[int, int]:
 
 def preprocessing(backbone: str, **timm_kwargs: Any) -> dict[str, Any]:
     """How timm prepares images for a model by its name, in timm's keys. Raises as `patch_size` does."""
-    resolved = resolve_model_data_config(_skeleton(backbone, **timm_kwargs))
+    return data_config_of(_skeleton(backbone, **timm_kwargs))
+
+
+def data_config_of(network: nn.Module) -> dict[str, Any]:
+    """How timm prepares images for a network, in timm's keys; without lists, which an overlay from a file has."""
+    resolved = resolve_model_data_config(network)
     return {key: tuple(value) if isinstance(value, list) else value for key, value in resolved.items()}
 
 
@@ -269,7 +274,7 @@ def _skeleton(name: str, **timm_kwargs: Any) -> Backbone:
 
 
 class _Arguments(dict[str, Any]):
-    """Keyword arguments, which may be told apart by a cache."""
+    """Keyword arguments that can be the key of a cache."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - nobody changes them
         return hash(repr(sorted(self.items())))
@@ -293,14 +298,12 @@ def _spelled(timm_kwargs: dict[str, Any]) -> str:
 
 _WINDOWED = {"SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "VisionTransformerSAM"}
 _WINDOWED |= {"Hiera", "MaxxVit", "GlobalContextVit", "Nest", "Twins", "DaVit"}
+_PER_PAIR = "adds to its attention a bias for each pair of patches of one fixed grid, which patches of two sizes lack"
 _OTHER_ATTENTION = {
-    "Beit": "adds to its attention a bias for each pair of patches of one fixed grid, which patches of two sizes lack",
-    "VisionTransformerRelPos": "adds to its attention a bias for each pair of patches of one fixed grid, "
-    "which patches of two sizes lack",
+    "Beit": _PER_PAIR,
+    "VisionTransformerRelPos": _PER_PAIR,
     "Xcit": "attends across channels, not patches, so that no class attention chooses the informative cells",
     "Cait": "lets the class token attend in its last blocks only, too late to average its attention over the blocks",
-    "CrossVit": "reads the image in two branches, each with patches and a class token of its own",
-    "VOLO": "attends within local outlooks of a fixed grid in its first blocks",
     "NaFlexVit": "packs patches of images of any size its own way, and timm's plain ViTs hold the same weights",
 }
 

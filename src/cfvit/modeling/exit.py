@@ -37,8 +37,6 @@ def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperat
     Raises:
         CfvitError: an unknown measure, a temperature out of range, fewer than two classes for a margin or an entropy.
     """
-    if measure not in get_args(Measure):
-        raise CfvitError(f"measure is {measure!r}: give one of {', '.join(get_args(Measure))}")
     if not (is_number(temperature) and temperature > 0):
         raise CfvitError(f"temperature is {temperature!r}: give a positive number, 1 for the logits as they are")
     if measure in ("margin", "entropy") and logits.shape[-1] < 2:
@@ -56,6 +54,8 @@ def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperat
         case "energy":
             energy = temperature * scaled.logsumexp(dim=-1)
             confidence = (1 + energy / (1 + energy.abs())) / 2
+        case _:
+            raise CfvitError(f"measure is {measure!r}: give one of {', '.join(get_args(Measure))}")
     return confidence.nan_to_num(nan=-1.0)
 
 
@@ -114,8 +114,8 @@ class Exit:
     def answer(self, coarse: Tensor, fine: Tensor) -> Tensor:
         """What images are answered that both stages have seen: ``[B, classes]`` twice to ``[B, classes]``.
 
-        The mean of both stages' logits, which mixes their log-probabilities. A temperature of each stage would be
-        another weight: answers depend on the ratio alone, and confidence on ``fine_temperature`` too.
+        The weighted mean of both stages' logits, which mixes their log-probabilities. A temperature for each stage
+        would change nothing but that weight, and the confidence, which has ``fine_temperature``.
         """
         return fine.lerp(coarse, self.coarse_weight) if self.coarse_weight else fine
 

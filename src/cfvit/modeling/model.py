@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import timm.data
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from cfvit.modeling.tokens import (
     repeat_for_children,
     score_cells,
 )
-from cfvit.modeling.weights import read_weights
+from cfvit.modeling.weights import Weights, read_weights
 
 FIRST_ATTENTION_BLOCK = 3
 """The global class attention begins at the 4th block: earlier rows are unstable (Fig. 1a)."""
@@ -171,9 +170,7 @@ class CoarseToFineViT(HasExit, nn.Module):
         for name, rotation in zip(("fine_rotation", "cell_rotation"), fixed, strict=True):
             self.register_buffer(name, rotation, persistent=False)
 
-        resolved = timm.data.resolve_model_data_config(self.backbone)  # with lists, if an overlay was read from a file
-        self.data_config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in resolved.items()}
-        self.data_config["input_size"] = (3, *self.image_size)
+        self.data_config = {**backbones.data_config_of(self.backbone), "input_size": (3, *self.image_size)}
         self.class_names: list[str] | None = None
         self.class_order: Literal["natural", "torchvision"] | None = None
         self.exit = Exit()
@@ -384,23 +381,23 @@ def create_model(
         fine_merged=fine_merged,
         timm_kwargs=timm_kwargs,
     )
-    if not isinstance(pretrained_backbone, str | Path):
-        return CoarseToFineViT(config, pretrained_backbone)
-    weights = read_weights(pretrained_backbone)
-    model = CoarseToFineViT(config, weights)
-    model.data_config |= weights.preprocessing
-    if weights.class_names is not None and len(weights.class_names) == num_classes:
-        model.class_names = weights.class_names
+    if isinstance(pretrained_backbone, str | Path):
+        pretrained_backbone = read_weights(pretrained_backbone)
+    model = CoarseToFineViT(config, pretrained_backbone)
+    if isinstance(pretrained_backbone, Weights):
+        model.data_config |= pretrained_backbone.preprocessing
+        names = pretrained_backbone.class_names
+        model.class_names = names if names is not None and len(names) == num_classes else None
     return model
 
 
 def check_description(model: Any, source: str | Path, mend: str) -> None:
-    """Refuses what is said of a model besides its weights before it can fail in use, or be wrong in silence.
+    """Checks the preprocessing, class names and class order of a model.
 
     Args:
         model: with the attributes of a `CoarseToFineViT`.
-        source: the file that says it, or the model itself.
-        mend: what to do about it.
+        source: the file that they are from, or the model itself, for the error.
+        mend: how to mend them, for the error.
 
     Raises:
         CfvitError: names what does not fit.

@@ -40,7 +40,7 @@ def transformers_vit(
     distilled: bool = False,
     **kwargs: Any,
 ) -> VisionTransformer:
-    """A ViT with what transformers' configurations can tell, which are numbers and names alone.
+    """A ViT whose arguments are numbers and names, as in a configuration of transformers.
 
     Args:
         norm_eps: of all LayerNorms.
@@ -113,10 +113,10 @@ def timm_arguments(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
 
 
 def preprocessing(kind: str, config: Mapping[str, Any]) -> tuple[tuple[int, int] | None, dict[str, Any]]:
-    """The image's height and width, None where it is not said, and the rest as timm's ``pretrained_cfg_overlay``.
+    """The image's height and width, None if not stated, and the rest as timm's ``pretrained_cfg_overlay``.
 
     Args:
-        kind: ``model_type``, which decides what is not said.
+        kind: ``model_type``, by which transformers' defaults differ.
         config: ``preprocessor_config.json``, or nothing.
     """
     imagenet = kind != "vit"

@@ -53,7 +53,7 @@ PREPARED_BY: dict[str, Any] = {
     "crop_pct": 0.9,
     "crop_mode": "center",
 }
-"""timm's keys of how images are prepared besides their size, with what most of its ViTs have."""
+"""timm's keys of preprocessing without the size, with the values of most of its ViTs."""
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher")
 """Where a checkpoint keeps its weights; ``teacher`` is DINO's better network."""
@@ -250,7 +250,7 @@ def _are_named_tensors(content: Any) -> bool:
 def _unwrapped(
     content: Any, path: Path, wrappers: Sequence[str], choice: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a checkpoint, and what lies beside it."""
+    """The state dict of a checkpoint, and what else the checkpoint holds."""
     besides: dict[str, Any] = {}
     nested = [key for key, value in content.items() if isinstance(value, dict)] if isinstance(content, dict) else []
     if nested:
@@ -285,7 +285,7 @@ def _unwrapped(
 
 
 def _without_prefix(tensors: dict[str, Tensor], path: Path, choice: str | None) -> dict[str, Tensor]:
-    """Weights without the names of what the network was a part of; those of other parts are left out, and told."""
+    """Weights under the names that they have in the network itself; those of other parts are left out, and told."""
     tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
     chosen = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{choice}.")}
     tensors = {name.removeprefix(f"{choice}."): tensor for name, tensor in chosen.items()} or tensors
@@ -368,13 +368,13 @@ def from_transformers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _preprocessing(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder of timm's or transformers' says of how images are prepared, in timm's keys."""
+    """How images are prepared, in timm's keys, as far as a folder of timm's or transformers' states it."""
     try:
-        said = config.get("pretrained_cfg", {})
-        if not said and (folder / PREPROCESSOR_FILE).is_file():
+        stated = config.get("pretrained_cfg", {})
+        if not stated and (folder / PREPROCESSOR_FILE).is_file():
             file = json.loads((folder / PREPROCESSOR_FILE).read_text())
-            said = transformers_vit.preprocessing(config.get("model_type", ""), file)[1]
-        found = {key: said[key] for key in PREPARED_BY if said.get(key) is not None}
+            stated = transformers_vit.preprocessing(config.get("model_type", ""), file)[1]
+        found = {key: stated[key] for key in PREPARED_BY if stated.get(key) is not None}
         found = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
         Preprocessing(**{"input_size": (3, 1, 1), **PREPARED_BY, **found})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, CfvitError) as error:

@@ -144,7 +144,7 @@ def _require_same_data(
 def _where_to_begin(
     recipe: Recipe, out: Path, resume: bool, fork: Path | None, process: Process
 ) -> dict[str, Any] | None:
-    """The checkpoint of the run to resume or to fork; None for a run from the start. A new run can be written."""
+    """The checkpoint of the run to resume or to fork; None for a new run, whose folder is checked."""
     path = out / CHECKPOINT_FILE
     if resume and not path.exists():
         raise CfvitError(f"{out} holds no run to resume: leave out --resume to start one")
