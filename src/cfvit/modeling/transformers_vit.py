@@ -1,15 +1,17 @@
-"""ViT, DeiT and DINOv2 as transformers configures them, as a model of timm's registry.
+"""ViTs of transformers in timm's terms: their configuration, preprocessing and names of weights.
 
 timm's network computes the same as theirs once it has their sizes and their epsilon, which is not timm's. Importing
-this file registers ``transformers_vit``.
+this file registers ``transformers_vit``, which is timm's ViT with such arguments.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
@@ -136,3 +138,59 @@ def _sides(size: Any) -> tuple[int, int]:
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or (size["height"], size["width"])
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+_TIMM_NAMES = [
+    (r"^(vit|deit|dinov2|dinov2_with_registers|vision_model|clip\.vision_model)\.", ""),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.class_embedding$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.(position_embeddings|position_embedding\.weight)$", "pos_embed"),
+    (r"^embeddings\.(patch_embeddings\.projection|patch_embedding)\.", "patch_embed.proj."),
+    (r"^(encoder\.)?layers?\.(\d+)\.", r"blocks.\2."),
+    (r"\.(attention\.attention|attention|self_attn)\.(query|key|value|q_proj|k_proj|v_proj)\.", r".attn.\2."),
+    (r"\.attn\.([qkv])[a-z_]*\.", r".attn.\1."),
+    (r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.", ".attn.proj."),
+    (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
+    (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
+    (r"\.(intermediate\.dense|mlp\.weights_in)\.", ".mlp.fc1."),
+    (r"^(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.weights_out\.", ".mlp.fc2."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"^pre_layrnorm\.", "norm_pre."),
+    (r"^(layernorm|post_layernorm)\.", "norm."),
+    (r"^(classifier|cls_classifier|visual_projection)\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+]
+"""Names of `ViT`, `DeiT`, `Dinov2`, `Dinov2WithRegisters` and `CLIPVision`, in either spelling of theirs, as timm's."""
+
+
+def timm_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights in transformers' spelling under timm's names, others as they are: the network computes the same.
+
+    A pooler, a mask token and a text tower, of which timm's ViTs have nothing, are left out.
+    """
+    if not any(re.search(r"(^|\.)embeddings\.patch_embedding", name) for name in tensors):
+        return tensors
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in _TIMM_NAMES:
+            name = re.sub(pattern, replacement, name)
+        if not name.startswith(("pooler.", "text_model.", "text_projection.", "logit_scale")):
+            renamed[name] = tensor
+    renamed = {name: t for name, t in renamed.items() if name not in ("mask_token", "embeddings.position_ids")}
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
+        if all(part is not None for part in parts):
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([p for p in parts if p is not None])
+    if "cls_token" in renamed:
+        renamed["cls_token"] = renamed["cls_token"].reshape(1, 1, -1)
+    if "pos_embed" in renamed and renamed["pos_embed"].ndim == 2:
+        renamed["pos_embed"] = renamed["pos_embed"][None]
+    if "reg_token" in renamed and "pos_embed" in renamed:  # timm's are without positions for class token and registers
+        renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+        renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+    if "norm_pre.weight" in renamed and "head.weight" in renamed and "head.bias" not in renamed:
+        renamed["head.bias"] = torch.zeros(len(renamed["head.weight"]))  # CLIP's projection has none
+    return renamed
