@@ -363,7 +363,7 @@ def test_every_token_is_scored_against_its_own_label(from_teacher: bool, mix: bo
     labelled = {"token_labels": None, "teacher": "resnet18"} if from_teacher else {}
     recipe = token_recipe.replace({"mix_token": mix, "token_label_weight": 0.5, **labelled})
     method = cf_vit.CfViT(recipe)
-    trained = preparation.Trained(method, model, network, nothing, nothing, nothing, nothing, teacher)
+    trained = preparation.TrainState(method, model, network, nothing, nothing, nothing, nothing, teacher)
     seed = next(seed for seed in range(99) if 0 < draw_mixed_cells((2, 3), seed, torch.device("cpu")).sum() < 6)
     batch = [images, targets] if from_teacher else [images, targets, maps, windows]
     running: Any = network

@@ -26,7 +26,7 @@ from cfvit.methods.base import Batch, Method
 from cfvit.modeling.cost import macs_of
 from cfvit.processes import Process
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import Trained, dtype_of
+from cfvit.training.setup import TrainState, dtype_of
 
 LOG_FILE = "log.jsonl"
 
@@ -147,21 +147,21 @@ class Pace:
     The matrix rate is measured once, in less than a second. A teacher's products are not counted; its time is.
     """
 
-    def __init__(self, recipe: Recipe, trained: Trained, process: Process) -> None:
+    def __init__(self, recipe: Recipe, state: TrainState, process: Process) -> None:
         self.images_per_step, self.world = recipe.batch_size * recipe.accumulate, process.world
-        self.trained, self.macs = trained, dict[float, int]()
+        self.state, self.macs = state, dict[float, int]()
         self.matrix_rate = matrix_rate(process.device, dtype_of(recipe, process.device))
 
     def start(self, split: float) -> None:
         """Counts anew, from now on with this share of cells split."""
-        self.begun, self.first, self.split = time.monotonic(), self.trained.step, split
+        self.begun, self.first, self.split = time.monotonic(), self.state.step, split
 
     def figures(self) -> dict[str, float]:
         """``images_per_second`` and ``matrix_share`` since the start, without the time that the first count takes."""
         now = time.monotonic()
-        own = (self.trained.step - self.first) * self.images_per_step / (now - self.begun)
+        own = (self.state.step - self.first) * self.images_per_step / (now - self.begun)
         if self.split not in self.macs:
-            self.macs[self.split] = gradient_macs(self.trained.method, self.trained.model, self.split)
+            self.macs[self.split] = gradient_macs(self.state.method, self.state.model, self.split)
             self.begun += time.monotonic() - now
         share = own * self.macs[self.split] / self.matrix_rate
         return {"images_per_second": round(own * self.world, 1), "matrix_share": float(f"{share:.3g}")}

@@ -35,8 +35,8 @@ from cfvit.training.recipe import Recipe
 from cfvit.training.setup import (
     CLASSES_FILE,
     RECIPE_FILE,
-    Data,
-    Trained,
+    RunImages,
+    TrainState,
     assemble,
     autocast,
     dtype_of,
@@ -80,10 +80,10 @@ def train(
         checkpoint = _where_to_begin(recipe, out, resume, fork, process)
         images, model = prepare(recipe, process)
         _require_same_data(images, model.class_names, checkpoint, out, process)
-        trained = assemble(recipe, model, len(images.train), process)
+        state = assemble(recipe, model, len(images.train), process)
         if checkpoint is not None:
             try:
-                trained.load_state_dict(checkpoint)
+                state.load_state_dict(checkpoint)
             except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
                 raise CfvitError(f"{out} has a damaged {CHECKPOINT_FILE} ({first_line(error)}): train anew") from error
         if process.leads and not resume:
@@ -91,13 +91,13 @@ def train(
                 file.write_text(json.dumps(model.class_names) + "\n")
             with atomic_write(out / RECIPE_FILE) as file:
                 file.write_text(recipe.to_yaml())
-        with Reporter(out, process.leads, trained.step) as reporter:
+        with Reporter(out, process.leads, state.step) as reporter:
             dtype = dtype_of(recipe, process.device)
             reporter.say(
                 f"training {recipe.method} on {recipe.backbone}: {process.device.type.upper()}, "
                 f"{process.world} process{'es' * (process.world > 1)}, {str(dtype).removeprefix('torch.')}, "
                 f"{len(images.train):,} images, {steps_per_epoch(recipe, len(images.train), process.world):,} steps an "
-                f"epoch, {recipe.epochs} epochs, from step {trained.step:,}"
+                f"epoch, {recipe.epochs} epochs, from step {state.step:,}"
             )
             height, width = model.data_config["input_size"][1:]
             mean, std = (", ".join(f"{value:.4g}" for value in model.data_config[name]) for name in ("mean", "std"))
@@ -109,11 +109,11 @@ def train(
             ):
                 reporter.say("this processor emulates bfloat16, which takes many times as long as --precision float32")
             with _stop_signal(process, stop, reporter) as stopping:
-                return _Run(recipe, out, images, trained, process, reporter).train(stopping)
+                return _Run(recipe, out, images, state, process, reporter).train(stopping)
 
 
 def _require_same_data(
-    images: Data, class_names: list[str], checkpoint: dict[str, Any] | None, out: Path, process: Process
+    images: RunImages, class_names: list[str], checkpoint: dict[str, Any] | None, out: Path, process: Process
 ) -> None:
     """Refuses a run whose processes, or whose checkpoint, number the classes otherwise or have other images."""
     others: list[tuple[list[str], str]] = [(class_names, images.fingerprint)] * process.world
@@ -219,23 +219,23 @@ class _Run:
 
     recipe: Recipe
     out: Path
-    images: Data
-    trained: Trained
+    images: RunImages
+    state: TrainState
     process: Process
     reporter: Reporter
 
     def train(self, stopping: Callable[[], bool]) -> dict[str, float]:
         """All steps that are left, evaluations and checkpoints in between; returns the last evaluation's figures."""
-        recipe, trained, process, reporter = self.recipe, self.trained, self.process, self.reporter
+        recipe, state, process, reporter = self.recipe, self.state, self.process, self.reporter
         images, repeats = self.images.train, recipe.repeated_augmentation
         steps = steps_per_epoch(recipe, len(images), process.world)
         sampler = TrainSampler(images, repeats, recipe.seed, process.rank, process.world)
         loader = train_loader(images, recipe.batch_size, sampler, recipe.workers, process.device)
-        pace = Pace(recipe, trained, process)
+        pace = Pace(recipe, state, process)
         figures: dict[str, float] = {}
         all_cells_epochs = round(recipe.all_cells_share * recipe.epochs)
-        while trained.step < recipe.epochs * steps:
-            epoch, done = divmod(trained.step, steps)
+        while state.step < recipe.epochs * steps:
+            epoch, done = divmod(state.step, steps)
             sampler.set_position(epoch, done * recipe.accumulate * recipe.batch_size)
             batches = iter(loader)
             ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
@@ -243,35 +243,35 @@ class _Run:
             reporter.start(place, "step", steps, done)
             pace.start(ratio)
             for _ in range(done, steps):
-                loss = take_step(recipe, trained, batches, ratio, process)
-                ends = trained.step % steps == 0  # then the checkpoint waits for the evaluation
-                saves = trained.step % recipe.checkpoint_interval == 0 and not ends
+                loss = take_step(recipe, state, batches, ratio, process)
+                ends = state.step % steps == 0  # then the checkpoint waits for the evaluation
+                saves = state.step % recipe.checkpoint_interval == 0 and not ends
                 stops = not ends and stopping()
-                if saves or stops or ends or trained.step % 10 == 0:  # a GPU is not waited for at each step
+                if saves or stops or ends or state.step % 10 == 0:  # a GPU is not waited for at each step
                     self._require_finite("the loss", loss)
-                if trained.step % recipe.log_interval == 0:
-                    lr = trained.optimizer.param_groups[0]["lr"]
+                if state.step % recipe.log_interval == 0:
+                    lr = state.optimizer.param_groups[0]["lr"]
                     mean_loss = reduce_tensor(loss, process.world).item() if process.world > 1 else loss.item()
-                    reporter.log_event("train", epoch=epoch, step=trained.step, loss=mean_loss, lr=lr, **pace.figures())
+                    reporter.log_event("train", epoch=epoch, step=state.step, loss=mean_loss, lr=lr, **pace.figures())
                 reporter.advance(loss=loss)
                 if saves or stops:
                     self._save_checkpoint(CHECKPOINT_FILE)
                 if stops:
-                    raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
+                    raise Stopped(f"stopped at step {state.step}: add --resume to continue")
             if (epoch + 1) % recipe.eval_interval == 0 or epoch + 1 == recipe.epochs:
                 figures = self._evaluate_and_save(place)
-                reporter.log_evaluation(epoch=epoch, step=trained.step, **figures)
+                reporter.log_evaluation(epoch=epoch, step=state.step, **figures)
             if epoch + 1 == all_cells_epochs:
                 self._save_checkpoint(ALL_CELLS_FILE)
             self._save_checkpoint(CHECKPOINT_FILE)
             if epoch + 1 < recipe.epochs and stopping():
-                raise Stopped(f"stopped at step {trained.step}: add --resume to continue")
+                raise Stopped(f"stopped at step {state.step}: add --resume to continue")
         figures = figures or self._evaluate_and_save("the end")
         held = 0 if self.images.holdout is None else len(self.images.holdout) * process.world
-        if trained.method.has_exits and held < FEW_IMAGES:
+        if state.method.has_exits and held < FEW_IMAGES:
             few = f"eta was chosen on {held} held-out image{'s' * (held > 1)}, too few to rely on it"
             problem = few if held else "no image was held out, so no eta was chosen"
-            more = ", or choose it with cfvit calibrate" if isinstance(trained.model, CoarseToFineViT) else ""
+            more = ", or choose it with cfvit calibrate" if isinstance(state.model, CoarseToFineViT) else ""
             reporter.say(f"{problem}: give a larger --holdout{more}")
         return figures
 
@@ -280,11 +280,11 @@ class _Run:
             path = self.out / CHECKPOINT_FILE
             kept = f"{self.out} keeps the last checkpoint" if path.exists() else "there is no checkpoint yet"
             what = f"{name} is {values.item()} at" if values.ndim == 0 else f"{name} is not finite after"
-            raise CfvitError(f"{what} step {self.trained.step}: lower --lr-base; {kept}")
+            raise CfvitError(f"{what} step {self.state.step}: lower --lr-base; {kept}")
 
     def _require_finite_weights(self) -> None:
         """The loss of a step is of the weights before it, so these are looked at too before anything is written."""
-        for name, tensor in self.trained.model.state_dict().items():
+        for name, tensor in self.state.model.state_dict().items():
             if tensor.is_floating_point():
                 self._require_finite(name, tensor)
 
@@ -293,7 +293,7 @@ class _Run:
         if self.process.leads:
             with atomic_write(self.out / name) as file:
                 run = {"recipe": self.recipe.to_dict(), "world": self.process.world, "images": self.images.fingerprint}
-                torch.save({**run, **self.trained.state_dict()}, file)
+                torch.save({**run, **self.state.state_dict()}, file)
 
     def _evaluate_and_save(self, place: str) -> dict[str, float]:
         """Scores the best weights, chooses eta on the hold-out, and writes the model.
@@ -301,10 +301,10 @@ class _Run:
         With a teacher the share of images that it answers alike is a score too, and without labels the one by which
         eta is chosen.
         """
-        recipe, trained, process, reporter = self.recipe, self.trained, self.process, self.reporter
+        recipe, state, process, reporter = self.recipe, self.state, self.process, self.reporter
         self._require_finite_weights()
         reporter.say_without_bar(f"{place}: evaluating")
-        method, model, teacher = trained.method, trained.best_weights(recipe.initial_share).eval(), trained.teacher
+        method, model, teacher = state.method, state.best_weights(recipe.initial_share).eval(), state.teacher
         if process.world > 1:
             distribute_bn(model, process.world, reduce=True)
 
@@ -335,6 +335,6 @@ class _Run:
             if split == "holdout" and labels is not None:
                 figures |= method.choose_exit(model, scored, labels, recipe.threshold_max_drop)
         if process.leads:
-            model.data_config, model.class_names = trained.model.data_config, trained.model.class_names
+            model.data_config, model.class_names = state.model.data_config, state.model.class_names
             method.save(model, self.out)
         return figures

@@ -50,7 +50,7 @@ RECIPE_FILE, CLASSES_FILE = "recipe.yaml", "class_names.json"
 
 
 @dataclass(frozen=True)
-class Data:
+class RunImages:
     """The images of a run."""
 
     train: TrainImages
@@ -66,8 +66,8 @@ class Data:
 
 
 @dataclass
-class Trained:
-    """All that changes during training, and what it is trained by."""
+class TrainState:
+    """All that changes during training: weights, optimiser, step; and the method and the teacher."""
 
     method: Method
     model: Any  # holds the weights and is saved
@@ -158,7 +158,7 @@ def with_preprocessing(recipe: Recipe) -> Recipe:
     return recipe.replace({"timm_kwargs": {**kwargs, name: overlay}}) if overlay else recipe
 
 
-def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
+def prepare(recipe: Recipe, process: Process) -> tuple[RunImages, Any]:
     """Opens the images of a run and builds its model, on the process's device.
 
     Raises:
@@ -185,12 +185,12 @@ def prepare(recipe: Recipe, process: Process) -> tuple[Data, Any]:
         transform = _train_transform(recipe, model.data_config, LabelledTransform)
         train = LabelledImages(source, splits.kept, transform, Path(recipe.token_labels))
     evaluated = partial(EvalImages, data_config=model.data_config, rank=process.rank, world=process.world)
-    data = Data(
+    images = RunImages(
         train=train,
         holdout=evaluated(source, indices=splits.held) if splits.held else None,
         validation=evaluated(validation) if validation else None,
     )
-    return data, model.to(process.device)
+    return images, model.to(process.device)
 
 
 def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
@@ -259,7 +259,7 @@ def _train_transform(recipe: Recipe, data_config: dict[str, Any], create: Callab
         ) from error
 
 
-def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> Trained:
+def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> TrainState:
     """Optimiser, schedule, averaged weights and teacher around a model; ``num_images`` are those of an epoch.
 
     Raises:
@@ -296,7 +296,7 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
             )
         began = model.state_dict().items()
         initial = {name: tensor.clone() for name, tensor in began if not method.is_added(name)}
-    return Trained(method, model, network, optimizer, scheduler, scaler, average, teacher, initial)
+    return TrainState(method, model, network, optimizer, scheduler, scaler, average, teacher, initial)
 
 
 def create_optimizer(recipe: Recipe, trainable: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -18,49 +18,49 @@ from cfvit.methods.base import Batch, TokenLabels
 from cfvit.modeling.tokens import cells_in_box
 from cfvit.processes import Process
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import Trained, attention_for_gradients, autocast, dtype_of, orthogonalising_in
+from cfvit.training.setup import TrainState, attention_for_gradients, autocast, dtype_of, orthogonalising_in
 from cfvit.training.tokens import pool_labels, pool_scores
 
 
 def take_step(
-    recipe: Recipe, trained: Trained, batches: Iterator[Sequence[Tensor]], split: float, process: Process
+    recipe: Recipe, state: TrainState, batches: Iterator[Sequence[Tensor]], split: float, process: Process
 ) -> Tensor:
     """One optimiser step on ``accumulate`` batches; returns their mean loss.
 
     Args:
         split: share of cells that are split.
     """
-    trained.network.train()
-    trained.scheduler.step_update(trained.step)
+    state.network.train()
+    state.scheduler.step_update(state.step)
     total = torch.zeros((), device=process.device)
     for micro in range(recipe.accumulate):
         loaded = next_batch(batches)
         if (loaded[1] == UNREADABLE).any():
             raise CfvitError(f"{FAILURES_IN_A_ROW} or all training images in a row cannot be read: check the data")
-        seed = combine_seeds(recipe.seed, trained.step, micro, process.rank)
+        seed = combine_seeds(recipe.seed, state.step, micro, process.rank)
         torch.manual_seed(seed)
         last = micro + 1 == recipe.accumulate
-        with nullcontext() if last or process.world == 1 else trained.network.no_sync():
+        with nullcontext() if last or process.world == 1 else state.network.no_sync():
             with autocast(recipe, process.device):
-                batch = make_batch(recipe, trained, loaded, seed, process.device)
+                batch = make_batch(recipe, state, loaded, seed, process.device)
                 with attention_for_gradients(recipe, process.device):
-                    loss = trained.method.loss(trained.network, batch, split) / recipe.accumulate
-            trained.scaler.scale(loss).backward()
+                    loss = state.method.loss(state.network, batch, split) / recipe.accumulate
+            state.scaler.scale(loss).backward()
         total += loss.detach()
     if recipe.clip_grad > 0:
-        trained.scaler.unscale_(trained.optimizer)
-        nn.utils.clip_grad_norm_(trained.model.parameters(), recipe.clip_grad)
+        state.scaler.unscale_(state.optimizer)
+        nn.utils.clip_grad_norm_(state.model.parameters(), recipe.clip_grad)
     with orthogonalising_in(dtype_of(recipe, process.device), process.device):
-        trained.scaler.step(trained.optimizer)
-    trained.scaler.update()
-    trained.optimizer.zero_grad(set_to_none=True)
-    trained.step += 1
-    if trained.average is not None:
-        trained.average.update(trained.model, step=trained.step)
+        state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    if state.average is not None:
+        state.average.update(state.model, step=state.step)
     return total
 
 
-def make_batch(recipe: Recipe, trained: Trained, loaded: Sequence[Tensor], seed: int, device: torch.device) -> Batch:
+def make_batch(recipe: Recipe, state: TrainState, loaded: Sequence[Tensor], seed: int, device: torch.device) -> Batch:
     """What a step learns from: images mixed with one another, their labels, and what the teacher says of them.
 
     Args:
@@ -68,18 +68,18 @@ def make_batch(recipe: Recipe, trained: Trained, loaded: Sequence[Tensor], seed:
         seed: fixes what is mixed.
     """
     images, targets, *stored = (part.to(device, non_blocking=True) for part in loaded)
-    classes = len(trained.model.class_names)
+    classes = len(state.model.class_names)
     if recipe.learns_from_tokens:
-        rows, columns = trained.model.grid
+        rows, columns = state.model.grid
         mixed = draw_mixed_cells((rows, columns), seed, images.device) if recipe.mix_token else None
-        if trained.teacher is None:
+        if state.teacher is None:
             pool = partial(pool_labels, *stored, num_classes=classes)
         else:
-            pool = partial(pool_scores, trained.teacher.places(images))
+            pool = partial(pool_scores, state.teacher.places(images))
         labels = TokenLabels(pool(grid=(2 * rows, 2 * columns)), pool(grid=(rows, columns)), columns, mixed)
         return Batch(images, class_target(targets, mixed, recipe.label_smoothing, classes), token_labels=labels)
     images, target = mix_images(recipe, images, targets if recipe.uses_labels else None, seed, classes)
-    return Batch(images, target, None if trained.teacher is None else trained.teacher.answer(images))
+    return Batch(images, target, None if state.teacher is None else state.teacher.answer(images))
 
 
 def mix_images(
