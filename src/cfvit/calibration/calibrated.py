@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from cfvit.calibration.images import check_images, check_logits, require_classes
+from cfvit.calibration.images import check_logits, check_logits_and_labels, require_classes
 from cfvit.calibration.targets import (
     STARTS,
     Drop,
@@ -30,14 +30,14 @@ from cfvit.calibration.tradeoff import Estimate, TradeOff, images_needed, paired
 from cfvit.errors import CfvitError, first_line
 from cfvit.files import atomic_write
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import Exit, Measure, goes_on, is_number
+from cfvit.modeling.exit import Exit, Measure, goes_on, require_number
 
 CALIBRATION_FILE = "calibration.json"
 """The record of a calibration beside a model's weights."""
 
 NO_PROMISE = "none for other images: eta was chosen on the very images that the figures are of"
 FEW_IMAGES = 100
-"""Below so many there is a warning that what was found on them may be chance."""
+"""With fewer images there is a warning that the result may be chance."""
 
 _SHOWN, _QUANTILES = 40, 101
 
@@ -189,13 +189,12 @@ def calibrate(
     Raises:
         CfvitError: input that cannot be used, or a target out of reach, with the nearest value that is not.
     """
-    check_images(coarse, fine, labels)
+    check_logits_and_labels(coarse, fine, labels)
     count = len(labels)
     missing = require_classes(labels.tolist(), class_names or range(coarse.shape[1]), count, allow_missing_classes)
     rule = Exit(measure, coarse_temperature, fine_temperature, coarse_weight=coarse_weight)
     fine = rule.answer(coarse, fine)
-    if not (is_number(level) and 0 < level < 1):
-        raise CfvitError(f"level is {level!r}: give a probability between 0 and 1, such as 0.95")
+    require_number("level", level, lambda p: 0 < p < 1, "a probability between 0 and 1, such as 0.95")
     trade = rank_images(coarse, fine, labels, rule.measure, rule.coarse_temperature)
     eta = choose_eta(target, trade, macs, latency)
     operation, go_on = trade.operate(eta, macs, level), trade.gone_on(eta)
@@ -290,8 +289,7 @@ def check_drift(calibration: Calibration, coarse_logits: Tensor, alpha: float = 
         raise CfvitError(
             f"logits of {coarse_logits.shape[1]} classes, calibrated on {calibration.classes}: give the same model's"
         )
-    if not (is_number(alpha) and 0 < alpha < 1):
-        raise CfvitError(f"alpha is {alpha!r}: give a probability between 0 and 1, such as 0.01")
+    require_number("alpha", alpha, lambda p: 0 < p < 1, "a probability between 0 and 1, such as 0.01")
     confidence = calibration.exit.coarse(coarse_logits).cpu()
     count, before = len(confidence), calibration.images
     gone_on = int(goes_on(confidence, calibration.threshold).sum())

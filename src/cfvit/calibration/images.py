@@ -59,7 +59,7 @@ def require_classes(present: Collection[int], names: Sequence[object], images: i
     return missing
 
 
-def check_images(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
+def check_logits_and_labels(coarse: Tensor, fine: Tensor, labels: Tensor) -> None:
     """Refuses logits that cannot be used, and labels that do not fit them.
 
     Raises:

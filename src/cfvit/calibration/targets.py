@@ -17,7 +17,6 @@ is one sequence downwards from each of `STARTS`, and each may err with an equal 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
@@ -29,7 +28,7 @@ from torch import Tensor
 from cfvit.calibration.tradeoff import TradeOff, rank_images
 from cfvit.errors import CfvitError
 from cfvit.modeling.cost import StageMacs
-from cfvit.modeling.exit import Measure, is_number
+from cfvit.modeling.exit import Measure, require_number
 
 RiskMethod = Literal["upper_bound", "fixed_sequence"]
 
@@ -42,13 +41,8 @@ STARTS = (0.9, 0.7, 0.5, 0.3)
 _SLACK = 1e-9
 
 
-def _require(name: str, value: float, holds: Callable[[float], bool], allowed: str) -> None:
-    if not (is_number(value) and holds(value)):
-        raise CfvitError(f"{name} is {value!r}: give {allowed}")
-
-
 def _require_positive(name: str, value: float, unit: str) -> None:
-    _require(name, value, lambda number: number > 0, f"{unit} above 0")
+    require_number(name, value, lambda number: number > 0, f"{unit} above 0")
 
 
 @dataclass(frozen=True)
@@ -112,7 +106,7 @@ class Saving:
     kind: Literal["Saving"] = field(default="Saving", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("saving", self.percent, lambda value: 0 <= value < 100, "a percentage from 0 to below 100")
+        require_number("saving", self.percent, lambda value: 0 <= value < 100, "a percentage from 0 to below 100")
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ class Accuracy:
     kind: Literal["Accuracy"] = field(default="Accuracy", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("accuracy", self.percent, lambda value: 0 <= value <= 100, "a percentage from 0 to 100")
+        require_number("accuracy", self.percent, lambda value: 0 <= value <= 100, "a percentage from 0 to 100")
 
 
 @dataclass(frozen=True)
@@ -145,7 +139,7 @@ class Drop:
     kind: Literal["Drop"] = field(default="Drop", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _require("drop", self.points, lambda value: 0 <= value <= 100, "percentage points from 0 to 100")
+        require_number("drop", self.points, lambda value: 0 <= value <= 100, "percentage points from 0 to 100")
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,9 @@ class Promise:
     def __post_init__(self) -> None:
         risk = "selective risk" if isinstance(self, SelectiveRisk) else "risk"
         for name, value in (("share", self.share), ("confidence", self.confidence)):
-            _require(f"{name} of the {risk}", value, lambda v: 0 < v < 1, "a share between 0 and 1, both excluded")
+            require_number(
+                f"{name} of the {risk}", value, lambda v: 0 < v < 1, "a share between 0 and 1, both excluded"
+            )
 
     def promise(self, images: int) -> str:
         """What holds for images yet unseen, if eta was chosen on this many."""

@@ -225,7 +225,7 @@ def progress_bar(total: int, leads: bool = True, done: int = 0) -> Iterator[Call
 
 
 class HeldImages(StoredImages):
-    """A data set's images in a temporary file without a name, which goes with the last process that has it open.
+    """A data set's images in a temporary file without a name, which is gone once no process has it open.
 
     A file, so that the system holds it in memory while there is room, and processes that inherit no memory get it too.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfvit.calibration import Calibration, LatencyBudget, Origin, StageLatency, Target, calibrate
 from cfvit.calibration.calibrated import FEW_IMAGES
-from cfvit.calibration.images import check_images, missing_classes, refuse_training_images, require_classes
+from cfvit.calibration.images import check_logits_and_labels, missing_classes, refuse_training_images, require_classes
 from cfvit.calibration.targets import Budget, Promise, require_reachable
 from cfvit.calibration.tradeoff import (
     HIGHEST_TEMPERATURE,
@@ -102,7 +102,7 @@ def calibrate_model(
     collected, unreadable = collect_with_progress(forward, model.data_config, source, batch_size, workers, process)
     (coarse, *fines), labels = collected.logits.values(), collected.labels
     for fine in fines:
-        check_images(coarse, fine, labels)
+        check_logits_and_labels(coarse, fine, labels)
     require_classes(labels.tolist(), names, len(labels), allow_missing_classes)
     fit = partial(_fit_exit, measure=measure, temperatures=scale_temperatures, best=best)
     halved = scale_temperatures or (best and isinstance(target, Promise))

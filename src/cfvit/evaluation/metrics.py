@@ -27,7 +27,7 @@ from cfvit.processes import Process
 
 PAPERS_EXIT = Exit()
 PLAIN = "the plain ViT"
-"""In the place of an operating point: what the plain ViT answers."""
+"""The name under which the plain ViT's answers stand among those of the operating points."""
 OWN_EXITS = "its own exits"
 
 

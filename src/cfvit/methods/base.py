@@ -65,7 +65,7 @@ class Options:
 
 
 class TrainingModule(nn.Module):
-    """A function of networks and of what a batch holds, as one module: what a training step compiles and distributes.
+    """A function of networks and of a batch's tensors as one module, which can be compiled and distributed.
 
     Args:
         run: from the parts and then the arguments of a call to what the call returns.

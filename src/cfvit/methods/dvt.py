@@ -115,7 +115,7 @@ class CascadeWithReuse(MultiExitNetwork):
             if index + 1 < len(vits):
                 relations.append((query * block.attn.scale) @ key.transpose(-2, -1))
         tokens = vit.norm(tokens)
-        return StageOutput(vit.forward_head(tokens), (tokens, torch.cat(relations, dim=1)) if relations else ())
+        return StageOutput(vit.forward_head(tokens), (tokens, torch.cat(relations, dim=1)) if relations else None)
 
 
 @register("dvt")

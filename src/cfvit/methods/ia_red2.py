@@ -5,9 +5,9 @@ not by its code. Choices that the paper leaves open: all interpreters and the ba
 interpreters keep everything at first; a wrong answer is punished by 1; the share in the reward is the mean over groups;
 without labels an answer is right that agrees with the teacher's.
 
-How many patches an image keeps is its own affair, so an image costs the mean over those that the network has answered
-since it was loaded; before it answers any, over those that training was scored on, and before any training, the share
-per group is one at which DeiT-S costs the 3.2 GMACs that the paper prints.
+Each image keeps a number of patches of its own, so the cost is a mean: over the images answered since the network was
+loaded; before that, over the images that training was scored on. Before any training each group keeps the share at
+which DeiT-S costs the 3.2 GMACs that the paper prints.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PUBLISHED_SHARE = 0.83
 
 FIRST_BIAS = 2.0
 PARTS = 1_000_000
-"""Shares are counted in such parts, as averages of weights leave whole numbers alone."""
+"""Shares are stored as whole numbers of such parts, because averaging of weights changes floats only."""
 
 
 @configuration
@@ -76,7 +76,7 @@ class InterpretedViT(ExtendedViT):
         self.interpreters = nn.ModuleList(Interpreter(backbone.embed_dim, heads) for _ in self.starts)
         shares = PUBLISHED_SHARE ** torch.arange(1, GROUPS + 1, device="cpu")
         self.register_buffer("plan", torch.cat([shares * PARTS, shares.new_zeros(1)]).long())
-        """Of all patches, how many are left in each group, mean over images; and over how many images."""
+        """The share of all patches that each group keeps, in `PARTS`, mean over images; last, the number of images."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``[B, classes]`` of images ``[B, 3, S, S]``, each with the patches that it needs."""

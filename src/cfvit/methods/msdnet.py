@@ -134,8 +134,8 @@ class MultiScaleDenseNet(ConvolutionalNetwork):
 
     def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """A block on the maps of the one before, or of the stem, and its classifier."""
-        maps = self.blocks[index](self.maps(images) if previous is None else list(previous.features))
-        return StageOutput(self.heads[index](maps[-1]), tuple(maps))
+        maps = self.blocks[index](self.maps(images) if previous is None else previous.features)
+        return StageOutput(self.heads[index](maps[-1]), maps)
 
 
 @register("msdnet")

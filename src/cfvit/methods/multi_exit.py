@@ -20,7 +20,7 @@ class StageOutput(NamedTuple):
     """Logits of a stage, and what the next stage takes over."""
 
     logits: Tensor  # ``[B, classes]``
-    features: tuple[Tensor, ...] = ()  # whatever the next stage needs, with a row for each image
+    features: Any  # whatever the next stage needs
 
 
 class MultiExitNetwork(nn.Module):

@@ -104,7 +104,7 @@ class ExtendedViT(nn.Module):
     """A plain ViT and what a method adds to it, by its options; ``trained`` if the ViT starts from trained weights."""
 
     counted: tuple[str, ...] = ()
-    """Buffers of numbers of tokens. They stay on the CPU, also in copies without data, by which costs are counted."""
+    """Buffers of numbers of tokens. They stay on the CPU, even in a copy on the meta device, which counts the cost."""
 
     def __init__(self, backbone: Any, options: Any, trained: bool) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class ExtendsPlainViT(PlainBlocks):
 
 
 class SelfDistilled(ExtendsPlainViT):
-    """A method whose network imitates its backbone as training found it.
+    """A method whose network learns from a frozen copy of its own backbone, as it was before training.
 
     A run that is resumed is built from the same initial weights, so its teacher is the same.
     """

@@ -80,18 +80,14 @@ class ResolutionAdaptiveNet(ConvolutionalNetwork):
     def stage(self, index: int, images: Tensor, previous: StageOutput | None) -> StageOutput:
         """The rest of a network's blocks up to an exit, on what the network before made, and its classifier."""
         number, place = divmod(index, EACH)
-        scales = len(FACTORS)
-        parts = self.maps(images) if previous is None else list(previous.features)
-        stem, rest = parts[:scales], parts[scales:]
-        joined, own = rest[: EACH * number], rest[EACH * number :]
-        if place == 0 and number:  # a new network, which meets the maps of the one that is done
-            joined, own = rest[EACH * (number - 1) :], []
+        stem, joined, own = (self.maps(images), [], []) if previous is None else previous.features
+        joined, own = (own, []) if place == 0 else (joined, [*own])  # a new network meets the maps of the one before
         blocks: Any = self.networks[number]
         maps = own[-1] if own else stem[-1 - number]
         for block in blocks[len(own) : len(blocks) - EACH + 1 + place]:
             maps = block(maps, joined[min(len(own), len(joined) - 1)] if joined else None)
             own.append(maps)
-        return StageOutput(self.heads[index](maps), (*stem, *joined, *own))
+        return StageOutput(self.heads[index](maps), (stem, joined, own))
 
 
 @register("ranet")

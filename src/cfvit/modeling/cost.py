@@ -11,8 +11,7 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfvit.errors import CfvitError
-from cfvit.modeling.exit import is_number
+from cfvit.modeling.exit import require_number
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import embed_children
 from cfvit.modeling.tokens import gather_tokens, num_informative
@@ -51,8 +50,7 @@ class StageMacs:
         Raises:
             CfvitError: a share outside [0, 1].
         """
-        if not (is_number(fine_share) and 0 <= fine_share <= 1):
-            raise CfvitError(f"fine_share is {fine_share!r}: give a number from 0 to 1, such as float(share)")
+        require_number("fine_share", fine_share, lambda s: 0 <= s <= 1, "a number from 0 to 1, such as float(share)")
         return self.coarse + fine_share * self.fine
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -14,9 +15,11 @@ from cfvit.errors import CfvitError
 Measure = Literal["max_probability", "margin", "entropy", "energy"]
 
 
-def is_number(value: Any) -> bool:
-    """Whether something is a finite int or float, which a bool, text and a tensor are not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def require_number(name: str, value: Any, holds: Callable[[float], bool], allowed: str) -> None:
+    """Raises `CfvitError` unless ``value`` is a finite int or float, no bool, text or tensor, and ``holds(value)``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not (number and holds(value)):
+        raise CfvitError(f"{name} is {value!r}: give {allowed}")
 
 
 def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperature: float = 1.0) -> Tensor:
@@ -37,8 +40,7 @@ def confidence_of(logits: Tensor, measure: Measure = "max_probability", temperat
     Raises:
         CfvitError: an unknown measure, a temperature out of range, fewer than two classes for a margin or an entropy.
     """
-    if not (is_number(temperature) and temperature > 0):
-        raise CfvitError(f"temperature is {temperature!r}: give a positive number, 1 for the logits as they are")
+    require_number("temperature", temperature, lambda t: t > 0, "a positive number, 1 for the logits as they are")
     if measure in ("margin", "entropy") and logits.shape[-1] < 2:
         raise CfvitError(f"measure {measure} of {logits.shape[-1]} class: give at least 2, or use max_probability")
     scaled = logits.float() if temperature == 1 else logits.float() / temperature
@@ -100,12 +102,12 @@ class Exit:
         if self.measure not in get_args(Measure):
             raise CfvitError(f"measure is {self.measure!r}: give one of {', '.join(get_args(Measure))}")
         for name in ("coarse_temperature", "fine_temperature"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
-                raise CfvitError(f"{name} is {getattr(self, name)!r}: give a positive number, 1 to leave logits alone")
-        if self.eta is not None and not (is_number(self.eta) and 0 <= self.eta <= 1):
-            raise CfvitError(f"threshold is {self.eta!r}: give a confidence between 0 and 1, or None")
-        if not (is_number(self.coarse_weight) and 0 <= self.coarse_weight < 1):
-            raise CfvitError(f"coarse_weight is {self.coarse_weight!r}: give at least 0, the paper's, and less than 1")
+            allowed = "a positive number, 1 to leave logits alone"
+            require_number(name, getattr(self, name), lambda value: value > 0, allowed)
+        if self.eta is not None:
+            require_number("threshold", self.eta, lambda eta: 0 <= eta <= 1, "a confidence between 0 and 1, or None")
+        allowed = "at least 0, the paper's, and less than 1"
+        require_number("coarse_weight", self.coarse_weight, lambda weight: 0 <= weight < 1, allowed)
 
     def coarse(self, logits: Tensor) -> Tensor:
         """Confidence of the coarse stage's answers, ``[B, classes] -> [B]``."""

@@ -49,7 +49,7 @@ from cfvit.training.step import take_step
 CHECKPOINT_FILE = "checkpoint.pt"
 ALL_CELLS_FILE = "all_cells.pt"
 TEACHER = "teacher"
-"""In the place of an operating point: what the teacher answers."""
+"""The name under which the teacher's answers stand among those of the operating points."""
 
 
 def train(
