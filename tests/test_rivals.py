@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,15 @@ def test_an_exit_costs_all_that_ran_before_it(
 
 
 @pytest.mark.parametrize("name", OF_CONVOLUTIONS)
-def test_networks_of_convolutions_start_from_scratch(name: str, config: ModelConfig, fails: Callable[..., Any]) -> None:
+def test_networks_of_convolutions_start_from_scratch_on_images_as_the_backbone_takes_them(
+    name: str, config: ModelConfig, fails: Callable[..., Any]
+) -> None:
     with fails(f"{name} has no use for weights of a ViT", UsageError):
         create_method(name).build(config, "weights.safetensors")
+    halves = replace(config, backbone="vit_tiny_patch16_224", timm_kwargs={**config.timm_kwargs, "depth": 1})
+    network = create_method(name).build(halves)
+    assert network.data_config == create_method("plain").build(halves).data_config
+    assert network.data_config["mean"] == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 3])

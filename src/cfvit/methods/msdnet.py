@@ -2,7 +2,7 @@
 
 Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification", ICLR 2018, in its form for
 ImageNet: 4 layers in each block, growth 16, 32 channels, factors 1-2-4-4; as described, not by its code. There is no
-ViT in it. It is trained from scratch, on images of the size that the backbone would take.
+ViT in it. It is trained from scratch, on images of the size and with the preprocessing that the backbone would take.
 """
 
 from __future__ import annotations
@@ -11,13 +11,12 @@ from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
 from cfvit.methods.base import register
 from cfvit.methods.multi_exit import MultiExit, MultiExitNetwork, StageOutput
-from cfvit.modeling.backbones import patch_size
+from cfvit.modeling.backbones import patch_size, preprocessing
 from cfvit.modeling.config import ModelConfig
 
 BLOCKS, LAYERS, CHANNELS, GROWTH = 5, 4, 32, 16
@@ -93,8 +92,7 @@ class ConvolutionalNetwork(MultiExitNetwork):
 
     def __init__(self, size: tuple[int, int], widths: list[int], exits: int) -> None:
         super().__init__([f"exit {number}" for number in range(1, exits + 1)])
-        self.image_size, self.class_names = size, None
-        self.data_config: dict[str, Any] = resolve_data_config({"input_size": (3, *size)})
+        self.image_size = size
         self.stem = nn.ModuleList([nn.Sequential(convolve(3, widths[0], 7, 2), nn.MaxPool2d(3, 2, 1))])
         self.stem.extend(convolve(*pair, 3, 2) for pair in pairwise(widths))
 
@@ -151,5 +149,6 @@ class MSDNet(MultiExit):
         height, width = patch_size(config.backbone, **config.timm_kwargs)
         size = (2 * config.grid[0] * height, 2 * config.grid[1] * width)
         network = self.network_class(size, config.num_classes)
+        network.data_config = {**preprocessing(config.backbone, **config.timm_kwargs), "input_size": (3, *size)}
         network.class_names = class_names
         return network
