@@ -36,7 +36,7 @@ from cfvit.training import loop
 from cfvit.training.log import LOG_FILE
 from cfvit.training.loop import Stopped, train
 from cfvit.training.recipe import Recipe, load_recipe
-from cfvit.training.setup import Data, autocast, prepare, steps_per_epoch
+from cfvit.training.setup import RunImages, autocast, prepare, steps_per_epoch
 
 RECORD_FILE, SCORES_FILE = "run.json", "scores.safetensors"
 TRIAL_STEPS = 4
@@ -378,7 +378,7 @@ def unprepared(recipe: Recipe) -> Recipe:
     return recipe.replace({**lighter, "hold_decoded": False})
 
 
-def restore(recipe: Recipe, folder: Path) -> tuple[Data, Method, Any]:
+def restore(recipe: Recipe, folder: Path) -> tuple[RunImages, Method, Any]:
     """The images, the method and the network of a trained run, if folder and data are still what they were."""
     process = Process(0, 1, best_device())
     images, network = prepare(unprepared(recipe), process)
