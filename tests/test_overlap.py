@@ -10,9 +10,8 @@ from pathlib import Path
 from calibrations import Cli, error, run_calibrate
 
 from cfvit.calibration.calibrated import read_calibration
-from cfvit.calibration.images import shared_images
 from cfvit.data import open_data, split_holdout
-from cfvit.evaluation.calibrate import NOT_COMPARED
+from cfvit.evaluation.calibrate import NOT_COMPARED, shared_images
 from cfvit.training.recipe import DIGITS, RECIPES
 
 

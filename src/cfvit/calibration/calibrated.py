@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from cfvit.calibration.images import check_logits, check_logits_and_labels, require_classes
+from cfvit.calibration.checks import check_logits, check_logits_and_labels, require_classes
 from cfvit.calibration.targets import (
     STARTS,
     Drop,

@@ -1,7 +1,9 @@
-"""A model calibrated on images: their logits, its temperatures, its speed, and the choice of eta."""
+"""A model calibrated on images that it was not trained on: logits, temperatures, speed, and the choice of eta."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from cfvit.calibration import Calibration, LatencyBudget, Origin, StageLatency, Target, calibrate
 from cfvit.calibration.calibrated import FEW_IMAGES
-from cfvit.calibration.images import check_logits_and_labels, missing_classes, refuse_training_images, require_classes
+from cfvit.calibration.checks import check_logits_and_labels, missing_classes, require_classes
 from cfvit.calibration.targets import Budget, Promise, require_reachable
 from cfvit.calibration.tradeoff import (
     HIGHEST_TEMPERATURE,
@@ -25,7 +27,7 @@ from cfvit.calibration.tradeoff import (
     fit_temperature,
 )
 from cfvit.checkpoints import weights_digest
-from cfvit.data import DataSource, open_data
+from cfvit.data import DataSource, ImageError, open_data, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress, labelled_images
 from cfvit.evaluation.timing import lacks_memory, time_stages
@@ -244,3 +246,52 @@ def measure_latency(model: CoarseToFineViT, batch_size: int) -> StageLatency:
     extra = np.interp(np.arange(1, batch_size + 1), [0, *sizes], rising) / batch_size
     *between, both = (timed[-1].coarse + extra).tolist()
     return StageLatency(timed[-1].coarse, both, tuple(between))
+
+
+def refuse_training_images(source: DataSource, training: DataSource, indices: Sequence[int]) -> None:
+    """Refuses images that are among those of ``indices`` on which the model was trained, with a progress bar.
+
+    Open the source anew to load it: a tar that is read here is not fit for loading processes. The `CfvitError` says how
+    many there are, and which is the first.
+    """
+    shared = shared_images(source, training, indices)
+    if shared:
+        ours, theirs = shared[0]
+        what = "1 image is" if len(shared) == 1 else f"{len(shared)} of {len(source)} images are"
+        raise CfvitError(
+            f"{what} among the training images, {source.name(ours)} first, which is {training.name(theirs)} there: "
+            "calibrate on images that the model was not trained on"
+        )
+
+
+def shared_images(source: DataSource, others: DataSource, indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Images of a source that are stored byte for byte alike among some of another, each with its first likeness there.
+
+    Only files of equal size are read. What cannot be opened is left out.
+    """
+    with progress_bar(2 * len(source) + len(indices)) as advance:
+
+        def size_of(images: DataSource, index: int) -> int | None:
+            advance(1)
+            try:
+                with images.stored(index) as file:
+                    return file.seek(0, io.SEEK_END)
+            except (ImageError, OSError):
+                return None
+
+        def digest(images: DataSource, index: int) -> bytes:
+            with images.stored(index) as file:
+                return hashlib.sha256(file.read()).digest()
+
+        sizes = [size_of(source, index) for index in range(len(source))]
+        there = set(sizes) - {None}
+        found: dict[bytes, int] = {}
+        for index in indices:
+            if size_of(others, index) in there:
+                found.setdefault(digest(others, index), index)
+        shared = []
+        for index, size in enumerate(sizes):
+            advance(1)
+            if found and size is not None and (content := digest(source, index)) in found:
+                shared.append((index, found[content]))
+    return shared

@@ -12,10 +12,10 @@ import timm
 from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
-from cfvit.calibration.images import shared_images
 from cfvit.checkpoints import CONFIG_FILE, classes_of, load
 from cfvit.data import EvalImages, difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
+from cfvit.evaluation.calibrate import shared_images
 from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import Method, create_method

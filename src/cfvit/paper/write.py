@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cfvit.benchmark.conditions import Conditions, conditions_of
-from cfvit.calibration.images import missing_classes
+from cfvit.calibration.checks import missing_classes
 from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write, require_writable

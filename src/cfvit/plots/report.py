@@ -17,7 +17,7 @@ from torch import Tensor
 
 import cfvit
 from cfvit.calibration import Calibration, rank_images
-from cfvit.calibration.images import missing_classes
+from cfvit.calibration.checks import missing_classes
 from cfvit.calibration.tradeoff import NO_ANSWER, answers_of
 from cfvit.data import DataSource, EvalImages
 from cfvit.evaluation.metrics import Collected, Evaluation

@@ -1,16 +1,13 @@
-"""What images a calibration can be made of: sound logits, every class, and none that the model was trained on."""
+"""Checks of what a calibration is made of: sound logits, labels that fit them, every class."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from cfvit.calibration.targets import count_images
-from cfvit.data import DataSource, ImageError, progress_bar
 from cfvit.errors import CfvitError
 
 _NAMED_CLASSES = 5
@@ -79,52 +76,3 @@ def check_logits_and_labels(coarse: Tensor, fine: Tensor, labels: Tensor) -> Non
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise CfvitError(f"a label is {int(outside[0])}: give class indices from 0 to {classes - 1}")
-
-
-def refuse_training_images(source: DataSource, training: DataSource, indices: Sequence[int]) -> None:
-    """Refuses images that are among those of ``indices`` on which the model was trained, with a progress bar.
-
-    Open the source anew to load it: a tar that is read here is not fit for loading processes. The `CfvitError` says how
-    many there are, and which is the first.
-    """
-    shared = shared_images(source, training, indices)
-    if shared:
-        ours, theirs = shared[0]
-        what = "1 image is" if len(shared) == 1 else f"{len(shared)} of {len(source)} images are"
-        raise CfvitError(
-            f"{what} among the training images, {source.name(ours)} first, which is {training.name(theirs)} there: "
-            "calibrate on images that the model was not trained on"
-        )
-
-
-def shared_images(source: DataSource, others: DataSource, indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Images of a source that are stored byte for byte alike among some of another, each with its first likeness there.
-
-    Only files of equal size are read. What cannot be opened is left out.
-    """
-    with progress_bar(2 * len(source) + len(indices)) as advance:
-
-        def size_of(images: DataSource, index: int) -> int | None:
-            advance(1)
-            try:
-                with images.stored(index) as file:
-                    return file.seek(0, io.SEEK_END)
-            except (ImageError, OSError):
-                return None
-
-        def digest(images: DataSource, index: int) -> bytes:
-            with images.stored(index) as file:
-                return hashlib.sha256(file.read()).digest()
-
-        sizes = [size_of(source, index) for index in range(len(source))]
-        there = set(sizes) - {None}
-        found: dict[bytes, int] = {}
-        for index in indices:
-            if size_of(others, index) in there:
-                found.setdefault(digest(others, index), index)
-        shared = []
-        for index, size in enumerate(sizes):
-            advance(1)
-            if found and size is not None and (content := digest(source, index)) in found:
-                shared.append((index, found[content]))
-    return shared
