@@ -79,6 +79,7 @@ class Tree:
     images: dict[str, StoredImage] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)  # all that are not skipped, a tar within being one
     skipped: Counter[str] = field(default_factory=Counter)  # how many pictures of other suffixes there are
+    broken: list[str] = field(default_factory=list)  # links that lead nowhere
     unreadable: list[str] = field(default_factory=list)  # folders that cannot be opened
 
     def names(self, folder: str = "") -> list[str]:
@@ -103,6 +104,8 @@ class Tree:
             self.unreadable.append(path)
         elif entry.open_folder is not None:
             self._add_name(path)
+        elif entry.image is None:
+            self.broken.append(path)
         elif suffix in IMAGE_SUFFIXES:
             self.images[path] = entry.image
         elif suffix == ".tar" and tars:
@@ -119,6 +122,8 @@ class Tree:
         """A tar as the folder of its name; if it holds but one folder, as that folder."""
         self._add_name(path)
         inner = _scan(tar)
+        self.skipped += inner.skipped
+        self.broken += [f"{path}/{link}" for link in inner.broken]
         while len(inner.names()) == 1 and not inner.has_images():
             inner = inner.below(inner.names()[0])
         self.folders |= {f"{path}/{folder}" for folder in inner.folders}
@@ -129,7 +134,7 @@ class _Entry(NamedTuple):
     """A name in a folder: a file, or a folder that can be opened, by what it is beyond all links (but not in a tar)."""
 
     name: str
-    image: StoredImage
+    image: StoredImage | None  # None of a link that leads nowhere
     identity: str | None = None
     open_folder: Callable[[], Iterator[_Entry]] | None = None
 
@@ -184,7 +189,7 @@ def holds_folders(folder: Path) -> bool:
     """Whether a folder holds others, or tars, that are not skipped."""
     around = _around(folder)
     return any(
-        (entry.open_folder is not None or entry.name.lower().endswith(".tar"))
+        (entry.open_folder is not None or (entry.image is not None and entry.name.lower().endswith(".tar")))
         and not (is_foreign(entry.name) or entry.identity in around)
         for entry in _list_folder(str(folder))
     )
@@ -232,7 +237,10 @@ def iter_images(paths: Sequence[str | Path]) -> Iterator[Path]:
 
 
 def tell_skipped(tree: Tree, root: Path) -> None:
-    """Warns in one line of pictures below a root that are not read for their suffix."""
+    """Warns of pictures below a root that are not read for their suffix, and of links that lead nowhere."""
+    if tree.broken:
+        links = "1 broken link is" if len(tree.broken) == 1 else f"{len(tree.broken)} broken links are"
+        warnings.warn(f"{root}: {links} skipped, {tree.broken[0]} first: mend or remove what is broken", stacklevel=3)
     if tree.skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(tree.skipped.items()))
         count = tree.skipped.total()
@@ -258,6 +266,8 @@ def _list_folder(folder: str) -> Iterator[_Entry]:
                 yield _Entry(entry.name, StoredImage(entry.path), where, partial(_list_folder, entry.path))
             elif entry.is_file() if linked is None else linked.is_file():
                 yield _Entry(entry.name, StoredImage(entry.path), where)
+            elif linked is not None and not linked.exists():
+                yield _Entry(entry.name, None)
 
 
 @lru_cache(maxsize=4)
@@ -324,6 +334,8 @@ class _Members:
                 yield _Entry(name, self.files[path])
             elif path is not None and path in self.folders:
                 yield _Entry(name, StoredImage(""), path, partial(self.list_folder, path))
+            else:
+                yield _Entry(name, None)
 
     def _resolve(self, path: str) -> str | None:
         """Where a path leads if all links are followed; None if that is outside, nowhere or without an end."""
