@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, count_macs, load
+from cfvit.benchmark import EngineName
 from cfvit.benchmark import contenders as contenders_module
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import run as run_module
@@ -49,7 +50,6 @@ from cfvit.benchmark.measure import (
     peak_bytes,
     random_images,
 )
-from cfvit.benchmark.names import EngineName
 from cfvit.benchmark.report import (
     Bench,
     best_engines,
@@ -584,7 +584,7 @@ def test_real_images_need_an_eta(model: CoarseToFineViT, colours: Path, fails: F
 
 def _run(model: CoarseToFineViT, sizes: Sequence[int] = (1, 3), **options: Any) -> Bench:
     given = {"name": "tiny", "command": "cfvit bench", "random_weights": True, "peers": True, **options}
-    return run_bench(model, sizes, QUICK, **given)
+    return list(run_bench(model, sizes, QUICK, **given))[-1][0]
 
 
 def _row(**changes: Any) -> Row:
@@ -724,14 +724,16 @@ def test_the_best_default_is_the_fastest_engine_in_float32() -> None:
 
 def test_exported_engines_are_for_float32(model: CoarseToFineViT, fails: Fails) -> None:
     with fails("engine onnx runs in float32 on a CPU"):
-        run_bench(
-            copy.deepcopy(model).bfloat16(),
-            (1,),
-            Plan(("onnx",), (0.5,), 1, 1),
-            name="tiny",
-            command="",
-            random_weights=True,
-            peers=False,
+        next(
+            run_bench(
+                copy.deepcopy(model).bfloat16(),
+                (1,),
+                Plan(("onnx",), (0.5,), 1, 1),
+                name="tiny",
+                command="",
+                random_weights=True,
+                peers=False,
+            )
         )
 
 
@@ -780,16 +782,11 @@ def test_compilation_that_torch_would_give_up_fails_in_a_line(monkeypatch: pytes
 
 @pytest.mark.usefixtures("few_methods")
 def test_a_whole_run_says_its_conditions_and_doubts(model: CoarseToFineViT, tmp_path: Path) -> None:
-    seen: list[Batch] = []
-    sizes: list[int] = []
-
-    def watch(batch: Batch, so_far: Bench) -> None:
-        seen.append(batch)
-        sizes.append(len(so_far.batches))
-
-    bench = _run(model, watch=watch)
-    assert tuple(seen) == bench.batches
-    assert sizes == [1, 2], "what was measured so far can be kept"
+    given: dict[str, Any] = {"name": "tiny", "command": "cfvit bench", "random_weights": True, "peers": True}
+    found = list(run_bench(model, (1, 3), QUICK, **given))
+    bench = found[-1][0]
+    assert tuple(batch for _, batch in found) == bench.batches
+    assert [len(so_far.batches) for so_far, _ in found] == [1, 2], "what was measured so far can be kept"
     assert [batch.batch_size for batch in bench.batches] == [1, 3]
     assert bench.conditions.dtype == "float32"
     text = " ".join(bench.sentences)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cfvit.benchmark.names import EngineName
+from cfvit.benchmark import EngineName
 from cfvit.data import DataSource
 from cfvit.errors import CfvitError
 from cfvit.evaluation.timing import Call
@@ -118,13 +118,18 @@ class Contender:
     build: Callable[[EngineName], Runner]  # prepares it for an engine
     # the only ones that it can be timed in, of which the first is used if none is asked for; None for all
     engines: tuple[EngineName, ...] | None = None
-    # from the batch size and the share that goes on to the numbers of a call, ``{numbers: weight}``
-    share_out: Callable[[int, float], dict[tuple[int, ...], float]] = lambda count, share: whole_images(count, share)
+    streams: bool = False  # whether a call answers many batches, whose hard images go on together
+
+    def counts_of(self, images: Tensor, fine_share: float) -> dict[tuple[int, ...], float]:
+        """How many of the images go on in each batch of a call, so that the share is met: ``{counts: weight}``."""
+        if self.streams:
+            return {whole_fine_batches(len(images), fine_share, fine_batch_of(images)): 1.0}
+        return whole_images(len(images), fine_share)
 
 
 def own_contenders(engines: Engines) -> list[Contender]:
     """The plain backbone, the stages, the predictor and its stream."""
-    macs, weight, stages = count_macs(engines.model), next(engines.model.parameters()), engines.stages
+    macs, stages = count_macs(engines.model), engines.stages
 
     def fine_alone(engine: EngineName) -> Runner:
         def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
@@ -136,21 +141,13 @@ def own_contenders(engines: Engines) -> list[Contender]:
     def both(engine: EngineName) -> Runner:
         return runs(lambda images: stages(engine).fine(images, stages(engine).coarse(images)[0]))
 
-    def streams(predictor: Predictor, batches: Iterator[Tensor], size: int) -> list[Any]:
-        return list(predictor.stream(batches, fine_batch=fine_batch_of(weight, size)))
-
-    def stream_share(count: int, share: float) -> dict[tuple[int, ...], float]:
-        return {whole_fine_batches(count, share, fine_batch_of(weight, count)): 1.0}
-
     return [
         Contender(BACKBONE, macs.backbone, None, lambda engine: runs(engines.plain(engine))),
         Contender(COARSE_STAGE, macs.coarse, None, lambda engine: runs(stages(engine).coarse)),
         Contender(FINE_STAGE, macs.fine, None, fine_alone),
         Contender(BOTH_STAGES, macs.both, None, both),
         Contender(PREDICTOR, macs.coarse, macs.fine, lambda engine: predicts(stages(engine))),
-        Contender(
-            STREAM, macs.coarse, macs.fine, lambda engine: predicts(stages(engine), streams), share_out=stream_share
-        ),
+        Contender(STREAM, macs.coarse, macs.fine, lambda engine: predicts(stages(engine), True), streams=True),
     ]
 
 
@@ -212,22 +209,17 @@ def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
     return places.diff(prepend=torch.zeros_like(places[:1])) > 0
 
 
-def predicts(
-    engine: Engine,
-    answer: Callable[[Predictor, Iterator[Tensor], int], object] = lambda predictor, batches, size: predictor(
-        next(batches)
-    ),
-) -> Runner:
+def predicts(engine: Engine, streams: bool = False) -> Runner:
     """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew.
 
     Args:
-        answer: from the predictor, the batches and their size; by default it answers one batch.
+        streams: answer all batches of a call as one stream; by default a call has one batch.
     """
     forced = ForcedExits(engine)
     predictor = Predictor(forced, 0.5)
 
     def prepare_call(images: Tensor, counts: Sequence[int]) -> Call:
-        """The images again for each of the counts, so many of them going on."""
+        """Answers the images again for each of the counts, so many of them going on."""
         confidences = [1 - spread_evenly(len(images), count, images.device).float() for count in counts]
 
         def batches() -> Iterator[Tensor]:
@@ -235,14 +227,16 @@ def predicts(
                 forced.confidence = confidence
                 yield images
 
-        return lambda: answer(predictor, batches(), len(images))
+        if streams:
+            return lambda: list(predictor.stream(batches(), fine_batch=fine_batch_of(images)))
+        return lambda: predictor(next(batches()))
 
     return prepare_call
 
 
-def fine_batch_of(weight: Tensor, batch_size: int) -> int:
-    """How many images of a timed stream the fine stage takes together, on the device of a weight."""
-    return min(STREAM_GATHERS * batch_size, FINE_BATCH.get(weight.device.type, FINE_BATCH["cuda"]))
+def fine_batch_of(images: Tensor) -> int:
+    """How many images of a timed stream the fine stage takes together, where these are one of its batches."""
+    return min(STREAM_GATHERS * len(images), FINE_BATCH.get(images.device.type, FINE_BATCH["cuda"]))
 
 
 def whole_images(count: int, fine_share: float) -> dict[tuple[int, ...], float]:

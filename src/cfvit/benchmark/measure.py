@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from cfvit.benchmark import EngineName
 from cfvit.benchmark.contenders import (
     BACKBONE,
     IN_TORCH,
@@ -28,7 +29,6 @@ from cfvit.benchmark.contenders import (
     own_contenders,
     prepare,
 )
-from cfvit.benchmark.names import EngineName
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import (
     MATRIX_SIDES,
@@ -181,7 +181,7 @@ def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], image
     for contender, engine in dict.fromkeys(pairs):
         runner = contender.build(engine)
         for share in plan.shares if contender.fine_macs is not None else (None,):
-            ways = {(0,): 1.0} if share is None else contender.share_out(len(images), share)
+            ways = {(0,): 1.0} if share is None else contender.counts_of(images, share)
             names = {f"{contender.name}, {engine}, {' '.join(map(str, counts))} on": counts for counts in ways}
             calls |= {name: [runner(images, counts)] for name, counts in names.items() if name not in calls}
             count = len(images) * max(map(len, ways))

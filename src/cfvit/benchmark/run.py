@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfvit.benchmark import EngineName
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.benchmark.contenders import BACKBONE, IN_TORCH, PREDICTOR, STREAM, Engines, own_contenders, peers_of
 from cfvit.benchmark.measure import (
@@ -29,7 +30,6 @@ from cfvit.benchmark.measure import (
     measure_batch,
     random_images,
 )
-from cfvit.benchmark.names import EngineName
 from cfvit.benchmark.report import Bench
 from cfvit.data import DataSource
 from cfvit.data.images import ImageError, eval_transform, open_image
@@ -173,16 +173,18 @@ def run_bench(
     random_weights: bool,
     peers: bool,
     source: DataSource | None = None,
-    watch: Callable[[Batch, Bench], None] = lambda batch, bench: None,
-) -> Bench:
-    """Measures at all batch sizes; one that does not fit into memory is left out and becomes a note.
+) -> Iterator[tuple[Bench, Batch | None]]:
+    """Measures at all batch sizes.
 
     Args:
         model: on its device and in its precision.
         name, command: of the run, for the report.
         peers: time those as well, if the backbone is one that they are written for.
         source: real images, answered at the model's own eta; int8 is quantised by them.
-        watch: called with what was found at each batch size, and with all that was found so far.
+
+    Yields:
+        After each batch size all that was found so far, and what was found at this one; None where it did not fit into
+        memory, of which the first has a note.
 
     Raises:
         CfvitError: data for a model without a threshold, images that cannot be read, no batch size that fits into
@@ -213,15 +215,14 @@ def run_bench(
         except (RuntimeError, MemoryError) as error:
             if not lacks_memory(error):
                 raise
-            note = f"{kind} images, batch size {size}: not measured, as it does not fit into memory"
+            note, batch = f"{kind} images, batch size {size}: not measured, as it does not fit into memory", None
             bench = replace(bench, notes=(*bench.notes, note))
         else:
             bench = replace(bench, **{field: (*getattr(bench, field), batch)})
-            watch(batch, bench)
+        yield bench, batch
         torch.cuda.empty_cache()  # after a lack of memory, of what the exception kept
     if not (bench.batches or bench.real):
         raise CfvitError(f"a batch of {min(batch_sizes)} images does not fit into memory: lower --batch-sizes")
-    return bench
 
 
 def notes_of(model: CoarseToFineViT, plan: Plan, random_weights: bool, quantised_by_noise: bool) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts.types import PositiveFloat
 
-from cfvit.benchmark.names import EngineName
+from cfvit.benchmark import EngineName
 from cfvit.cli.application import app, print_json, print_table, say
 from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Share, several
 from cfvit.errors import UsageError
@@ -80,18 +80,9 @@ def bench(
     else:
         network = create_model(backbone, coarse_grid=read_grid(coarse_grid or 7))
     measured: Bench | None = None
-
-    def keep(batch: Batch, so_far: Bench) -> None:
-        nonlocal measured
-        measured = so_far
-        if out is not None:
-            write_report(so_far, out)
-        if not json:
-            _print_batch(batch)
-
     try:
         with join_processes() as process:
-            measured = run_bench(
+            for measured, batch in run_bench(
                 network.to(process.device, getattr(torch, precision)),
                 batch_sizes,
                 Plan(engine, fine_share, rounds, seconds),
@@ -100,11 +91,16 @@ def bench(
                 random_weights=backbone is not None,
                 peers=peers,
                 source=None if data is None else open_images(data),
-                watch=keep,
-            )
+            ):
+                if out is not None:
+                    write_report(measured, out)
+                if batch is not None and not json:
+                    _print_batch(batch)
     finally:  # after a failure as well
         if measured is not None:
-            _print_end(measured, out, json)
+            _print_end(measured, json)
+            if out is not None:
+                say(f"written to {out}")
 
 
 def _print_batch(batch: Batch) -> None:
@@ -115,16 +111,13 @@ def _print_batch(batch: Batch) -> None:
         print_table(PEERS_COLUMNS, beside, PEERS_TITLE)
 
 
-def _print_end(measured: Bench, out: Path | None, json: bool) -> None:
-    """All rows if as JSON, what a reader has to know besides, and where the report is."""
-    from cfvit.benchmark.report import summary, write_report
+def _print_end(measured: Bench, json: bool) -> None:
+    """What a reader has to know besides the rows; as JSON with them."""
+    from cfvit.benchmark.report import summary
 
     if json:
         print_json(**summary(measured))
-        for row in (row for batch in (*measured.batches, *measured.real) for row in batch.rows):
+        for row in (row for batch in measured.measured for row in batch.rows):
             print_json(**row.to_dict())
     for sentence in measured.sentences:
         say(sentence)
-    if out is not None:
-        write_report(measured, out)
-        say(f"written to {out}")
