@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from cfvit import Predictor, load
-from cfvit.deploy.server import Settings, create_app, serve
+from cfvit.deploy import Settings
+from cfvit.deploy.server import create_app, serve
 from cfvit.inference.engines.exported import open_graph, read_exported
 
 QUEUES = {  # options of the two-stage servers

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, count_macs, load
-from cfvit.benchmark import EngineName
+from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark import contenders as contenders_module
 from cfvit.benchmark import measure as measure_module
 from cfvit.benchmark import run as run_module
@@ -43,7 +43,6 @@ from cfvit.benchmark.contenders import (
 )
 from cfvit.benchmark.measure import (
     Batch,
-    Plan,
     Row,
     compare_with_backbone,
     measure_batch,

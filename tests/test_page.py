@@ -22,7 +22,8 @@ from PIL import Image
 from playwright.sync_api import BrowserContext, Page, Request, Route, expect, sync_playwright
 
 from cfvit import Predictor, eval_transform, load, open_image
-from cfvit.deploy.server import Settings, create_app
+from cfvit.deploy import Settings
+from cfvit.deploy.server import create_app
 from cfvit.plots.explain import Explanation, explain
 
 CHROMIUM = shutil.which("chromium")

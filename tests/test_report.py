@@ -27,8 +27,7 @@ from cfvit.data import DataSource
 from cfvit.evaluation import metrics
 from cfvit.evaluation.metrics import Collected, Evaluation
 from cfvit.modeling.exit import Exit, confidence_of, goes_on
-from cfvit.plots.charts import LEVEL, reliability_of
-from cfvit.plots.report import class_scores, judge, surest, write_report
+from cfvit.plots.report import LEVEL, class_scores, judge, reliability_of, surest, write_report
 
 Fails = Callable[..., AbstractContextManager[None]]
 

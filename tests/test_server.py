@@ -34,8 +34,9 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from cfvit import Prediction, Predictor, eval_transform, load, open_image
+from cfvit.deploy import Settings
 from cfvit.deploy.scheduler import Scheduler, StageOptions
-from cfvit.deploy.server import Server, Settings, create_app
+from cfvit.deploy.server import Server, create_app
 from cfvit.plots.explain import explain
 
 MODEL = "/v2/models/colours"
@@ -409,7 +410,7 @@ def png(width: int, height: int) -> bytes:
 
 def test_images_that_cannot_be_read_are_refused(predictor: Predictor, photos: list[bytes], tmp_path: Path) -> None:
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"  # Pillow would start Ghostscript
-    with asking(predictor, max_pixels=400) as client:
+    with asking(predictor, max_pixels=400e-6) as client:
         refusal(client.post("/predict"), 400, "the body is empty")
         for body in (b"\0", b'{"image": "/etc/passwd"}', str(tmp_path).encode(), program):
             refusal(client.post("/predict", content=body), 422, "not an image")
@@ -441,7 +442,7 @@ def test_large_bodies_are_refused(predictor: Predictor, photos: list[bytes]) -> 
             refusal(await client.post(address, content=bytes(1001)), 413, "1000 bytes")
             refusal(await client.post(address, content=parts()), 413, "1000 bytes")
 
-    serve(predictor, use, max_body=1000)
+    serve(predictor, use, max_body=1000 / 2**20)
 
 
 def test_values_too_large_for_the_model_are_refused(client: TestClient, tensors: Tensor) -> None:

@@ -1,9 +1,37 @@
-"""Speed beside the plain backbone and beside other ways of saving, in one process and in turn."""
+"""Speed beside the plain backbone and beside other ways of saving, in one process and in turn.
 
-from typing import Literal
+This file is read without torch, for ``--help``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.validators import Number
 
 EngineName = Literal["eager", "torch", "compiled", "onnx", "onnx-int8", "openvino", "openvino-int8"]
-"""torch as it is, with packed layers where these are faster, through ``torch.compile``; graphs of `cfvit.export`.
+"""torch as it is, with packed layers where these are faster, through ``torch.compile``; graphs of `cfvit.export`."""
 
-The command line reads it from here, without torch, which ``--help`` does not wait for.
-"""
+_several = Parameter(consume_multiple=True, negative="")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to measure.
+
+    Attributes:
+        engines: what runs the model; timm's model in torch always runs
+        shares: shares of images that go on to the fine stage, forced
+        rounds: at most this many timed rounds of each batch size
+        seconds: about this long for each batch size
+    """
+
+    engines: Annotated[tuple[EngineName, ...], _several, Parameter(name="engine")] = ("torch",)
+    shares: Annotated[
+        tuple[Annotated[float, Parameter(validator=Number(gte=0, lte=1))], ...], _several, Parameter(name="fine-share")
+    ] = (0.24, 0.51)
+    rounds: PositiveInt = 100
+    seconds: PositiveFloat = 20  # after the first `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds, which are always made

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from cfvit.benchmark import EngineName
+from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark.contenders import (
     BACKBONE,
     IN_TORCH,
@@ -46,17 +46,6 @@ COMPUTING = "computing"
 """The scope of a call whose images are on the device, ready for the network."""
 RANDOM, REAL = "random", "real"
 AHEAD, BEHIND, CANNOT_BE_TOLD = "ahead", "behind", "cannot be told"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to measure."""
-
-    # for which contenders are prepared; the plain backbone is always timed in timm's eager model as well
-    engines: tuple[EngineName, ...]
-    shares: tuple[float, ...]  # of images that go on, for contenders that have an exit
-    rounds: int  # the most rounds
-    seconds: float  # for each batch size; at least `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds are made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cfvit.benchmark import Plan
 from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import BACKBONE, BOTH_STAGES, NEAR, OWN, PREDICTOR
-from cfvit.benchmark.measure import CANNOT_BE_TOLD, Batch, Plan, Row
+from cfvit.benchmark.measure import CANNOT_BE_TOLD, Batch, Row
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
 from cfvit.files import atomic_write

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfvit.benchmark import EngineName
+from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark.conditions import conditions_of
 from cfvit.benchmark.contenders import BACKBONE, IN_TORCH, PREDICTOR, STREAM, Engines, own_contenders, peers_of
 from cfvit.benchmark.measure import (
@@ -25,7 +25,6 @@ from cfvit.benchmark.measure import (
     REAL,
     Batch,
     Entry,
-    Plan,
     measure,
     measure_batch,
     random_images,

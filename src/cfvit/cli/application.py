@@ -99,11 +99,12 @@ def print_json(**values: object) -> None:
 def print_table(columns: Iterable[str], rows: Iterable[Iterable[str]], title: str | None = None) -> None:
     """A table at its full width, however narrow the terminal: a shortened name is of no use."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(*columns, title=title, box=None, title_justify="left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(width=1000).print(table)
 
 

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts.types import PositiveFloat
+from cyclopts import Parameter
 
-from cfvit.benchmark import EngineName
+from cfvit.benchmark import Plan
 from cfvit.cli.application import app, print_json, print_table, say
-from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, Share, several
+from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, several
 from cfvit.errors import UsageError
 from cfvit.modeling.config import read_grid
 
@@ -27,13 +27,10 @@ def bench(
     backbone: str | None = None,
     coarse_grid: str | None = None,
     batch_sizes: Annotated[tuple[Count, ...], several] = (1, 8, 32),
-    fine_share: Annotated[tuple[Share, ...], several] = (0.24, 0.51),
-    engine: Annotated[tuple[EngineName, ...], several] = ("torch",),
+    plan: Annotated[Plan | None, Parameter(name="*")] = None,
     peers: bool = True,
     data: str | None = None,
     precision: Literal["float32", "bfloat16"] = "float32",
-    rounds: Count = 100,
-    seconds: PositiveFloat = 20,
     out: Path | None = None,
     json: Json = False,
 ) -> None:
@@ -43,17 +40,13 @@ def bench(
     machine was too noisy.
 
     Args:
-        model: as of predict; by default deit_tiny_imagenet
-        backbone: instead of a model, one on this timm ViT with random weights
+        model: saved folder, authors' .pth, or a bundled name; by default deit_tiny_imagenet
+        backbone: instead of --model: a model on this timm ViT with random weights
         coarse_grid: with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7
         batch_sizes: images per call
-        fine_share: shares of images that go on to the fine stage, forced
-        engine: what runs the model; timm's model in torch always runs
         peers: time ToMe, EViT, a cascade and the paper's early exit as well
-        data: real images as well, at the model's own eta, with and without decoding
-        precision: of weights and images
-        rounds: timed calls of each, at most
-        seconds: for each batch size, about
+        data: time real images as well, at the model's own eta, with and without decoding
+        precision: precision of weights and images
         out: folder for bench.json, bench.md and bench.png
     """
     if backbone is None and coarse_grid is not None:
@@ -62,7 +55,6 @@ def bench(
         raise UsageError("--backbone has random weights: give it without --model and --data")
     import torch
 
-    from cfvit.benchmark.measure import Plan
     from cfvit.benchmark.report import write_report
     from cfvit.benchmark.run import run_bench
     from cfvit.checkpoints import load
@@ -85,7 +77,7 @@ def bench(
             for measured, batch in run_bench(
                 network.to(process.device, getattr(torch, precision)),
                 batch_sizes,
-                Plan(engine, fine_share, rounds, seconds),
+                plan or Plan(),
                 name=backbone or model or DEFAULT_MODEL,
                 command=shlex.join(["cfvit", *sys.argv[1:]]),
                 random_weights=backbone is not None,

@@ -6,9 +6,11 @@ import os
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, PositiveFloat, UInt16
 
 from cfvit.cli.application import app, eta_text, say
@@ -22,6 +24,7 @@ from cfvit.cli.parameters import (
     load_model,
     load_predictor,
 )
+from cfvit.deploy import Settings
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import require_writable
 
@@ -101,15 +104,9 @@ def serve(
     target_wait: PositiveFloat | None = None,
     gmacs: float | None = None,
     max_waiting: Count = 128,
-    max_images: Count = 32,
-    max_body: Count = 16,
-    max_pixels: Count = 50,
-    time_limit: PositiveFloat = 30,
     notice: NonNegativeFloat = 1,
-    decoders: Count = 4,
     api_key: Path | None = None,
-    allow_parameters: Flag = False,
-    browser_runtime: Path | None = None,
+    settings: Annotated[Settings | None, Parameter(name="*")] = None,
 ) -> None:
     """Answer images over HTTP, until SIGTERM or Ctrl-C.
 
@@ -128,19 +125,12 @@ def serve(
         target_wait: with --least-eta, milliseconds of waiting from which eta falls (default: 500)
         gmacs: budget: eta follows the images, at most its own, to this mean cost of an image
         max_waiting: images, and requests, that may wait; others get status 503
-        max_images: images of a request
-        max_body: megabytes of a request
-        max_pixels: megapixels of an image
-        time_limit: seconds for a request, its body included
         notice: seconds from SIGTERM in which new requests get status 503
-        decoders: threads that decode images
         api_key: file of a key that clients must send; or put it in CFVIT_API_KEY
-        allow_parameters: let clients change eta
-        browser_runtime: dist/ of onnxruntime-web: the page can run an ONNX export in the browser
     """
     try:
         from cfvit.deploy.scheduler import Scheduler, StageOptions
-        from cfvit.deploy.server import Settings, create_app
+        from cfvit.deploy.server import create_app
         from cfvit.deploy.server import serve as run
     except ImportError as error:
         raise CfvitError(f"serving needs {error.name}: install cfvit[serve]") from error
@@ -162,17 +152,6 @@ def serve(
     least, most = predictor.macs.coarse / 1e9, predictor.macs.both / 1e9
     if gmacs is not None and not least <= gmacs <= most:
         raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
-    settings = Settings(
-        name=name,
-        max_body=max_body * 2**20,
-        max_pixels=max_pixels * 1_000_000,
-        max_images=max_images,
-        time_limit=time_limit,
-        decoders=decoders,
-        api_key=key,
-        allow_parameters=allow_parameters,
-        browser_runtime=browser_runtime,
-    )
     scheduler = Scheduler(
         predictor.engine,
         predictor.threshold,
@@ -183,4 +162,5 @@ def serve(
         target_wait=(target_wait or 500) / 1e3,
         fine_share=None if gmacs is None else (gmacs - least) / (most - least),
     )
+    settings = replace(settings or Settings(), name=name, api_key=key)
     run(create_app(predictor, settings, scheduler), host, port, notice)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from cfvit.cli.application import app, print_json, say
+from cfvit.cli.application import app, print_json, print_line, print_table, say
 from cfvit.cli.parameters import BatchSize, Count, Flag, Json, Overrides, RecipeFile, Workers, read_recipe, several
 from cfvit.errors import UsageError
+from cfvit.paper import Options
 from cfvit.training.recipe import RECIPES
 
 if TYPE_CHECKING:
@@ -107,15 +108,9 @@ def reproduce(
     *,
     recipe: Annotated[str, Parameter(help=f"by which all runs are trained: {', '.join(RECIPES)}")] = "deit",
     config: RecipeFile = None,
-    model: str | None = None,
-    runs: Path | None = None,
-    plain: str | None = None,
-    calibration_data: str | None = None,
-    part: tuple[Path, ...] = (),
-    out: Path = Path("reproduction"),
+    options: Annotated[Options | None, Parameter(name="*")] = None,
     seeds: Annotated[tuple[int, ...] | None, several] = None,
     budget: str | None = None,
-    speed: bool = True,
     json: Json = False,
     overrides: Overrides = None,
 ) -> None:
@@ -126,15 +121,8 @@ def reproduce(
 
     Args:
         name: table1 ... table8, fig1a, fig1b, fig5 ... fig9, or all
-        model: train nothing: a saved folder, .pth or bundled name; for fig1a and fig1b also a timm ViT
-        runs: for table3, fig5 or all: train nothing, set the runs in this folder, of any methods, side by side
-        plain: for table2 of a model, or with --runs: the plain ViT to compare with, a file of weights or a timm ViT
-        calibration_data: with --plain: images that eta is chosen on; --data is only scored
-        part: with --plain: file that names a class on each line, for rows of these classes alone
-        out: folder for tables, pictures and runs
         seeds: repeat each run with these; by default the recipe's
         budget: time for training, such as 2h, 90m or 300s
-        speed: whether table2, or --runs, measures images per second
     """
     from cfvit.paper.studies import find_studies
 
@@ -144,35 +132,34 @@ def reproduce(
     if not chosen or min(chosen) < 0:
         problem = "--seeds has no number" if not chosen else f"seed {min(chosen)} is below 0"
         raise UsageError(f"{problem}: give numbers from 0, as in --seeds 0 1 2")
-    if model is not None or runs is not None:
+    options = options or Options()
+    if options.model is not None or options.runs is not None:
         given = {"seeds": seeds is not None, "budget": budget is not None, **dict.fromkeys(overrides or (), True)}
         if training := [name.replace("_", "-") for name, there in given.items() if there and name not in SCORED_BY]:
             raise UsageError(
-                f"--{training[0]} is for training, and with --{'runs' if model is None else 'model'} nothing is "
+                f"--{training[0]} is for training, and with --{'model' if options.model else 'runs'} nothing is "
                 "trained: leave it out"
             )
     from cfvit.paper.runs import parse_budget
-    from cfvit.paper.write import Request, as_json, print_table, reproduce
+    from cfvit.paper.write import Request, as_json, reproduce, table_of
 
     def show(study: Study, made: Made) -> None:
-        for row in made.rows if json else ():
-            print_json(**as_json(study, row))
-        if not json:
-            print_table(study, made)
+        if json:
+            for row in made.rows:
+                print_json(**as_json(study, row))
+            return
+        print_line(study.title)
+        print_table(*table_of(made.rows))
+        for line in (*(f"- {note}" for note in made.notes), ""):
+            print_line(line)
 
     request = Request(
+        **vars(options),
         name=name,
         recipe=final,
         recipe_name=recipe,
-        out=out,
         seeds=chosen,
         budget=None if budget is None else parse_budget(budget),
-        model=model,
-        runs=runs,
-        plain=plain,
-        calibration_data=calibration_data,
-        parts=part,
-        speed=speed,
         command=shlex.join(["cfvit", *sys.argv[1:]]),
     )
     reproduce(request, show, say)

@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from cfvit.checkpoints import load
+from cfvit.deploy import Settings
 from cfvit.deploy.scheduler import Answer
-from cfvit.deploy.server import Settings, create_app
+from cfvit.deploy.server import create_app
 from cfvit.inference.engines.exported import is_exported
 from cfvit.inference.predictor import Predictor
 from cfvit.inference.stream import COARSE, FINE, placed
@@ -54,13 +55,19 @@ class Arguments(BaseModel):
         return Predictor(given, self.threshold)
 
 
-class Coarse:
-    """A replica of the coarse stage, for images from everywhere."""
+class Stage:
+    """A replica of a stage, for images from everywhere."""
 
-    def __init__(self, given: Arguments) -> None:
+    answer: Any  # asked by `Stages`; Ray Serve gathers its calls into batches
+
+    def __init__(self, given: Arguments, batch: int, wait: float) -> None:
         self.engine = given.predictor().engine
-        self.answer.set_max_batch_size(given.coarse_batch)
-        self.answer.set_batch_wait_timeout_s(given.coarse_wait)
+        self.answer.set_max_batch_size(batch)
+        self.answer.set_batch_wait_timeout_s(wait)
+
+
+class Coarse(Stage):
+    """The coarse stage."""
 
     @batched
     async def answer(self, images: list[np.ndarray], etas: list[float]) -> list[tuple[Tensor, float, Any, float]]:
@@ -74,13 +81,8 @@ class Coarse:
         return [(*row, time.monotonic() - start) for row in answered]
 
 
-class Fine:
-    """A replica of the fine stage, for hard images from everywhere."""
-
-    def __init__(self, given: Arguments) -> None:
-        self.engine = given.predictor().engine
-        self.answer.set_max_batch_size(given.fine_batch)
-        self.answer.set_batch_wait_timeout_s(given.fine_wait)
+class Fine(Stage):
+    """The fine stage, for hard images."""
 
     @batched
     async def answer(self, images: list[np.ndarray], states: list[Any]) -> list[tuple[Tensor, float, float]]:
@@ -168,6 +170,6 @@ def build(given: Arguments) -> serve.Application:
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         )
 
-    coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given)
-    fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given)
+    coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given, given.coarse_batch, given.coarse_wait)
+    fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given, given.fine_batch, given.fine_wait)
     return deployed(Door, given.max_waiting // 2).bind(coarse, fine, given)

@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -40,7 +39,7 @@ from torch import Tensor
 
 import cfvit
 from cfvit.data import ImageError, eval_transform, open_image
-from cfvit.deploy import protocol
+from cfvit.deploy import Settings, protocol
 from cfvit.deploy.scheduler import Answer, RefusedError, Scheduler
 from cfvit.errors import CfvitError, first_line, first_problem
 from cfvit.inference.engines.exported import EXPORT_FILE, WEIGHTS_FILE, ExportedEngine
@@ -76,23 +75,6 @@ UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {
 """What the schema says of a body of one image or several."""
 
 log = logging.getLogger("cfvit.serve")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a server allows."""
-
-    name: str = "cfvit"  # of the model, in addresses
-    max_body: int = 16 * 2**20  # bytes of a request
-    max_pixels: int = 50_000_000  # of an image; checked before it is decoded
-    max_images: int = 32  # of a request
-    time_limit: float = 30.0  # seconds that a request may take, its body included
-    decoders: int = 4  # threads that decode
-    # must be sent as ``Authorization: Bearer KEY``; None if all may ask. Health, schema and page are open.
-    api_key: str | None = None
-    allow_parameters: bool = False  # whether eta may be changed over HTTP
-    # folder of onnxruntime-web, with which the page runs an ONNX export in the browser
-    browser_runtime: Path | None = None
 
 
 class Metrics:
@@ -323,7 +305,7 @@ class Service:
                 return [body]
             raise CfvitError("the body is empty: send an image file, or several in a multipart form")
         parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=most)
-        parser.spool_max_size = self.settings.max_body  # kept in memory, which max_body bounds
+        parser.spool_max_size = self.settings.most_bytes  # kept in memory, which this bounds
         try:
             form = await parser.parse()
         except MultiPartException as error:
@@ -337,8 +319,9 @@ class Service:
         """A normalised image ``[3, H, W]``."""
         if isinstance(image, Tensor):
             return image
+        most = round(1e6 * self.settings.max_pixels)
         try:
-            return self.transform(open_image(image, max_pixels=self.settings.max_pixels, formats=FORMATS))
+            return self.transform(open_image(image, max_pixels=most, formats=FORMATS))
         except ImageError as error:
             raise HTTPException(422, f"{name}{error}") from error
 
@@ -420,7 +403,7 @@ class Door:
             await self.app(scope, receive, send)
             return
         service, start, status, size, read = self.service, time.monotonic(), 0, 0, False
-        length, most = Headers(scope=scope).get("content-length", ""), service.settings.max_body
+        length, most = Headers(scope=scope).get("content-length", ""), service.settings.most_bytes
         promised = int(length) if length.isdecimal() else 0
 
         async def watched_receive() -> Message:

@@ -13,9 +13,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from cfvit.benchmark import EngineName
+from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark.contenders import BACKBONE, prepare
-from cfvit.benchmark.measure import REAL, Batch, Entry, Plan, measure
+from cfvit.benchmark.measure import REAL, Batch, Entry, measure
 from cfvit.benchmark.report import doubts_of
 from cfvit.evaluation.timing import Call
 from cfvit.paper.rows import (

@@ -9,17 +9,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from cfvit.benchmark.conditions import Conditions, conditions_of
 from cfvit.calibration.checks import missing_classes
 from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write, require_writable
 from cfvit.methods.base import create_method
-from cfvit.paper import compare, figures, rows
+from cfvit.paper import Options, compare, figures, rows
 from cfvit.paper.given import Contestant, compared, contestants_in, is_plain_vit, results_of_model
 from cfvit.paper.rows import HEADINGS, MEASURES, Made, Row, Sources
 from cfvit.paper.runs import Missing, Run, Runs, duration, logged_pace
@@ -59,21 +55,14 @@ KINDS: Mapping[str, Callable[[Study, Sources], Made]] = OF_IMAGES | {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class Request(Options):
     """What is to be reproduced."""
 
     name: str  # of a study, or "all"
     recipe: Recipe  # of all runs, with its data
     recipe_name: str  # of the recipe that it was made from
-    out: Path  # receives NAME.csv, NAME.png, NAME.md, runs.csv and the runs
     seeds: tuple[int, ...]  # every run is repeated with each
     budget: float | None = None  # seconds in which to train
-    model: str | None = None  # a trained model to use instead of runs
-    runs: Path | None = None  # a folder of trained runs to compare instead
-    plain: str | None = None  # the plain ViT to compare with; with `calibration_data` alone
-    calibration_data: str | None = None  # labelled images that eta is chosen on
-    parts: tuple[Path, ...] = ()  # files that name the classes of a part of the data, for rows of their own
-    speed: bool = True  # whether images per second are measured
     command: str = ""  # as it was given, for the record
 
 
@@ -143,7 +132,7 @@ def _require_sense(request: Request) -> None:
     of_model = request.model is not None and request.name == "table2"
     if any(pair) and not (all(pair) and (of_model or request.runs)):
         raise UsageError("--plain and --calibration-data go together, with --model for table2 or with --runs")
-    if request.parts and not all(pair):
+    if request.part and not all(pair):
         raise UsageError("--part divides images that --plain and --calibration-data are given for: give these")
 
 
@@ -238,7 +227,7 @@ def _of_model(request: Request, studies: Sequence[Study]) -> tuple[Sequence[Stud
         suited = [replace(studies[0], kind="comparison", etas=etas, variants=variants)]
         network = load(model)
         rival = Contestant(create_method("cf_vit"), network, network.config)
-        results, parts = compared({DEFAULT: rival}, request.plain, request.calibration_data, recipe, request.parts)
+        results, parts = compared({DEFAULT: rival}, request.plain, request.calibration_data, recipe, request.part)
     shown = results.get(DEFAULT, results.get(COARSE_GRID, []))[0]
     network, images = shown.open()
     sources = Sources(
@@ -257,7 +246,7 @@ def _of_runs(request: Request, studies: Sequence[Study]) -> tuple[Sequence[Study
     """Studies that set trained runs of any methods side by side."""
     folder, plain, held = request.runs, request.plain, request.calibration_data
     assert folder is not None and plain is not None and held is not None  # `_require_sense` has seen to it
-    results, parts = compared(contestants_in(folder), plain, held, request.recipe, request.parts)
+    results, parts = compared(contestants_in(folder), plain, held, request.recipe, request.part)
     settings = list(compare.settings_of(results, compare.DROPS))
     speeds = compare.measure_speed(settings, request.recipe, rows.BATCH_SIZES) if request.speed else {}
     class_names = results[PLAIN][0].open()[1].source.class_names
@@ -383,20 +372,6 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     columns.append(["missing", *(row.missing or "" for row in rows)])
     headings, *lines = zip(*[column for column in columns if any(column[1:])], strict=True)
     return list(headings), [list(line) for line in lines]
-
-
-def print_table(study: Study, made: Made) -> None:
-    """The table on standard output at its full width, however narrow the terminal, and its notes."""
-    headings, lines = table_of(made.rows)
-    table = Table(*headings, box=None)
-    for line in lines:
-        table.add_row(*map(escape, line))
-    console = Console(width=1000, highlight=False)
-    console.print(study.title, style="bold", markup=False)
-    console.print(table)
-    for note in made.notes:
-        console.print(f"- {note}", markup=False)
-    console.print()
 
 
 def as_json(study: Study, row: Row) -> dict[str, Any]:
