@@ -23,7 +23,7 @@ from conftest import Outcome
 from cfvit import load, save
 from cfvit.checkpoints import weights_digest
 from cfvit.cli import main
-from cfvit.deploy.batch import deal, model_digest
+from cfvit.deploy.batch import model_digest, shard_of
 from cfvit.errors import UsageError
 from cfvit.inference.engines.exported import ExportedModel, Quantised, Scores
 
@@ -99,7 +99,7 @@ def test_names_that_are_no_text_are_escaped_in_parquet(
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_shards_part_the_images_whatever_their_order(count: int) -> None:
     paths = [Path(f"photos/{number}.jpg") for number in range(1000)]
-    shards = [list(deal(paths[:: 1 if number % 2 else -1], f"{number}/{count}")) for number in range(1, count + 1)]
+    shards = [list(shard_of(paths[:: 1 if number % 2 else -1], f"{number}/{count}")) for number in range(1, count + 1)]
     assert Counter(path for shard in shards for path in shard) == Counter(paths)
     assert all(abs(len(shard) - 1000 / count) < 100 for shard in shards)
 
@@ -107,8 +107,8 @@ def test_shards_part_the_images_whatever_their_order(count: int) -> None:
 def test_an_image_that_one_machine_does_not_see_moves_no_other() -> None:
     paths = [Path(f"photos/{number}.jpg") for number in range(100)]
     for number in (1, 2, 3):
-        whole = list(deal(paths, f"{number}/3"))
-        assert list(deal(paths[1:], f"{number}/3")) == [path for path in whole if path != paths[0]]
+        whole = list(shard_of(paths, f"{number}/3"))
+        assert list(shard_of(paths[1:], f"{number}/3")) == [path for path in whole if path != paths[0]]
 
 
 def test_the_shards_of_a_folder_are_its_answers(
@@ -155,7 +155,7 @@ def test_a_shard_without_images_is_an_empty_file(
 @pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])
 def test_shards_that_there_are_not(text: str, fails: Callable[..., Any]) -> None:
     with fails("give i/n", UsageError):
-        deal([], text)
+        shard_of([], text)
 
 
 # Runs that were stopped

@@ -53,7 +53,7 @@ from cfvit.benchmark.report import (
     Bench,
     best_engines,
     cells,
-    doubts_of,
+    noise_warnings,
     papers_comparison,
     peers_comparison,
     to_json,
@@ -419,7 +419,7 @@ def test_a_reference_that_drifts_makes_nothing_telling(
     batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert not batch.steady
     assert not any(row.telling for row in batch.rows)
-    assert "20% slower in one half" in doubts_of(batch)[0]
+    assert "20% slower in one half" in noise_warnings(batch)[0]
 
 
 def test_a_contender_whose_times_vary_is_not_told(
@@ -428,7 +428,7 @@ def test_a_contender_whose_times_vary_is_not_told(
     timed["seconds"] = lambda name: [1.0, 1.2] * 4 if name.startswith("fine") else [1.0] * 8
     batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert [row.telling for row in batch.rows] == [True, True, False]
-    (doubt,) = doubts_of(batch)
+    (doubt,) = noise_warnings(batch)
     assert "1 of 3 ratios" in doubt
     assert [cells(row)[8].endswith("?") for row in batch.rows] == [False, False, True]
 
@@ -452,7 +452,7 @@ def test_few_rounds_tell_nothing(model: CoarseToFineViT, contenders: list[Conten
     timed["seconds"] = lambda name: [1.0] * 5
     batch = measure_batch(model, contenders[:3], random_images(model, 2), QUICK)
     assert not any(row.telling for row in batch.rows)
-    assert "5 rounds are too few" in doubts_of(batch)[0]
+    assert "5 rounds are too few" in noise_warnings(batch)[0]
 
 
 def test_random_images_are_the_same_in_every_run_and_of_the_models_precision(model: CoarseToFineViT) -> None:

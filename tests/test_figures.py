@@ -15,7 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cfvit.plots.explain import Explanation, draw_explanation, veil
+from cfvit.plots.explain import Explanation, draw_explanation, grey_unsplit
 from cfvit.plots.figures import (
     AttentionPicture,
     Bar,
@@ -238,7 +238,7 @@ def test_examples_have_their_stages_label_and_fine_ones_are_veiled(drawn: list[F
     assert [axis.get_xlabel() for axis in lower] == [f"fine $label$ {seed}\n42%" for seed in (7, 8)]
     assert all((axis.images[0].get_array() == each.image).all() for axis, each in zip(upper, coarse, strict=True))
     for axis, each in zip(lower, fine, strict=True):
-        assert (axis.images[0].get_array() == veil(each.image, each.split)).all()
+        assert (axis.images[0].get_array() == grey_unsplit(each.image, each.split)).all()
 
 
 @pytest.mark.parametrize(("coarse", "fine"), [(0, 0), (0, 1), (7, 12)])

@@ -32,7 +32,7 @@ from cfvit.paper import runs as running
 from cfvit.paper.compare import Setting, measure_speed, plain_setting
 from cfvit.paper.given import Contestant
 from cfvit.paper.given import compared as compare_with_plain
-from cfvit.paper.runs import Missing, Result, Run, Runs, logged_pace, read_record
+from cfvit.paper.runs import Missing, Result, Run, Runs, logged_speed, read_record
 from cfvit.paper.studies import DEFAULT, RUNS
 from cfvit.paper.write import Request, reproduce
 from cfvit.processes import Process
@@ -809,8 +809,8 @@ def test_speed_is_the_mean_of_operating_points_by_the_share_of_images_that_each_
 
 
 def test_the_pace_of_a_training_is_the_median_of_its_log(tmp_path: Path) -> None:
-    assert logged_pace(tmp_path) == {}
+    assert logged_speed(tmp_path) == {}
     lines = [{"event": "train", "images_per_second": speed, "matrix_share": speed / 100} for speed in (5, 20, 8)]
     lines += [{"event": "eval", "holdout_fine_top1": 50.0}, {"event": "train", "images_per_second": 9}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert logged_pace(tmp_path) == {"images_per_second": 8.5, "matrix_share": 0.08}
+    assert logged_speed(tmp_path) == {"images_per_second": 8.5, "matrix_share": 0.08}

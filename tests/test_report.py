@@ -27,7 +27,7 @@ from cfvit.data import DataSource
 from cfvit.evaluation import metrics
 from cfvit.evaluation.metrics import Collected, Evaluation
 from cfvit.modeling.exit import Exit, confidence_of, goes_on
-from cfvit.plots.report import LEVEL, class_scores, judge, reliability_of, surest, write_report
+from cfvit.plots.report import LEVEL, answers_at, class_scores, most_confident, reliability_of, write_report
 
 Fails = Callable[..., AbstractContextManager[None]]
 
@@ -217,7 +217,7 @@ def test_gains_of_classes_are_counted(write: Write) -> None:
 
 def test_reliability_is_counted_bin_by_bin() -> None:
     collected = make_collected(200, 7)
-    stage = judge(collected, Exit(), 0.5).coarse
+    stage = answers_at(collected, Exit(), 0.5).coarse
     inside: list[list[tuple[float, bool]]] = [[] for _ in range(15)]
     for logits, label in zip(collected.logits["coarse"], collected.labels, strict=True):
         sure = _confidence(logits)
@@ -231,7 +231,7 @@ def test_reliability_is_counted_bin_by_bin() -> None:
 
 def test_reliability_is_of_probabilities_whatever_eta_is_compared_with() -> None:
     collected = make_collected(50, 7)
-    answers = judge(collected, Exit("margin", 2.0), 0.3)
+    answers = answers_at(collected, Exit("margin", 2.0), 0.3)
     expected = (collected.logits["coarse"] / 2).softmax(-1).amax(-1)
     np.testing.assert_allclose(answers.coarse.probability, expected, rtol=1e-6)
     rule = Exit("margin", 2.0)
@@ -304,7 +304,7 @@ def test_a_thousand_classes_make_no_wall(write: Write, make_model: Callable[...,
     page = parse(path)
     tables = [rows for rows in page.tables if rows[0][0] == "class"]
     assert [len(rows) - 1 for rows in tables] == [20, 20, 10]
-    scores = class_scores(judge(collected, Exit(), 0.01), 1000)
+    scores = class_scores(answers_at(collected, Exit(), 0.01), 1000)
     shares = sorted(score.exit_share for score in scores)
     shown = [[row[-1] for row in rows[1:]] for rows in tables]
     assert shown[0] == [f"{100 * share:.0f}%" for share in shares[:-21:-1]]
@@ -392,10 +392,10 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_model_runs(
     assert list(tmp_path.iterdir()) == before
 
 
-def test_surest_takes_the_first_of_equals() -> None:
+def test_the_most_confident_takes_the_first_of_equals() -> None:
     confidence = np.array([0.5, 0.9, 0.9, 1.0, 0.9])
-    assert surest(np.array([True, True, True, False, True]), confidence, 3) == [1, 2, 4]
-    assert surest(np.zeros(5, dtype=bool), confidence, 3) == []
+    assert most_confident(np.array([True, True, True, False, True]), confidence, 3) == [1, 2, 4]
+    assert most_confident(np.zeros(5, dtype=bool), confidence, 3) == []
 
 
 def test_a_full_disk_leaves_the_old_page(write: Write, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cfvit import CfvitError, CoarseState, CoarseToFineViT, Prediction, Predictor, load
 from cfvit.inference.predictor import FINE_BATCH
-from cfvit.inference.stream import COARSE, FAILED, FINE, HardImages, HardQueue, StreamedPrediction, copied_ahead
+from cfvit.inference.stream import COARSE, FAILED, FINE, HardImages, HardQueue, StreamedPrediction, prefetched
 from cfvit.modeling.tokens import coarse_image
 
 
@@ -521,7 +521,7 @@ class _Streams:
 
     def given(self, batches: Iterator[Any]) -> Iterator[Any]:
         weight: Any = SimpleNamespace(device=torch.device("cuda"))
-        return copied_ahead(batches, weight)
+        return prefetched(batches, weight)
 
     @contextlib.contextmanager
     def _within(self, stream: Any) -> Iterator[None]:
@@ -576,11 +576,11 @@ def test_what_came_before_a_failure_of_the_source_is_given_first(monkeypatch: py
 def test_integers_are_not_converted_before_they_are_refused(steady: CoarseToFineViT) -> None:
     raw = torch.zeros(2, 3, *steady.image_size, dtype=torch.uint8)
     with pytest.raises(CfvitError, match="images of uint8: give floats"):
-        list(Predictor(steady, 0).stream(copied_ahead([raw], next(steady.parameters()))))
+        list(Predictor(steady, 0).stream(prefetched([raw], next(steady.parameters()))))
 
 
 def test_on_a_cpu_no_batch_is_asked_for_early() -> None:
     asked = []
     batches = (asked.append(number) or torch.full((1, 2), float(number)) for number in range(3))
-    for number, images in enumerate(copied_ahead(batches, torch.empty(1, dtype=torch.float64))):
+    for number, images in enumerate(prefetched(batches, torch.empty(1, dtype=torch.float64))):
         assert (images.dtype, images[0, 0], len(asked)) == (torch.float64, number, number + 1)

@@ -32,17 +32,17 @@ from cfvit.modeling.model import CoarseToFineViT
 BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES = "backbone", "coarse stage", "fine stage", "both stages"
 PREDICTOR, STREAM = "predictor", "stream"
 OWN = (BACKBONE, COARSE_STAGE, FINE_STAGE, BOTH_STAGES, PREDICTOR, STREAM)
-"""All others are peers."""
+"""Rows of the model itself. All others are peers."""
 OWN_METHODS = ("plain", "cf_vit", "coarse_only")
 """The methods whose networks are parts of the model itself."""
 NEAR = 0.02
-"""Whole images of a batch may differ by this much from the share that goes on."""
+"""The share of images that go on, which are whole ones, may differ by this much from the share that is asked for."""
 STREAM_GATHERS = 8
-"""A stream gathers fine batches of so many times the batch size, and of no more than it does by default."""
+"""Fine batches of a timed stream have this many times the batch size, at most `FINE_BATCH`."""
 Runner = Callable[[Tensor, Sequence[int]], Call]
-"""From images ``[B, 3, S, S]`` and how many of them go on, to a call that answers them.
+"""Takes images ``[B, 3, S, S]`` and how many of them go on, and returns a call that answers them.
 
-There is one number, but for a stream: that answers the images as often as there are numbers.
+A stream takes several numbers and answers the images once for each. All others take one.
 """
 IN_TORCH: dict[EngineName, bool | None] = {"eager": False, "torch": None, "compiled": True}
 """The argument ``compile`` of engines and predictors; all other engines run exported graphs."""
@@ -139,15 +139,15 @@ def own_contenders(engines: Engines) -> list[Contender]:
         return prepare_call
 
     def both(engine: EngineName) -> Runner:
-        return runs(lambda images: stages(engine).fine(images, stages(engine).coarse(images)[0]))
+        return plain_calls(lambda images: stages(engine).fine(images, stages(engine).coarse(images)[0]))
 
     return [
-        Contender(BACKBONE, macs.backbone, None, lambda engine: runs(engines.plain(engine))),
-        Contender(COARSE_STAGE, macs.coarse, None, lambda engine: runs(stages(engine).coarse)),
+        Contender(BACKBONE, macs.backbone, None, lambda engine: plain_calls(engines.plain(engine))),
+        Contender(COARSE_STAGE, macs.coarse, None, lambda engine: plain_calls(stages(engine).coarse)),
         Contender(FINE_STAGE, macs.fine, None, fine_alone),
         Contender(BOTH_STAGES, macs.both, None, both),
-        Contender(PREDICTOR, macs.coarse, macs.fine, lambda engine: predicts(stages(engine))),
-        Contender(STREAM, macs.coarse, macs.fine, lambda engine: predicts(stages(engine), True), streams=True),
+        Contender(PREDICTOR, macs.coarse, macs.fine, lambda engine: predictor_calls(stages(engine))),
+        Contender(STREAM, macs.coarse, macs.fine, lambda engine: predictor_calls(stages(engine), True), streams=True),
     ]
 
 
@@ -173,19 +173,19 @@ def peers_of(model: CoarseToFineViT) -> tuple[list[Contender], dict[str, str]]:
         macs = method.macs(network)
         if method.engine(network, False) is not None:
             first, last = min(macs.values()), max(macs.values())
-            build = cache(lambda engine, of=method, net=network: predicts(of.engine(net, IN_TORCH[engine])))
+            build = cache(lambda engine, of=method, net=network: predictor_calls(of.engine(net, IN_TORCH[engine])))
             contenders.append(Contender(method.title, first, last - first, build, timed))
             continue
         for point, cost in macs.items():
 
             def build_point(engine: EngineName, of: Method = method, net: Any = network, at: str = point) -> Runner:
-                return runs(prepare(net, engine, lambda fast: of.points(fast)[at]))
+                return plain_calls(prepare(net, engine, lambda fast: of.points(fast)[at]))
 
             contenders.append(Contender(f"{method.title}, {point}", cost, None, build_point, timed))
     return contenders, refusals
 
 
-def runs(network: Callable[[Tensor], Any]) -> Runner:
+def plain_calls(network: Callable[[Tensor], Any]) -> Runner:
     """Calls of a function that treats all images alike."""
     return lambda images, counts: lambda: network(images)
 
@@ -209,7 +209,7 @@ def spread_evenly(count: int, going: int, device: torch.device) -> Tensor:
     return places.diff(prepend=torch.zeros_like(places[:1])) > 0
 
 
-def predicts(engine: Engine, streams: bool = False) -> Runner:
+def predictor_calls(engine: Engine, streams: bool = False) -> Runner:
     """Calls of a predictor. They share the engine, which may be compiled, so each sets its own exits anew.
 
     Args:

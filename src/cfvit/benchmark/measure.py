@@ -84,8 +84,8 @@ class Row(Entry):
     spread: float  # interquartile range of the rounds over their median
     ratio: Estimate  # how many times faster than the backbone in the same engine, from the same rounds
     eager_ratio: Estimate  # how many times faster than timm's model as it is
-    # how many times faster than this contender the predictor is, from the same rounds: the one at the first share in
-    # the same engine, or in its first one if it was not timed in this. None without one.
+    # how many times faster than this contender the predictor is, from the same rounds: at the first share, in the same
+    # engine, or in the predictor's first one if it was not timed in this; None without a predictor
     predictor_ratio: Estimate | None
     macs_ratio: float  # the backbone's MACs over these
     matrix_share: float  # share of the machine's own matrix rate that was reached
@@ -197,11 +197,10 @@ def measure(
     """
     parameter = next(model.parameters())
     device, side = parameter.device, MATRIX_SIDES.get(parameter.device.type, 1024)
-    products: dict[str, Sequence[Call]] = {}
+    matrix, products = torch.randn(side, side).to(device, parameter.dtype), dict[str, Sequence[Call]]()
     in_torch: list[EngineName] = ["eager", *(engine for engine in plan.engines if engine in IN_TORCH)]
     for engine in in_torch:
-        layer = prepare(nn.Linear(side, side).to(device, parameter.dtype), engine)
-        products[f"matrix product, {engine}"] = [partial(layer, torch.randn(side, side).to(device, parameter.dtype))]
+        products[f"matrix product, {engine}"] = [partial(prepare(nn.Linear(side, side).to(matrix), engine), matrix)]
     timings = time_in_turn({**calls, **products}, plan.rounds, device, plan.seconds)
     matrix_rate = side**3 / min(timings[name].median for name in products)
     compared: dict[tuple[str, str, str], Timing] = {}  # each contender at the first share

@@ -60,12 +60,12 @@ class Bench:
         return [
             *self.notes,
             *best_engines(self),
-            *(text for batch in self.measured for text in doubts_of(batch)),
+            *(text for batch in self.measured for text in noise_warnings(batch)),
         ]
 
 
-def doubts_of(batch: Batch) -> list[str]:
-    """Why figures of a batch size are not to be relied on, in sentences; none on a quiet machine."""
+def noise_warnings(batch: Batch) -> list[str]:
+    """Sentences on why the figures of a batch size are not reliable; none on a quiet machine."""
     at, rounds = batch.title, batch.rows[0].rounds
     if rounds < FEWEST_ROUNDS:
         return [f"{at}: {rounds} rounds are too few to tell any ratio, give at least {FEWEST_ROUNDS}"]

@@ -38,7 +38,7 @@ from cfvit.inference.engines.packing import accelerate
 from cfvit.inference.engines.pytorch import COMPILATIONS
 from cfvit.inference.files import READERS, classify_files
 from cfvit.inference.predictor import Predictor
-from cfvit.inference.stream import FINE, copied_ahead, placed
+from cfvit.inference.stream import FINE, placed, prefetched
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
 
@@ -48,10 +48,10 @@ SCOPES = (COMPUTING, COPYING, RESIZING, DECODING)
 FILES, SCALED = "from files", "from files, scaled decoding"
 """All that `cfvit.inference.files.classify_files` does, without and with ``scaled_decode``."""
 FEWEST_IMAGES, FEWEST_BATCHES = 16, 2
-"""A round answers at least so many, in several calls; a stream of one batch would not be a stream."""
+"""A round answers at least so many images, in at least so many batches: a stream of one batch would be none."""
 
 Inputs = Sequence[Callable[[], Tensor]]
-"""For each batch, what gives its normalised images, from the form in which a scope begins."""
+"""For each batch a function that returns its normalised images, made from what a scope begins with."""
 
 
 def read_files(source: DataSource, batch_size: int) -> list[list[bytes]]:
@@ -77,7 +77,7 @@ def read_files(source: DataSource, batch_size: int) -> list[list[bytes]]:
 
 
 def inputs_of(files: Sequence[Sequence[bytes]], model: CoarseToFineViT, pool: ThreadPoolExecutor) -> dict[str, Inputs]:
-    """For each of `SCOPES`, what gives the batches; images are decoded and resized in the pool."""
+    """The batches of each of `SCOPES`; images are decoded and resized in the pool."""
     transform, weight = eval_transform(model.data_config), next(model.parameters())
 
     def decode(content: bytes) -> Any:
@@ -156,7 +156,7 @@ def stream_call(predictor: Predictor, scope: str, batches: Inputs, weight: Tenso
     """A call that answers all batches of a round as one stream."""
 
     def answer() -> list[Tensor]:
-        copied = copied_ahead((give() for give in batches), weight)
+        copied = prefetched((give() for give in batches), weight)
         return [each.logits for each in predictor.stream(copied, ordered=True)]
 
     return answer if scope == COMPUTING else lambda: [each.argmax(dim=-1).tolist() for each in answer()]
@@ -242,7 +242,7 @@ def notes_of(model: CoarseToFineViT, plan: Plan, random_weights: bool, quantised
 
 @contextmanager
 def no_silent_eager() -> Iterator[None]:
-    """Within it, a function that is compiled anew more than `COMPILATIONS` times fails; torch would run it eagerly.
+    """Within it, a function that is recompiled more than `COMPILATIONS` times fails; torch alone would run it eagerly.
 
     Raises:
         CfvitError: torch cannot compile.

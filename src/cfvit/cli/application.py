@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     try:
-        with _warnings_said():
+        with _warnings_as_lines():
             status = app([word for word in words if word != "--debug"], result_action="return_value")
         sys.stdout.flush()
     except (CycloptsError, UsageError) as error:
@@ -59,13 +59,13 @@ def _fail(error: Exception, status: int, debug: bool, cause: Exception | None = 
 
 
 @contextlib.contextmanager
-def _warnings_said() -> Iterator[None]:
+def _warnings_as_lines() -> Iterator[None]:
     """Gives each warning a line on standard error, once and at once, without the place in the code that Python adds."""
-    said: set[str] = set()
+    shown: set[str] = set()
 
     def show(message: Warning | str, *_: typing.Any, **__: typing.Any) -> None:
-        if (text := f"cfvit: {' '.join(str(message).split())}") not in said:
-            said.add(text)
+        if (text := f"cfvit: {' '.join(str(message).split())}") not in shown:
+            shown.add(text)
             say(text)
 
     with warnings.catch_warnings():
@@ -115,7 +115,7 @@ def report_unreadable(names: Sequence[str]) -> None:
 
 
 def eta_text(value: float) -> str:
-    """Three digits, or as many more as tell it from 1, which no image would pass."""
+    """eta with three digits, or with as many more as it takes to tell it from 1, at which every image goes on."""
     digits = 3
     while value < 1 == float(f"{value:.{digits}g}"):
         digits += 1

@@ -46,7 +46,7 @@ class TargetFlags(TypedDict, total=False):
         accuracy: target: at least this top-1 accuracy at the lowest cost
         max_drop: target: lose at most these points of accuracy against the fine stage
         risk: target: promise that at most this share of answers gets worse, for example 0.01 or 1%
-        selective_risk: target: promise that at most this share of the coarse stage's answers is wrong, as in 10%
+        selective_risk: target: promise that at most this share of the coarse stage's answers is wrong, for example 10%
         confidence: for both risks: probability that the promise is kept; by default 95%
         method: for --risk: upper_bound or fixed_sequence; by default upper_bound
     """
@@ -62,7 +62,7 @@ class TargetFlags(TypedDict, total=False):
     method: str
 
 
-def _chosen(flags: TargetFlags) -> Target:
+def _target_of(flags: TargetFlags) -> Target:
     """The one target that is given.
 
     Raises:
@@ -116,9 +116,9 @@ def calibrate(
 
     Args:
         data: images that the model was not trained on and will not be scored on
-        measure: of confidence: max_probability, the default, margin, entropy or energy
-        best: the best that the model can: fit a mixture of both stages' answers, choose the measure and, in a model's
-            folder, perhaps a cheaper fine stage
+        measure: how confidence is measured: max_probability (the default), margin, entropy or energy
+        best: do the best that the model can: also fit a mixture of both stages' answers, choose the measure and, in a
+            model's folder, perhaps a cheaper fine stage
         temperature_scaling: fit temperatures on a random half, choose eta on the other
         out: write this .json file, and not into the model's folder
         allow_missing_classes: go on if some class has no image, with a warning
@@ -131,7 +131,7 @@ def calibrate(
 
     checked: Any = measure
     try:
-        wanted = _chosen(target or {})
+        wanted = _target_of(target or {})
         Exit(checked or "max_probability")
     except CfvitError as error:  # it was given on the command line
         raise UsageError(str(error)) from error

@@ -115,17 +115,17 @@ def serve(
     Args:
         model: saved folder, exported folder, authors' .pth, or a bundled name (see cfvit models)
         host: address to listen on; 0.0.0.0 for all of this machine's
-        port: to listen on
-        name: of the model in addresses; by default as --model is called
+        port: port to listen on
+        name: the model's name in addresses; by default that of --model
         coarse_batch: images in a batch of the coarse stage, at most
-        coarse_wait: milliseconds that an image waits for others, at most
-        fine_batch: the same for the fine stage
-        fine_wait: the same for the fine stage
+        coarse_wait: milliseconds that an image waits for a full batch, at most
+        fine_batch: images in a batch of the fine stage, at most
+        fine_wait: the same as --coarse-wait, for the fine stage
         least_eta: under load eta falls to this, for cheaper answers; by default never
         target_wait: with --least-eta, milliseconds of waiting from which eta falls (default: 500)
-        gmacs: budget: eta follows the images, at most its own, to this mean cost of an image
+        gmacs: budget: eta is lowered as the images need it, so that an image costs this many GMACs on average
         max_waiting: images, and requests, that may wait; others get status 503
-        notice: seconds from SIGTERM in which new requests get status 503
+        notice: seconds after SIGTERM in which new requests still get status 503
         api_key: file of a key that clients must send; or put it in CFVIT_API_KEY
     """
     try:

@@ -58,8 +58,8 @@ def evaluate(
 
     Args:
         data: image folder, tar, or timm data set (hfds/..., torch/...)
-        model: as of predict, or a run of any --method of train; by default a folder given as --against, or
-            deit_tiny_imagenet
+        model: saved folder, exported folder, authors' .pth, bundled name, or a run of cfvit train by any --method; by
+            default the folder of --against, or deit_tiny_imagenet
         against: compare with the images of this calibration.json, or of this model's; needs no labels
         plain: the plain ViT, a file of weights or 'timm' for timm's: tells how often answers are its own
         report: folder for report.html: curve, reliability, classes and examples on one page

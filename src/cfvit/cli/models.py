@@ -174,8 +174,8 @@ def _print_cost_of_method(
             macs, (whole,) = chosen.macs(chosen.build(config)), plain.macs(plain.build(config)).values()
         points = {point: count / 1e9 for point, count in macs.items()}
         if json:
-            dearest = max(points.values())
-            print_json(method=method, backbone=name, gmacs=dearest, backbone_gmacs=whole / 1e9, points=points)
+            most = max(points.values())
+            print_json(method=method, backbone=name, gmacs=most, backbone_gmacs=whole / 1e9, points=points)
         for point, gmacs in points.items():
             rows.append([name, chosen.title, point, f"{gmacs:.2f}", f"{whole / 1e9:.2f}"])
     if not json:

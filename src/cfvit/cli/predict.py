@@ -71,7 +71,7 @@ def predict(
     Args:
         paths: image files, and folders of them
         explain: write a picture per image to this folder
-        scaled_decode: decode large JPEGs in part for the coarse stage: quicker, other pixels
+        scaled_decode: decode large JPEGs at reduced size for the coarse stage: faster, slightly other pixels
     """
     from cfvit.data import find_images
     from cfvit.inference.files import FileAnswer, Tally, as_row, classify_files
@@ -119,7 +119,7 @@ def _predict_into(
 ) -> Tally:
     """All answers in one file, see `cfvit.deploy.batch`."""
     from cfvit.data import iter_images, progress_bar
-    from cfvit.deploy.batch import PART_SIZE, deal, model_digest, open_job
+    from cfvit.deploy.batch import PART_SIZE, model_digest, open_job, shard_of
     from cfvit.inference.files import as_row, classify_files
 
     answer: Callable[[Iterator[tuple[int, list[Path]]]], Iterator[tuple[int, Iterable[dict[str, Any]]]]]
@@ -143,7 +143,7 @@ def _predict_into(
         "scaled_decode": scaled_decode,
         "shard": shard,
     }
-    images = iter_images(paths) if shard is None else deal(iter_images(sorted(set(paths))), shard)
+    images = iter_images(paths) if shard is None else shard_of(iter_images(sorted(set(paths))), shard)
     with open_job(output, settings, images, options.get("part_size", PART_SIZE)) as job:
         say(f"{job.total:,} images, {job.done:,} of them answered before" if job.done else f"{job.total:,} images")
         with progress_bar(job.total, done=job.done) as advance:

@@ -16,7 +16,7 @@ from cfvit.paper import Options
 from cfvit.training.recipe import RECIPES
 
 if TYPE_CHECKING:
-    from cfvit.paper.rows import Made
+    from cfvit.paper.rows import StudyResult
     from cfvit.paper.studies import Study
 
 SCORED_BY = frozenset({"data", "val_data", "seed", "precision", "workers", "eval_batch_size"})
@@ -143,7 +143,7 @@ def reproduce(
     from cfvit.paper.runs import parse_budget
     from cfvit.paper.write import Request, as_json, reproduce, table_of
 
-    def show(study: Study, made: Made) -> None:
+    def show(study: Study, made: StudyResult) -> None:
         if json:
             for row in made.rows:
                 print_json(**as_json(study, row))

@@ -28,7 +28,7 @@ PART_SIZE = 256
 JOB_FILE, IMAGES_FILE, LOCK_FILE = "job.json", "images.jsonl", "lock"
 
 
-def deal(paths: Iterable[Path], shard: str) -> Iterator[Path]:
+def shard_of(paths: Iterable[Path], shard: str) -> Iterator[Path]:
     """The images of a shard ``i/n``: the i-th of n, counted from 1.
 
     A path alone decides whose it is, by a digest, and not its place in a list. So shards do not overlap and leave
@@ -50,7 +50,7 @@ def deal(paths: Iterable[Path], shard: str) -> Iterator[Path]:
 
 
 def model_digest(model: CoarseToFineViT | ExportedModel) -> str:
-    """16 hexadecimal digits of all that a model's answers depend on, but eta."""
+    """16 hexadecimal digits that identify all that a model's answers depend on, except eta."""
     exported = isinstance(model, ExportedModel)
     source = (model.source, model.format, model.quantised) if exported else weights_digest(model)
     rule = dataclasses.replace(model.exit, eta=None)

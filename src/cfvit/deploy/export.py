@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -101,30 +103,24 @@ def export(
         difference=0.0,
         versions=versions,
     )
-    beside = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    try:
-        with tempfile.TemporaryDirectory(dir=beside, prefix=".export.") as temporary:
-            made = Path(temporary)
-            try:
-                graphs = stage_graphs(model)
-                write_graphs({**graphs, "whole": whole_graph(**graphs, eta=model.threshold)}, made, format)
-            except OSError:
-                raise
-            except Exception as error:
-                raise CfvitError(f"{model.config.backbone} cannot be exported ({first_line(error)})") from error
-            _write_about(about, made)
-            about = replace(about, difference=compare(model, made, images))
-            if not about.difference <= TOLERANCE:
-                raise CfvitError(
-                    f"the exported graphs differ from torch by {about.difference:.2g}, more than {TOLERANCE:g}: not "
-                    f"written; other versions of {' and '.join(PACKAGES[format])} may do better"
-                )
-            if int8 is not None:
-                about = quantise_export(model, graphs, about, made, int8)
-            _write_about(about, made)
-            _put_in_place(folder, made)
-    except OSError as error:
-        raise unwritable(folder, error) from error
+    with _atomic_export(folder) as temporary:
+        try:
+            graphs = stage_graphs(model)
+            write_graphs({**graphs, "whole": whole_graph(**graphs, eta=model.threshold)}, temporary, format)
+        except OSError:
+            raise
+        except Exception as error:
+            raise CfvitError(f"{model.config.backbone} cannot be exported ({first_line(error)})") from error
+        _write_about(about, temporary)
+        about = replace(about, difference=compare(model, temporary, images))
+        if not about.difference <= TOLERANCE:
+            raise CfvitError(
+                f"the exported graphs differ from torch by {about.difference:.2g}, more than {TOLERANCE:g}: not "
+                f"written; other versions of {' and '.join(PACKAGES[format])} may do better"
+            )
+        if int8 is not None:
+            about = quantise_export(model, graphs, about, temporary, int8)
+        _write_about(about, temporary)
     return about
 
 
@@ -137,14 +133,26 @@ def _versions(format: Format, int8: bool) -> dict[str, str]:
         raise CfvitError(f"{what} needs {error.name}: install cfvit[{extra}]") from error
 
 
-def _put_in_place(folder: Path, made: Path) -> None:
-    """Puts a complete export in the place of what a folder may have of another."""
-    folder.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def _atomic_export(folder: Path) -> Iterator[Path]:
+    """A temporary folder for an export, which takes the place of another one in ``folder`` once complete.
+
+    Raises:
+        CfvitError: a file cannot be written.
+    """
+    beside = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     old = [f"{stage}.{suffix}" for stage in ("coarse", "fine", "whole") for suffix in ("onnx", "xml", "bin")]
-    for name in (EXPORT_FILE, WEIGHTS_FILE, *old):
-        (folder / name).unlink(missing_ok=True)
-    for file in sorted(made.iterdir(), key=lambda file: file.name == EXPORT_FILE):  # it says that all is there
-        shutil.move(file, folder / file.name)
+    try:
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".export.") as temporary:
+            yield Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in (EXPORT_FILE, WEIGHTS_FILE, *old):
+                (folder / name).unlink(missing_ok=True)
+            new = sorted(Path(temporary).iterdir(), key=lambda file: file.name == EXPORT_FILE)
+            for file in new:  # the last one says that all are there
+                shutil.move(file, folder / file.name)
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def _write_about(about: ExportedModel, folder: Path) -> None:

@@ -100,7 +100,7 @@ def trace(network: nn.Module, inputs: Mapping[str, Tensor], outputs: list[str]) 
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without what torch and nncf print and log."""
+    """Hides what torch and nncf print and log."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

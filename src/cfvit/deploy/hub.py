@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> None:
     """Uploads a saved folder in one commit: the model, its calibration, and its card.
 
-    The card is the folder's ``README.md``; if there is none, `model_card` writes it. Other files stay at home.
+    The card is the folder's ``README.md``; if there is none, `model_card` writes it. No other file is uploaded.
 
     Args:
         folder: of `cfvit.save` or `cfvit train`.
@@ -40,7 +40,7 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = False) -> None
         api.create_repo(name, private=private, exist_ok=True)
         operations = [huggingface_hub.CommitOperationAdd(file, content) for file, content in files.items()]
         api.create_commit(name, operations, commit_message="A model of cfvit")
-    except Exception as error:  # the network, the Hub and its client raise whatever they like
+    except Exception as error:  # the network, the Hub and its client raise errors of any kind
         raise CfvitError(
             f"{folder} is not pushed to {name} ({first_line(error)}): check the network, the name and `hf auth login`"
         ) from error

@@ -16,7 +16,7 @@ from cfvit.errors import CfvitError, first_problem
 
 
 class Failure(BaseModel):
-    """Whatever went wrong."""
+    """An error."""
 
     error: str = Field(description="what was got and what is allowed, in one line")
 

@@ -79,10 +79,10 @@ def calibration_images(source: DataSource, data_config: dict[str, Any]) -> tuple
 def quantise_export(
     model: CoarseToFineViT, graphs: Mapping[str, Any], about: ExportedModel, folder: Path, source: DataSource
 ) -> ExportedModel:
-    """Puts quantised graphs into the place of an export's, with an eta of their own; gives what the folder then holds.
+    """Replaces the graphs of an export by quantised ones with an eta of their own. Returns what the folder then holds.
 
-    The fine stage is quantised on what the coarse one in torch says of the same images: a part of ``source``, of which
-    the others serve to choose eta.
+    The fine stage is quantised on the coarse states that torch computes of the same images. These are a part of
+    ``source``; the others serve to choose eta.
     """
     images, others = calibration_images(source, model.data_config)
     given = []
@@ -155,7 +155,7 @@ def score(
 
 
 def warn_of_loss(found: Quantised) -> None:
-    """Warns where few images decided, and where the quantised model is more than a point worse, with the figures."""
+    """Warns if there were few images, and if the quantised model is more than a point worse, with the figures."""
     if min(found.calibrated_on, found.scored_on) < FEW_IMAGES:
         warnings.warn(
             f"int8 is calibrated on {found.calibrated_on} images and scored on {found.scored_on}, which are few: "

@@ -55,19 +55,13 @@ class Arguments(BaseModel):
         return Predictor(given, self.threshold)
 
 
-class Stage:
-    """A replica of a stage, for images from everywhere."""
+class Coarse:
+    """A replica of the coarse stage, for images from everywhere."""
 
-    answer: Any  # asked by `Stages`; Ray Serve gathers its calls into batches
-
-    def __init__(self, given: Arguments, batch: int, wait: float) -> None:
+    def __init__(self, given: Arguments) -> None:
         self.engine = given.predictor().engine
-        self.answer.set_max_batch_size(batch)
-        self.answer.set_batch_wait_timeout_s(wait)
-
-
-class Coarse(Stage):
-    """The coarse stage."""
+        self.answer.set_max_batch_size(given.coarse_batch)
+        self.answer.set_batch_wait_timeout_s(given.coarse_wait)
 
     @batched
     async def answer(self, images: list[np.ndarray], etas: list[float]) -> list[tuple[Tensor, float, Any, float]]:
@@ -81,8 +75,13 @@ class Coarse(Stage):
         return [(*row, time.monotonic() - start) for row in answered]
 
 
-class Fine(Stage):
-    """The fine stage, for hard images."""
+class Fine:
+    """A replica of the fine stage, for hard images from everywhere."""
+
+    def __init__(self, given: Arguments) -> None:
+        self.engine = given.predictor().engine
+        self.answer.set_max_batch_size(given.fine_batch)
+        self.answer.set_batch_wait_timeout_s(given.fine_wait)
 
     @batched
     async def answer(self, images: list[np.ndarray], states: list[Any]) -> list[tuple[Tensor, float, float]]:
@@ -96,7 +95,7 @@ class Fine(Stage):
 
 
 class Stages:
-    """What a `Service` has here in the place of a `Scheduler`: the deployments of both stages.
+    """Takes the place of a `Scheduler` in a `Service`: asks the deployments of both stages.
 
     Attributes:
         eta, eta_now: the confidence at which the coarse answer is given.
@@ -170,6 +169,6 @@ def build(given: Arguments) -> serve.Application:
             ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
         )
 
-    coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given, given.coarse_batch, given.coarse_wait)
-    fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given, given.fine_batch, given.fine_wait)
+    coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given)
+    fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given)
     return deployed(Door, given.max_waiting // 2).bind(coarse, fine, given)

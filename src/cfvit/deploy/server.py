@@ -50,10 +50,10 @@ from cfvit.modeling.tokens import num_informative, rank_cells
 
 STAGES = ("coarse", "fine")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-"""What is decoded. Pillow knows more, some of which by calling other programs."""
+"""Formats that are decoded. Pillow knows more, some of them through other programs."""
 
 POLLED = frozenset(["/stats", "/metrics", "/v2/health/live", "/v2/health/ready"])
-"""What is asked again and again, by open pages and probes, and is not logged if all is well."""
+"""Addresses that pages and probes ask again and again. If all is well, such requests are not logged."""
 
 RECENT = 60.0
 """Seconds that `/stats` looks back."""
@@ -72,7 +72,7 @@ CONTENT_SECURITY = (
 FILE: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": FILE["schema"]}}, "required": ["image"]}
 UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FORM}, "image/*": FILE}}}
-"""What the schema says of a body of one image or several."""
+"""What the OpenAPI schema says of a body with one image or several."""
 
 log = logging.getLogger("cfvit.serve")
 
@@ -120,12 +120,12 @@ class Service:
     """One model behind HTTP. `create_app` puts its methods at addresses.
 
     Args:
-        scheduler: answers images: a `Scheduler`, or what has its methods. As many requests may be in work as images
-            may wait in it.
+        scheduler: a `Scheduler`, or an object with its methods. As many requests may be in work as images may wait in
+            it.
 
     Attributes:
-        draining: new work is refused, and what is in the server is answered.
-        requests: with work for the model, in the server now.
+        draining: whether new work is refused, while what is in the server is still answered.
+        requests: how many requests with work for the model are in the server.
     """
 
     def __init__(self, predictor: Predictor, settings: Settings, scheduler: Any) -> None:
@@ -294,7 +294,7 @@ class Service:
             raise HTTPException(401, "no key, or a wrong one: send Authorization: Bearer KEY", header)
 
     def _in_thread(self, call: Callable[..., Any], *given: Any) -> asyncio.Future[Any]:
-        """Calls what takes the processor some time on one of the decoders."""
+        """Calls a function that keeps a processor busy, on one of the decoding threads."""
         return asyncio.get_running_loop().run_in_executor(self.decoders, call, *given)
 
     async def _uploaded(self, request: Request, most: int | None = None) -> list[bytes]:
@@ -392,8 +392,8 @@ class Page(StaticFiles):
         return response
 
 
-class Door:
-    """What every request passes: a place for work or a refusal, the time limit, the count and the log."""
+class RequestLimits:
+    """Middleware for every request: takes or refuses it, limits its time, counts it and logs it."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -450,10 +450,10 @@ class Door:
         }[limit]
         self.service.metrics.refusals.labels(limit).inc()
         headers = {"Connection": "close"} if close else {}
-        return failure(status, message, headers, scheduler.retry_after() if status == 503 else None)
+        return error_response(status, message, headers, scheduler.retry_after() if status == 503 else None)
 
 
-def failure(
+def error_response(
     status: int, message: str, headers: Mapping[str, str] | None = None, retry_after: float | None = None
 ) -> JSONResponse:
     """An answer that says in one line what is wrong, and after how many seconds to try again."""
@@ -461,27 +461,27 @@ def failure(
     return JSONResponse({"error": " ".join(message.split())}, status, {**(headers or {}), **later})
 
 
-def tell(request: Request, error: Exception) -> Response:
-    """Answers an exception by what is wrong, in one line; an unknown address by those that there are."""
+def answer_error(request: Request, error: Exception) -> Response:
+    """The answer to an exception: what is wrong, in one line. For an unknown address it lists those that exist."""
     match error:
         case HTTPException(status_code=404 | 405):
             path, routes = request.url.path, [each for each in request.app.routes if isinstance(each, APIRoute)]
             known = [(method, each) for each in routes for method in sorted(each.methods or ())]
             if allowed := ", ".join(method for method, route in known if route.path == path):
-                return failure(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
+                return error_response(405, f"{path} takes {allowed}, not {request.method}", {"Allow": allowed})
             addresses = ", ".join(f"{method} {route.path}" for method, route in known if route.include_in_schema)
-            return failure(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
+            return error_response(404, f"there is no {request.method} {path} here, but GET /, {addresses}")
         case HTTPException():
-            return failure(error.status_code, error.detail, error.headers)
+            return error_response(error.status_code, error.detail, error.headers)
         case RequestValidationError():
-            return failure(422, first_problem(error.errors()))
+            return error_response(422, first_problem(error.errors()))
         case RefusedError():
-            return failure(503, str(error), None, error.retry_after)
+            return error_response(503, str(error), None, error.retry_after)
         case CfvitError():
-            return failure(400, str(error))
+            return error_response(400, str(error))
         case ClientDisconnect():
             return Response(status_code=499)  # for the log alone: nobody reads it
-    return failure(500, f"the server failed ({first_line(error)}): its log says where")
+    return error_response(500, f"the server failed ({first_line(error)}): its log says where")
 
 
 def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) -> FastAPI:
@@ -507,9 +507,9 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
         lifespan=lifespan,
     )
     app.state.service = service
-    app.add_middleware(Door, service=service)
+    app.add_middleware(RequestLimits, service=service)
     for kind in (HTTPException, RequestValidationError, CfvitError, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, tell)
+        app.add_exception_handler(kind, answer_error)
 
     def route(method: str, path: str, answer: Callable[..., Any], statuses: Sequence[int] = (), **given: Any) -> None:
         responses: dict[int | str, dict[str, Any]] = {status: {"model": protocol.Failure} for status in statuses}
@@ -538,7 +538,7 @@ def create_app(predictor: Predictor, settings: Settings, scheduler: Any = None) 
 
 
 def _offer_graphs(app: FastAPI, engine: Any, runtime: Path, **key: Any) -> None:
-    """What the page needs to run the model in the browser."""
+    """Serves what the page needs to run the model in the browser."""
     if not (isinstance(engine, ExportedEngine) and engine.model.format == "onnx"):
         raise CfvitError("a browser runs models that were exported to ONNX: cfvit export, and give its folder")
 
@@ -557,10 +557,10 @@ class JsonLines(logging.Formatter):
     """A record of the log as JSON on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
+        entry = {"time": self.formatTime(record), "level": record.levelname.lower(), "event": record.getMessage()}
         if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps({**told, **getattr(record, "fields", {})})
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps({**entry, **getattr(record, "fields", {})})
 
 
 class Server(uvicorn.Server):
@@ -610,7 +610,7 @@ def serve(app: FastAPI, host: str, port: int, notice: float = 1.0) -> None:
     config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
     config.timeout_graceful_shutdown = math.ceil(service.settings.time_limit)
     config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
-    told = {"model": service.settings.name, "eta": service.scheduler.eta}
-    told |= {"host": host, "port": listener.getsockname()[1]}
-    log.info("serving", extra={"fields": told})
+    fields = {"model": service.settings.name, "eta": service.scheduler.eta}
+    fields |= {"host": host, "port": listener.getsockname()[1]}
+    log.info("serving", extra={"fields": fields})
     Server(config, service, notice).run([listener])

@@ -17,7 +17,7 @@ from torch import Tensor
 from cfvit.data import ImageError, eval_transform, open_image
 from cfvit.errors import first_line
 from cfvit.inference.predictor import Predictor
-from cfvit.inference.stream import FINE, copied_ahead
+from cfvit.inference.stream import FINE, prefetched
 
 READERS = 4
 
@@ -48,7 +48,7 @@ def as_row(result: FileAnswer | FileFailure) -> dict[str, Any]:
 
 @dataclass
 class Tally:
-    """What came of many files."""
+    """Counts over many files."""
 
     answered: int = 0  # how many have an answer
     failed: int = 0  # how many have none
@@ -92,7 +92,7 @@ def classify_files(
     with ThreadPoolExecutor(READERS) as pool:
         files = _Files(paths, pool)
         answers = predictor.stream(
-            copied_ahead(files.batches(batch_size, first, watch), predictor.engine.weight),
+            prefetched(files.batches(batch_size, first, watch), predictor.engine.weight),
             fine_batch=batch_size,
             ordered=True,
             whole=partial(files.in_full, whole, model.image_size) if scaled_decode else None,
@@ -155,11 +155,11 @@ class _Files:
         return {number: image for number, image in found.items() if isinstance(image, Tensor)}
 
     def failed(self, places: list[int], error: Exception) -> None:
-        """Takes down why a batch of the stream has no answers."""
+        """Notes why a batch of the stream has no answers."""
         self.errors |= {self.numbers[place]: f"cannot be answered ({first_line(error)})" for place in places}
 
     def failure(self, number: int) -> FileFailure:
-        """What is given in the place of an answer."""
+        """Why a file has no answer, in the place of the answer."""
         return FileFailure(self.paths[number], self.errors.pop(number))
 
 

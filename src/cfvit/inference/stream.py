@@ -95,7 +95,7 @@ class Stream:
             images = None
             try:
                 images = next(source)
-                answered, hard = self._glance(images, seen)
+                answered, hard = self._run_coarse(images, seen)
                 queue.put(hard)
             except StopIteration:
                 break
@@ -113,14 +113,14 @@ class Stream:
             while queue.parts and (
                 len(queue) >= self.fine_batch or seen - int(queue.parts[0].index[0]) > self.patience
             ):
-                yield self._look_again(queue.take(self.fine_batch))
+                yield self._run_fine(queue.take(self.fine_batch))
         while queue.parts:
-            yield self._look_again(queue.take(self.fine_batch))
+            yield self._run_fine(queue.take(self.fine_batch))
         if failure is not None:
             raise failure
 
     @torch.inference_mode()
-    def _glance(self, images: Tensor, first: int) -> tuple[StreamedPrediction, HardImages]:
+    def _run_coarse(self, images: Tensor, first: int) -> tuple[StreamedPrediction, HardImages]:
         """The coarse stage: answers for easy images, and the others."""
         model = self.engine.model
         check_images(images, model.image_size if self.whole is None else model.coarse_size)
@@ -135,7 +135,7 @@ class Stream:
         return answered, HardImages(images[hard], first + places[1], state[hard])
 
     @torch.inference_mode()
-    def _look_again(self, hard: HardImages) -> StreamedPrediction:
+    def _run_fine(self, hard: HardImages) -> StreamedPrediction:
         """The fine stage."""
         try:
             images = hard.images
@@ -153,7 +153,7 @@ class Stream:
         return StreamedPrediction(logits, confidence, torch.full_like(confidence, FINE, dtype=torch.long), hard.index)
 
     def _failed(self, index: Tensor, error: Exception) -> StreamedPrediction:
-        """What stands in the place of the answers of a batch that failed, if the stream goes on."""
+        """Takes the place of the answers of a batch that failed, if the stream goes on; else raises."""
         if self.on_error is None:
             error.add_note(f"images of the stream without an answer: {', '.join(map(str, index.tolist()))}")
             raise error
@@ -164,7 +164,7 @@ class Stream:
 
 
 def in_order(answers: Iterator[StreamedPrediction]) -> Iterator[StreamedPrediction]:
-    """The same answers by rising index, as soon as none is missing in front of them."""
+    """The same answers by rising index, each as soon as all before it are there."""
     waiting: list[StreamedPrediction] = []
     following = 0
     for answer in answers:
@@ -189,7 +189,7 @@ def placed(images: Tensor, weight: Tensor) -> Tensor:
     return there.to(weight.dtype) if images.is_floating_point() else there  # integers are to be refused, not converted
 
 
-def copied_ahead(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
+def prefetched(batches: Iterable[Tensor], weight: Tensor) -> Iterator[Tensor]:
     """Batches of images as `placed` gives them; each is copied to a GPU while the one before it is computed on.
 
     A batch is asked for before the previous one is given. So do not use this for images that come one by one and are

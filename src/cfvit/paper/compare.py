@@ -16,14 +16,14 @@ from torch import Tensor
 from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark.contenders import BACKBONE, prepare
 from cfvit.benchmark.measure import REAL, Batch, Entry, measure
-from cfvit.benchmark.report import doubts_of
+from cfvit.benchmark.report import noise_warnings
 from cfvit.evaluation.timing import Call
 from cfvit.paper.rows import (
     MEASURES,
     Cell,
-    Made,
     Row,
     Sources,
+    StudyResult,
     mean_row,
     our_curve,
     published_curves,
@@ -45,7 +45,7 @@ CURVE_DROPS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24
 
 SCOPE = "answering"
 IMAGES, MOST_CALLS, MOST_ROUNDS, SECONDS = 32, 8, 40, 120
-"""A round of a network answers so many images in so many calls at most; rounds and seconds of a batch size."""
+"""Most images and calls of a round of a network, and most rounds and seconds of a batch size."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +264,7 @@ def points_of(study: Study, family: str) -> list[OperatingPoint]:
     return points
 
 
-def operating_points(study: Study, sources: Sources) -> Made:
+def operating_points(study: Study, sources: Sources) -> StudyResult:
     """Tables 2 and 3: CF-ViT at some etas, beside its plain ViT and the paper's rows."""
     points = points_of(study, sources.family)
     plains = {result.seed: result for result in sources.of(PLAIN)}
@@ -292,7 +292,7 @@ def operating_points(study: Study, sources: Sources) -> Made:
     published = published_curves(study, sources.family)
     draw = partial(pictures.draw_curves, title=study.title, ours=curves, published=published)
     kept = {point.run: speeds[point.name] for point in points if point.name in speeds and point.eta in (None, PARITY)}
-    return Made(rows, draw, tuple(notes), kept)
+    return StudyResult(rows, draw, tuple(notes), kept)
 
 
 def _first_settings(points: Sequence[OperatingPoint], sources: Sources) -> list[Setting]:
@@ -302,7 +302,7 @@ def _first_settings(points: Sequence[OperatingPoint], sources: Sources) -> list[
     return [each for point, result in first if (each := point.setting(result, plains.get(result.seed)))]
 
 
-def comparison(study: Study, sources: Sources) -> Made:
+def comparison(study: Study, sources: Sources) -> StudyResult:
     """Table 2 of a given model, in pairs with its plain ViT on all images and on parts of them."""
     made, points = operating_points(study, sources), points_of(study, sources.family)
     settings = _first_settings(points, sources)
@@ -370,7 +370,7 @@ def _curves_by(settings: Sequence[Setting], costs: Mapping[str, float]) -> list[
     ]
 
 
-def methods(study: Study, sources: Sources) -> Made:
+def methods(study: Study, sources: Sources) -> StudyResult:
     """Table 3 and Figure 5 of trained runs of any methods."""
     settings, finer = (list(settings_of(sources.results, drops)) for drops in (DROPS, CURVE_DROPS))
     plain = settings[0].result
@@ -408,6 +408,6 @@ def methods(study: Study, sources: Sources) -> Made:
             f"Speed is measured on test images ({', '.join(counts)} by batch size), all networks prepared alike and "
             "timed in turn; brackets are 95% intervals of the median ratio to the plain ViT. Images that go on to a "
             "later exit wait for a full batch.",
-            *(f"{text[0].upper()}{text[1:]}." for batch in sources.speeds.values() for text in doubts_of(batch)),
+            *(f"{text[0].upper()}{text[1:]}." for batch in sources.speeds.values() for text in noise_warnings(batch)),
         )
-    return Made(list(rows.values()), draw, notes)
+    return StudyResult(list(rows.values()), draw, notes)

@@ -15,7 +15,7 @@ from cfvit.modeling import timm_vit
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.timm_vit import Backbone
 from cfvit.modeling.tokens import gather_tokens, rank_cells
-from cfvit.paper.rows import COUNT_ETAS, Made, Row, Sources, mean_row, seed_of_picture
+from cfvit.paper.rows import COUNT_ETAS, Row, Sources, StudyResult, mean_row, seed_of_picture
 from cfvit.paper.runs import Result, read_images, score
 from cfvit.paper.studies import DEFAULT, PLAIN, Study
 from cfvit.plots import figures as pictures
@@ -35,7 +35,7 @@ def class_attention_of_blocks(backbone: Backbone, images: Tensor) -> Tensor:
     From normalised images ``[B, 3, H, W]`` to ``[depth, B, N]`` in float32, over patches numbered row by row.
     """
     count = cast(Any, backbone.patch_embed).num_patches
-    tokens = _sequence(backbone, images, torch.arange(count, device=images.device).expand(len(images), -1))
+    tokens = _tokens_of(backbone, images, torch.arange(count, device=images.device).expand(len(images), -1))
     rotation = timm_vit.fine_rotation(backbone)
     rows = []
     for index in range(len(backbone.blocks)):
@@ -51,11 +51,11 @@ def answer_from_patches(backbone: Backbone, images: Tensor, kept: Tensor) -> Ten
     ``kept`` has their numbers ``[B, k]``, row by row; their order does not matter.
     """
     rotation = timm_vit.gather_rotation(timm_vit.fine_rotation(backbone), kept)
-    tokens = timm_vit.run_blocks(backbone, _sequence(backbone, images, kept), rotation)
+    tokens = timm_vit.run_blocks(backbone, _tokens_of(backbone, images, kept), rotation)
     return backbone.forward_head(backbone.norm(tokens))
 
 
-def _sequence(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
+def _tokens_of(backbone: Backbone, images: Tensor, kept: Tensor) -> Tensor:
     """What enters the first block: the prefix and the kept patches, ``[B, p + k, D]``."""
     embed: Any = backbone.patch_embed
     patches, positions = embed(images).flatten(1, -2), backbone.pos_embed  # some of timm's stems keep rows and columns
@@ -96,7 +96,7 @@ def attention_pictures(coarse: CoarseToFineViT, fine: Backbone, images: Tensor) 
     ]
 
 
-def patches(study: Study, sources: Sources) -> Made:
+def patches(study: Study, sources: Sources) -> StudyResult:
     """Figure 1(a)."""
     scores, count, kept = [], 0, 0
     for result in sources.of(PLAIN):
@@ -123,10 +123,10 @@ def patches(study: Study, sources: Sources) -> Made:
         kept=kept,
         patches=count,
     )
-    return Made(rows, draw, (f"{kept} of {count} patches are kept, as 100 of 196 in the paper.",))
+    return StudyResult(rows, draw, (f"{kept} of {count} patches are kept, as 100 of 196 in the paper.",))
 
 
-def attention(study: Study, sources: Sources) -> Made:
+def attention(study: Study, sources: Sources) -> StudyResult:
     """Figure 1(b), of some images from all over the validation data."""
     coarse, fine = (sources.of(variant.run)[0] for variant in study.variants)
     (reader, images), (plain, _) = coarse.open(), fine.open()
@@ -136,7 +136,7 @@ def attention(study: Study, sources: Sources) -> Made:
     drawn = attention_pictures(reader, plain, read_images(images, chosen))
     rows = [Row(images.source.name(index), {}, 1) for index in chosen]
     notes = seed_of_picture(*(sources.of(run) for run in study.runs))
-    return Made(rows, partial(pictures.draw_attention, pictures=drawn), tuple(notes))
+    return StudyResult(rows, partial(pictures.draw_attention, pictures=drawn), tuple(notes))
 
 
 # Figures 8 and 9
@@ -149,7 +149,7 @@ def count_right(result: Result, eta: float) -> tuple[int, int]:
     return int((coarse & ~hard).sum()), int((fine & hard).sum())
 
 
-def counts(study: Study, sources: Sources) -> Made:
+def counts(study: Study, sources: Sources) -> StudyResult:
     """Figure 8."""
     results, missing = sources.of(DEFAULT), sources.missing.get(DEFAULT)
     right = np.array([[count_right(result, eta) for eta in COUNT_ETAS] for result in results])  # [seeds, etas, 2]
@@ -159,10 +159,10 @@ def counts(study: Study, sources: Sources) -> Made:
         rows.append(replace(row, shown=eta == round(eta, 1)))
     coarse, fine = right[0].T.tolist()
     draw = partial(pictures.draw_counts, thresholds=COUNT_ETAS, coarse=coarse, fine=fine)
-    return Made(rows, draw, tuple(seed_of_picture(results)))
+    return StudyResult(rows, draw, tuple(seed_of_picture(results)))
 
 
-def examples(study: Study, sources: Sources) -> Made:
+def examples(study: Study, sources: Sources) -> StudyResult:
     """Figure 9."""
     result = sources.of(DEFAULT)[0]
     model, images = result.open()
@@ -178,4 +178,4 @@ def examples(study: Study, sources: Sources) -> Made:
         rows += [Row(f"right at the {stage} stage: {images.source.name(index)}", {}, 1) for index in chosen]
     note = f"eta is {eta:g}; shown are the first images of each class that were answered right."
     draw = partial(pictures.draw_examples, **sheets) if rows else None
-    return Made(rows, draw, (note, *seed_of_picture(sources.of(DEFAULT))))
+    return StudyResult(rows, draw, (note, *seed_of_picture(sources.of(DEFAULT))))

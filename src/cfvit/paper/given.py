@@ -71,7 +71,7 @@ class Contestant:
 
 
 def contestants_in(folder: Path) -> dict[str, Contestant]:
-    """The runs of `cfvit train` in the sub-folders of a folder, of any method, by ``run NAME`` of these.
+    """The runs of `cfvit train`, of any method, in the sub-folders of a folder; each is called ``run SUB-FOLDER``.
 
     Raises:
         CfvitError: there is none, or one is damaged.

@@ -137,8 +137,8 @@ class Sources:
 
 
 @dataclass(frozen=True)
-class Made:
-    """A study as it was made."""
+class StudyResult:
+    """What came of a study."""
 
     rows: list[Row]
     draw: Callable[[Path, str], object] | None  # writes the picture, with a caption; None if there is nothing to draw
@@ -164,7 +164,7 @@ def seed_of_picture(*runs: Sequence[Result]) -> Iterator[str]:
         yield f"The picture is of seed {' and '.join(drawn)}."
 
 
-def ablation(study: Study, sources: Sources) -> Made:
+def ablation(study: Study, sources: Sources) -> StudyResult:
     """Measures of several runs side by side."""
     rows = []
     for variant in study.variants:
@@ -174,7 +174,7 @@ def ablation(study: Study, sources: Sources) -> Made:
     for name in study.measures:
         cells = [(row.name, row.cells[name]) for row in rows]
         columns[HEADINGS[name][0]] = [Bar(row, cell.paper, cell.ours, cell.spread) for row, cell in cells]
-    return Made(rows, partial(pictures.draw_table, title=study.title, columns=columns))
+    return StudyResult(rows, partial(pictures.draw_table, title=study.title, columns=columns))
 
 
 # Curves and counts
@@ -217,7 +217,7 @@ def published_curves(study: Study, family: str) -> list[Curve]:
     return curves
 
 
-def curves(study: Study, sources: Sources) -> Made:
+def curves(study: Study, sources: Sources) -> StudyResult:
     """Accuracy against cost over eta, beside the points of Table 2."""
     table2, family = STUDIES["table2"], "LV-ViT-S" if study.name == "fig6" else "DeiT-S"
     rows, drawn = [], []
@@ -237,4 +237,4 @@ def curves(study: Study, sources: Sources) -> Made:
     rows += [published_row(row) for row in table2.published if row.family == family]
     published = published_curves(table2, family)
     draw = partial(pictures.draw_curves, title=study.title, ours=drawn, published=published)
-    return Made(rows, draw, (f"Ours is built on {sources.recipe.backbone}, the published CF-ViT on {family}.",))
+    return StudyResult(rows, draw, (f"Ours is built on {sources.recipe.backbone}, the published CF-ViT on {family}.",))

@@ -263,7 +263,7 @@ class Runs:
         if seconds is None and time.monotonic() < self.deadline < math.inf:
             self.say(f"{folder.name}: {TRIAL_STEPS} steps are tried, to estimate its time")
             with tempfile.TemporaryDirectory() as trial:
-                stopped, steps, pace = _timed(unprepared(recipe), Path(trial), lambda steps: steps >= TRIAL_STEPS)
+                stopped, steps, pace = _timed(without_startup(recipe), Path(trial), lambda steps: steps >= TRIAL_STEPS)
             if stopped and steps < TRIAL_STEPS:
                 raise Stopped(f"stopped in {folder.name}: the same command again begins it")
             seconds = None if pace is None else pace * self.steps * record.epochs
@@ -307,7 +307,7 @@ class Runs:
 
 
 def _timed(recipe: Recipe, folder: Path, stops: Callable[[int], bool], **how: Any) -> tuple[bool, int, float | None]:
-    """Trains until ``stops``, asked with the number of steps, says so.
+    """Trains until ``stops`` is true of the number of steps that are done.
 
     Returns:
         Whether it was stopped, the number of steps, and the seconds of one without the first, which waits for data and
@@ -341,7 +341,7 @@ def _read_log(folder: Path) -> list[dict[str, Any]]:
         return []
 
 
-def logged_pace(folder: Path) -> dict[str, float]:
+def logged_speed(folder: Path) -> dict[str, float]:
     """The median ``images_per_second`` and ``matrix_share`` of a training by its log; empty if it has none."""
     lines = _read_log(folder)
     values = {name: [line[name] for line in lines if name in line] for name in ("images_per_second", "matrix_share")}
@@ -372,8 +372,8 @@ def read_run(recipe: Recipe, folder: Path) -> Run:
     return Run(method, record.macs, parts[0], parts[1], reopen, record.seed, **own)
 
 
-def unprepared(recipe: Recipe) -> Recipe:
-    """The recipe without what only costs time where nothing is trained; without labels the first weights teach."""
+def without_startup(recipe: Recipe) -> Recipe:
+    """The recipe without what costs time and only a training needs. Without labels the first weights stay to teach."""
     lighter: dict[str, Any] = {"initial_weights": None, "initial_share": 0.0} if recipe.uses_labels else {}
     return recipe.replace({**lighter, "hold_decoded": False})
 
@@ -381,7 +381,7 @@ def unprepared(recipe: Recipe) -> Recipe:
 def restore(recipe: Recipe, folder: Path) -> tuple[RunImages, Method, Any]:
     """The images, the method and the network of a trained run, if folder and data are still what they were."""
     process = Process(0, 1, best_device())
-    images, network = prepare(unprepared(recipe), process)
+    images, network = prepare(without_startup(recipe), process)
     method = create_method(recipe.method, recipe, recipe.method_options)
     return images, method, method.load(network, folder).to(process.device)
 

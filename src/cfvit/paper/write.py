@@ -17,8 +17,8 @@ from cfvit.files import atomic_write, require_writable
 from cfvit.methods.base import create_method
 from cfvit.paper import Options, compare, figures, rows
 from cfvit.paper.given import Contestant, compared, contestants_in, is_plain_vit, results_of_model
-from cfvit.paper.rows import HEADINGS, MEASURES, Made, Row, Sources
-from cfvit.paper.runs import Missing, Run, Runs, duration, logged_pace
+from cfvit.paper.rows import HEADINGS, MEASURES, Row, Sources, StudyResult
+from cfvit.paper.runs import Missing, Run, Runs, duration, logged_speed
 from cfvit.paper.studies import (
     ALL,
     COARSE_GRID,
@@ -47,7 +47,7 @@ OF_RUNS = {
 """What can be made of trained runs of any methods, and its title."""
 
 OF_IMAGES = {make.__name__: make for make in (figures.counts, figures.patches, figures.attention, figures.examples)}
-KINDS: Mapping[str, Callable[[Study, Sources], Made]] = OF_IMAGES | {
+KINDS: Mapping[str, Callable[[Study, Sources], StudyResult]] = OF_IMAGES | {
     make.__name__: make
     for make in (rows.ablation, rows.curves, compare.operating_points, compare.comparison, compare.methods)
 }
@@ -66,7 +66,7 @@ class Request(Options):
     command: str = ""  # as it was given, for the record
 
 
-Show = Callable[[Study, Made], object]
+Show = Callable[[Study, StudyResult], object]
 
 
 def reproduce(request: Request, show: Show, say: Callable[[str], object]) -> list[Missing]:
@@ -136,11 +136,11 @@ def _require_sense(request: Request) -> None:
         raise UsageError("--part divides images that --plain and --calibration-data are given for: give these")
 
 
-def make(study: Study, sources: Sources) -> Made:
+def make(study: Study, sources: Sources) -> StudyResult:
     """Rows and picture of a study from what is there."""
     if study.kind in OF_IMAGES and not all(map(sources.of, study.runs)):  # then there is nothing to draw
         runs = [(variant, len(sources.of(variant.run))) for variant in study.variants]
-        made = Made([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
+        made = StudyResult([Row(v.label, {}, seeds, "", sources.missing.get(v.run)) for v, seeds in runs], None)
     else:
         made = KINDS[study.kind](study, sources)
     others = [family for family in FAMILIES if family != sources.family]
@@ -291,7 +291,7 @@ def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditio
 # Files
 
 
-def write_study(study: Study, made: Made, out: Path, account: Mapping[str, str]) -> None:
+def write_study(study: Study, made: StudyResult, out: Path, account: Mapping[str, str]) -> None:
     """``NAME.csv``, ``NAME.png`` and ``NAME.md``; a former picture is removed where there is nothing to draw.
 
     Args:
@@ -400,7 +400,7 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     for run in runs:
         record, staged = run.record, "fine" in run.macs
         figures: dict[str, float | None] = {"images_per_second": record.images_per_second}
-        figures |= {f"training_{name}": value for name, value in logged_pace(run.folder).items()}
+        figures |= {f"training_{name}": value for name, value in logged_speed(run.folder).items()}
         figures |= {name: MEASURES[name](run) for name in (("coarse", "fine") if staged else ("accuracy", "gmacs"))}
         if staged and run.seed in plains and (eta := run.parity(plains[run.seed])) is not None:
             figures |= {name: value for name, (value,) in rows.values_of(run.at([eta])).items()}

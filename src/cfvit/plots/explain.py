@@ -119,7 +119,7 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
         bar.set_ticks([explanation.attention.min(), explanation.attention.max()], labels=["low", "high"])
         attention.set_title("global class attention\n", fontsize=10)
 
-        fine.imshow(veil(image, split), extent=extent)
+        fine.imshow(grey_unsplit(image, split), extent=extent)
         for row, column in np.argwhere(split):  # a cross in each cell that is split
             x, y = column * wide, row * tall
             fine.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
@@ -143,7 +143,7 @@ def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) ->
     )
 
 
-def veil(image: np.ndarray, split: np.ndarray) -> np.ndarray:
+def grey_unsplit(image: np.ndarray, split: np.ndarray) -> np.ndarray:
     """Cells that are not split, greyed out."""
     height, width = image.shape[0] // split.shape[0], image.shape[1] // split.shape[1]
     mask = split.repeat(height, axis=0).repeat(width, axis=1)[..., None]

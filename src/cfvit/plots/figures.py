@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfvit.calibration import Estimate
-from cfvit.plots.explain import Explanation, veil
+from cfvit.plots.explain import Explanation, grey_unsplit
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, png
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _lines(text: str, inches: float, size: float, most: int) -> list[str]:
 
 
 @contextmanager
-def _sheet(path: Path, width: float, height: float, title: str, caption: str) -> Iterator[Figure]:
+def _titled_figure(path: Path, width: float, height: float, title: str, caption: str) -> Iterator[Figure]:
     """A figure to draw into inside the ``with``, which then writes it.
 
     Args:
@@ -111,7 +111,7 @@ def draw_table(path: Path, caption: str, *, title: str, columns: Mapping[str, Se
     labels = [_lines(name, 2.5, 9, 3) for name in names]
     heads = [_lines(column, 3.2, 9.5, 2) for column in columns]
     height = 1.0 + 0.16 * max(map(len, heads)) + sum(0.14 + 0.16 * len(lines) for lines in labels)
-    with _sheet(path, max(6.5, 2.5 + 3.5 * len(columns)), height, title, caption) as figure:
+    with _titled_figure(path, max(6.5, 2.5 + 3.5 * len(columns)), height, title, caption) as figure:
         axes = figure.subplots(1, 2 * len(columns), sharey=True, squeeze=False)[0]
         for bars, head, paper, ours in zip(columns.values(), heads, axes[0::2], axes[1::2], strict=True):
             rows = [names.index(bar.name) for bar in bars]
@@ -172,7 +172,7 @@ def draw_curves(
     panels = [panel for panel in (*given, ("published", gmacs, published)) if panel[2]]
     names = list(dict.fromkeys(curve.name for _, _, curves in panels for curve in curves))
     most = max((len(curves) for _, _, curves in panels), default=0)
-    with _sheet(path, max(6.5, 4.8 * len(panels)), 3.7 + 0.19 * most, title, caption) as figure:
+    with _titled_figure(path, max(6.5, 4.8 * len(panels)), 3.7 + 0.19 * most, title, caption) as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, (name, label, curves) in zip(axes, panels or given[:1], strict=True):
             for curve in curves:
@@ -199,7 +199,7 @@ def draw_counts(
     path: Path, caption: str, *, thresholds: Sequence[float], coarse: Sequence[int], fine: Sequence[int]
 ) -> None:
     """How many images are answered right at the coarse and at the fine stage, stacked, over eta (Fig. 8)."""
-    with _sheet(path, 7.0, 3.8, "How many images each stage gets right", caption) as figure:
+    with _titled_figure(path, 7.0, 3.8, "How many images each stage gets right", caption) as figure:
         axis = figure.subplots()
         both = np.add(coarse, fine)
         axis.fill_between(thresholds, 0, coarse, color=COARSE, alpha=0.3, lw=0)
@@ -227,7 +227,7 @@ def draw_highest_lowest(
     blocks = range(1, len(highest) + 1)
     box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.4}
     written: dict[str, Any] = {"textcoords": "offset points", "fontsize": 7, "ha": "center", "bbox": box}
-    with _sheet(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
+    with _titled_figure(path, max(7.0, 0.45 * len(blocks)), 3.8, title, caption) as figure:
         axis = figure.subplots()
         axis.axhline(whole, color=QUIET, ls=(0, (4, 3)), lw=1.2, label=f"all {patches} patches: {whole:.1f}%")
         for values, others, mark, colour, name in (
@@ -252,7 +252,7 @@ def draw_highest_lowest(
 
 def draw_attention(path: Path, caption: str, *, pictures: Sequence[AttentionPicture]) -> None:
     """Lines of an image and its class attention on coarse and on fine patches (Fig. 1b)."""
-    with _sheet(path, 6.8, 2.0 * len(pictures) + 0.3, "Class attention in the last block", caption) as figure:
+    with _titled_figure(path, 6.8, 2.0 * len(pictures) + 0.3, "Class attention in the last block", caption) as figure:
         axes = figure.subplots(len(pictures), 3, squeeze=False)
         heat: Any = None
         for panels, picture in zip(axes, pictures, strict=True):
@@ -289,13 +289,13 @@ def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fi
         (
             "Right at the fine stage, cells that are not split in grey",
             FINE,
-            [(veil(each.image, each.split), each.answers[1]) for each in fine],
+            [(grey_unsplit(each.image, each.split), each.answers[1]) for each in fine],
         ),
     )
     rows = [math.ceil(len(examples) / across) for _, _, examples in sections]
     heights = [0.4 + count * (side + 0.6) for count in rows]
     width = max(6.5, across * (side + 0.15))
-    with _sheet(path, width, sum(heights), "Images that each stage gets right", caption) as figure:
+    with _titled_figure(path, width, sum(heights), "Images that each stage gets right", caption) as figure:
         parts: Any = figure.subfigures(2, 1, height_ratios=heights)
         for part, (title, colour, examples), count in zip(parts, sections, rows, strict=True):
             heading = title if examples else f"{title}: none"
@@ -314,39 +314,35 @@ def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fi
 
 def draw_speed(panels: Mapping[str, Sequence[SpeedBar]], title: str, path: Path) -> None:
     """A panel of bars for each batch size: how many times faster than the plain ViT, by the clock and by the MACs."""
-    abreast = min(len(panels), 3)
-    down = math.ceil(len(panels) / abreast)
-    size = (4.6 * abreast + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * down + 0.7)
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    size = (4.6 * columns + 1.2, (0.27 * max(map(len, panels.values())) + 0.9) * rows + 0.7)
     with png(path, *size) as figure:
-        axes = figure.subplots(down, abreast, squeeze=False).flatten()
+        axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, (name, bars) in zip(axes, panels.items(), strict=False):
-            _draw_panel(axis, name, bars)
+            places, ratios = range(len(bars)), [bar.ratio for bar in bars]
+            usual = Counter(bar.engine for bar in bars).most_common(1)[0][0]
+            label = "by the clock, same engine (pale: too noisy to tell)"
+            contained = axis.barh(places, [ratio.value for ratio in ratios], color=COARSE, height=0.62, label=label)
+            for patch, bar in zip(contained, bars, strict=True):
+                patch.set_alpha(1.0 if bar.telling else 0.4)
+            ends = np.array([(ratio.low, ratio.high) for ratio in ratios])
+            ends[np.isinf(ends[:, 1])] = np.nan  # an interval without an end is not drawn
+            axis.hlines(places, *ends.T, color=INK, lw=1.2, label="95% interval")
+            promised, eager = [bar.macs_ratio for bar in bars], [bar.eager_ratio for bar in bars]
+            axis.plot(promised, places, "d", color=FINE, ms=5, ls="", label="promised by the MACs")
+            axis.plot(eager, places, "o", color=INK, mfc="none", ms=5, ls="", label="beside timm's model")
+            axis.axvline(1, color=INK, lw=0.8)
+            ticks = [bar.label if bar.engine == usual else f"{bar.label} ({bar.engine})" for bar in bars]
+            axis.set_yticks(places, ticks, fontsize=8)
+            axis.invert_yaxis()
+            axis.set_xlim(left=0)
+            axis.set_xlabel("times faster than the backbone in the same engine", fontsize=8)
+            axis.tick_params(axis="x", labelsize=8)
+            axis.set_title(f"{name}, {usual} unless marked", fontsize=9)
         for axis in axes[len(panels) :]:
             axis.set_visible(False)
         figure.suptitle(title, fontsize=10)
-        columns = min(4, 2 * abreast)  # more would not fit below a single panel
         handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=columns, fontsize=8)
-
-
-def _draw_panel(axis: Axes, title: str, bars: Sequence[SpeedBar]) -> None:
-    places, ratios = range(len(bars)), [bar.ratio for bar in bars]
-    usual = Counter(bar.engine for bar in bars).most_common(1)[0][0]
-    label = "by the clock, same engine (pale: too noisy to tell)"
-    contained = axis.barh(places, [ratio.value for ratio in ratios], color=COARSE, height=0.62, label=label)
-    for patch, bar in zip(contained, bars, strict=True):
-        patch.set_alpha(1.0 if bar.telling else 0.4)
-    ends = [(ratio.low, ratio.high) if math.isfinite(ratio.high) else (math.nan, math.nan) for ratio in ratios]
-    axis.hlines(places, [low for low, _ in ends], [high for _, high in ends], color=INK, lw=1.2, label="95% interval")
-    promised = [bar.macs_ratio for bar in bars]
-    axis.plot(promised, places, "d", color=FINE, ms=5, ls="", label="promised by the MACs")
-    eager, label = [bar.eager_ratio for bar in bars], "beside timm's model"
-    axis.plot(eager, places, "o", color=INK, mfc="none", ms=5, ls="", label=label)
-    axis.axvline(1, color=INK, lw=0.8)
-    ticks = [bar.label if bar.engine == usual else f"{bar.label} ({bar.engine})" for bar in bars]
-    axis.set_yticks(places, ticks, fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlim(left=0)
-    axis.set_xlabel("times faster than the backbone in the same engine", fontsize=8)
-    axis.tick_params(axis="x", labelsize=8)
-    axis.set_title(f"{title}, {usual} unless marked", fontsize=9)
+        across = min(4, 2 * columns)  # more would not fit below a single panel
+        figure.legend(*handles, loc="outside lower center", ncols=across, fontsize=8)

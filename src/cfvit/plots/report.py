@@ -28,7 +28,7 @@ from cfvit.files import atomic_write, fill_template, require_writable
 from cfvit.modeling.cost import StageMacs
 from cfvit.modeling.exit import Exit, confidence_of, goes_on
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.plots.explain import Explanation, explain, shown_confidence, veil
+from cfvit.plots.explain import Explanation, explain, grey_unsplit, shown_confidence
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, new_figure, require_matplotlib
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Answers:
         return np.where(self.gone_on, self.fine.right, self.coarse.right)
 
 
-def judge(collected: Collected, exit: Exit, threshold: float) -> Answers:
+def answers_at(collected: Collected, exit: Exit, threshold: float) -> Answers:
     """Answers of both stages and who goes on at this eta, as `cfvit.Predictor` decides."""
     coarse, fine = collected.logits["coarse"], collected.logits["fine"]
 
@@ -135,7 +135,7 @@ def class_scores(answers: Answers, classes: int) -> list[ClassScore]:
     return [ClassScore(index, *row) for index, row in enumerate(zip(*columns, strict=True)) if row[0]]
 
 
-def surest(which: np.ndarray, confidence: np.ndarray, most: int) -> list[int]:
+def most_confident(which: np.ndarray, confidence: np.ndarray, most: int) -> list[int]:
     """The images of highest confidence among some, at most this many.
 
     Args:
@@ -147,7 +147,7 @@ def surest(which: np.ndarray, confidence: np.ndarray, most: int) -> list[int]:
 
 
 def require_report(path: Path) -> None:
-    """Finds out before the model is run, which may take long, whether `write_report` can do its work, or raises."""
+    """Raises `CfvitError` if `write_report` could not draw or write. To be called before the model is run."""
     require_matplotlib()
     require_writable(path)
 
@@ -178,7 +178,7 @@ def write_report(
     collected, macs, threshold, exit = result.collected, result.macs, cast(float, result.calibrated), model.exit
     coarse, fine = collected.logits["coarse"], collected.logits["fine"]
     trade = rank_images(coarse, fine, collected.labels, exit.measure, exit.coarse_temperature)
-    answers = judge(collected, exit, threshold)
+    answers = answers_at(collected, exit, threshold)
     chosen, gone_on = trade.operate(threshold, macs, LEVEL), int(answers.gone_on.sum())
     reliability = [reliability_of(stage.probability, stage.right) for stage in (answers.coarse, answers.fine)]
     page = fill_template(
@@ -240,8 +240,8 @@ def _notes(model: CoarseToFineViT, result: Evaluation, answers: Answers, calibra
         named = f"{', '.join(unreadable[:_NAMED_FILES])}{f' and {rest} more' if rest > 0 else ''}"
         verb = "is" if len(unreadable) == 1 else "are"
         notes.append(f"{_counted(len(unreadable), 'image')} could not be read and {verb} not counted: {named}.")
-    if wordless := int(((answers.coarse.answer == NO_ANSWER) | (answers.fine.answer == NO_ANSWER)).sum()):
-        images = _counted(wordless, "image")
+    if not_finite := int(((answers.coarse.answer == NO_ANSWER) | (answers.fine.answer == NO_ANSWER)).sum()):
+        images = _counted(not_finite, "image")
         notes.append(f"The model's answer to {images} is not a finite number, which counts as wrong.")
     if calibration is not None:
         notes.append(f"What was promised of this eta: {calibration.promise}.")
@@ -263,7 +263,7 @@ def _sheets(
         ),
         ("Wrong at the fine stage, and surest there", ~fine.right, fine.confidence),
     ):
-        places, examples = surest(which, confidence, _SHEET), []
+        places, examples = most_confident(which, confidence, _SHEET), []
         indices = collected.indices[places].tolist()
         images = EvalImages(source, model.data_config, indices)
         batch = [images[i][0] for i in range(len(images))]
@@ -288,7 +288,7 @@ def _sheets(
 
 def _thumbnail(seen: Explanation) -> dict[str, Any]:
     """A small JPEG: cells that are not split are pale and grey, lines part the others and their children."""
-    picture = Image.fromarray((255 * veil(seen.image, seen.split)).round().astype(np.uint8))
+    picture = Image.fromarray((255 * grey_unsplit(seen.image, seen.split)).round().astype(np.uint8))
     picture = ImageOps.contain(picture, (_THUMBNAIL, _THUMBNAIL))
     draw = ImageDraw.Draw(picture)
     wide, tall = picture.width / seen.split.shape[1], picture.height / seen.split.shape[0]
