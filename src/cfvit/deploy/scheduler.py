@@ -98,13 +98,15 @@ class Scheduler:
         fine_share: a budget: eta follows the images, between ``least_eta`` (or 0) and ``eta``, so that this share of
             them goes on. Whatever the images are, n of them that do not drive eta to a bound miss the share by at most
             ``1 / (FOLLOWING * n)``, as eta is the sum of all misses. None: it does not follow.
-        watch: called after each batch with the stage, the number of images and the seconds that it took.
 
     Attributes:
         eta: as above. It may be set at any time, and holds for all images that the coarse stage has not seen.
         eta_now: the eta of the last coarse batch, which under load is lower than ``eta``.
         waiting: images without an answer.
+        watch: called after each batch with the stage, the number of images and the seconds that it took.
     """
+
+    watch: Callable[[int, int, float], None] | None = None
 
     def __init__(
         self,
@@ -117,10 +119,9 @@ class Scheduler:
         least_eta: float | None = None,
         target_wait: float = 0.5,
         fine_share: float | None = None,
-        watch: Callable[[int, int, float], None] = lambda stage, count, seconds: None,
     ) -> None:
         usual = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
-        self.engine, self.watch = engine, watch
+        self.engine = engine
         self.eta = self.eta_now = eta
         self.options = [
             (given.batch or batch, wait if given.wait is None else given.wait)
@@ -201,7 +202,8 @@ class Scheduler:
                         place.future.set_exception(error)
             seconds = time.monotonic() - start
             self._busy += seconds
-            self.watch(stage, len(places), seconds)
+            if self.watch is not None:
+                self.watch(stage, len(places), seconds)
 
     def _next_batch(self) -> tuple[int, list[_Place]] | None:
         """Waits for a batch that is full or has waited long enough, the fine stage's first; None at the end."""
