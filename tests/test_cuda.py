@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
-from cfvit.deploy.scheduler import Scheduler, StageOptions
+from cfvit.deploy import Queues
+from cfvit.deploy.scheduler import Scheduler
 from cfvit.inference.engines.pytorch import TorchEngine, recorded
 from cfvit.training.loop import train
 from cfvit.training.recipe import Recipe
@@ -90,8 +91,8 @@ def test_a_stream_answers_as_one_batch_does(model: CoarseToFineViT, images: Tens
 
 def test_a_scheduler_answers_as_one_batch_does(model: CoarseToFineViT, images: Tensor, eta: float) -> None:
     expected = Predictor(model, eta)(images)
-    stages = StageOptions(8, 0.001), StageOptions(16, 0.01)
-    scheduler = Scheduler(Predictor(model.cuda(), eta).engine, eta, coarse=stages[0], fine=stages[1])
+    queues = Queues(coarse_batch=8, coarse_wait=1, fine_batch=16, fine_wait=10)
+    scheduler = Scheduler(Predictor(model.cuda(), eta).engine, eta, queues)
     answers = [future.result(60) for part in images.split(5) for future in scheduler.submit(part)]
     torch.testing.assert_close(torch.stack([answer.logits.cpu() for answer in answers]), expected.logits, **WITHIN)
     assert [answer.stage for answer in answers] == expected.stage.tolist()

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfvit import CfvitError
-from cfvit.deploy.scheduler import FOLLOWING, Answer, RefusedError, Scheduler, StageOptions
+from cfvit.deploy import Queues
+from cfvit.deploy.scheduler import FOLLOWING, Answer, RefusedError, Scheduler
 from cfvit.inference.stream import COARSE, FINE
 from cfvit.modeling.batches import Rows
 from cfvit.modeling.exit import goes_on
@@ -102,17 +103,25 @@ ACTIONS = st.one_of(
     st.tuples(st.just("eta"), st.floats(0, 1)),
     st.tuples(st.just("compute"), st.integers(1, 3)),
 )
-OPTIONS = st.builds(StageOptions, st.integers(1, 6), st.sampled_from([0.0, 0.001, 0.005]))
+BATCH, WAIT = st.integers(1, 6), st.sampled_from([0.0, 1.0, 5.0])
+QUEUES = st.builds(
+    Queues,
+    coarse_batch=BATCH,
+    coarse_wait=WAIT,
+    fine_batch=BATCH,
+    fine_wait=WAIT,
+    least_eta=st.sampled_from([None, 0.1]),
+    target_wait=st.just(1.0),
+    max_waiting=st.just(30),
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(ACTIONS, max_size=25), OPTIONS, OPTIONS, st.sampled_from([None, 0.1]))
-def test_each_image_gets_its_own_answer_once(
-    actions: list[tuple[str, int]], coarse: StageOptions, fine: StageOptions, least_eta: float | None
-) -> None:
+@given(st.lists(ACTIONS, max_size=25), QUEUES)
+def test_each_image_gets_its_own_answer_once(actions: list[tuple[str, int]], queues: Queues) -> None:
     gate = threading.Semaphore(0)
     engine = FakeEngine(gate)
-    scheduler = Scheduler(engine, ETA, coarse=coarse, fine=fine, max_waiting=30, least_eta=least_eta, target_wait=0.001)
+    scheduler = Scheduler(engine, ETA, queues)
     futures: dict[int, Future[Answer]] = {}
     offered = 0
     for action, value in actions:
@@ -145,7 +154,7 @@ def test_each_image_gets_its_own_answer_once(
 
 
 def test_callers_on_many_threads_get_their_own_answers(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, ETA, max_waiting=10_000)
+    scheduler = Scheduler(engine, ETA, Queues(max_waiting=10_000))
     answers: dict[int, Answer] = {}
 
     def call(first: int) -> None:
@@ -163,7 +172,7 @@ def test_callers_on_many_threads_get_their_own_answers(engine: FakeEngine) -> No
 
 
 def test_too_many_images_are_refused_all_together(gated: FakeEngine) -> None:
-    scheduler = Scheduler(gated, ETA, max_waiting=3)
+    scheduler = Scheduler(gated, ETA, Queues(max_waiting=3))
     first = scheduler.submit(images([1, 2]))
     with pytest.raises(RefusedError, match="2 images are waiting, of 3 at most") as caught:
         scheduler.submit(images([3, 4]))
@@ -174,7 +183,7 @@ def test_too_many_images_are_refused_all_together(gated: FakeEngine) -> None:
 
 
 def test_an_image_that_was_cancelled_is_not_computed_further(gated: FakeEngine) -> None:
-    scheduler = Scheduler(gated, ETA, coarse=StageOptions(1, 0.0))
+    scheduler = Scheduler(gated, ETA, Queues(coarse_batch=1, coarse_wait=0))
     hard, waiting = scheduler.submit(images(HARD[:2]))
     assert gated.begun.wait(SOON)
     assert hard.cancel() and waiting.cancel()
@@ -185,19 +194,21 @@ def test_an_image_that_was_cancelled_is_not_computed_further(gated: FakeEngine) 
 
 
 def test_hard_images_of_many_requests_fill_a_fine_batch(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, ETA, coarse=StageOptions(1, 0.0), fine=StageOptions(4, 3600.0))
+    scheduler = Scheduler(engine, ETA, Queues(coarse_batch=1, coarse_wait=0, fine_batch=4, fine_wait=3_600_000))
     futures = [scheduler.submit(images([number]))[0] for number in [*EASY[:3], *HARD[:4]]]
     assert all(future.result(SOON) for future in futures)
     assert engine.batches[FINE] == [HARD[:4]]
 
 
 def test_a_batch_that_does_not_fill_begins_when_its_time_has_come(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, ETA, coarse=StageOptions(100, 0.02), fine=StageOptions(100, 0.02))
+    scheduler = Scheduler(engine, ETA, Queues(coarse_batch=100, coarse_wait=20, fine_batch=100, fine_wait=20))
     assert scheduler.submit(images(HARD[:1]))[0].result(SOON).stage == FINE
 
 
 def test_draining_answers_what_waits_and_refuses_what_comes(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, ETA, coarse=StageOptions(100, 3600.0), fine=StageOptions(100, 3600.0))
+    scheduler = Scheduler(
+        engine, ETA, Queues(coarse_batch=100, coarse_wait=3_600_000, fine_batch=100, fine_wait=3_600_000)
+    )
     futures = scheduler.submit(images(range(20)))
     assert not any(future.done() for future in futures)
     assert scheduler.drain(SOON)
@@ -209,7 +220,7 @@ def test_draining_answers_what_waits_and_refuses_what_comes(engine: FakeEngine) 
 
 @pytest.mark.parametrize("stage", [COARSE, FINE])
 def test_a_batch_that_fails_is_told_to_its_callers_alone(stage: int) -> None:
-    scheduler = Scheduler(FakeEngine(fails=(EASY, HARD)[stage][0]), ETA, coarse=StageOptions(1, 0.0))
+    scheduler = Scheduler(FakeEngine(fails=(EASY, HARD)[stage][0]), ETA, Queues(coarse_batch=1, coarse_wait=0))
     bad, good = (scheduler.submit(images([number]))[0] for number in (EASY, HARD)[stage][:2])
     with pytest.raises(RuntimeError, match="out of memory"):
         bad.result(SOON)
@@ -218,7 +229,7 @@ def test_a_batch_that_fails_is_told_to_its_callers_alone(stage: int) -> None:
 
 
 def test_eta_falls_under_load_to_its_least_and_is_told(gated: FakeEngine) -> None:
-    scheduler = Scheduler(gated, 0.9, coarse=StageOptions(1, 0.0), least_eta=0.2, target_wait=0.02)
+    scheduler = Scheduler(gated, 0.9, Queues(coarse_batch=1, coarse_wait=0, least_eta=0.2, target_wait=20))
     first, late = scheduler.submit(images(EASY[:2]))
     assert gated.begun.wait(SOON)
     threading.Event().wait(0.05)  # more than twice the target
@@ -228,12 +239,12 @@ def test_eta_falls_under_load_to_its_least_and_is_told(gated: FakeEngine) -> Non
 
 
 def test_eta_stays_without_a_least_one(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, ETA, target_wait=1e-9)
+    scheduler = Scheduler(engine, ETA, Queues(target_wait=1e-6))
     assert scheduler.submit(images([1]))[0].result(SOON).eta == ETA
 
 
 def test_eta_follows_a_budget_whatever_comes_and_stays_within_its_bounds(engine: FakeEngine) -> None:
-    scheduler = Scheduler(engine, 0.9, coarse=StageOptions(8, 0.0), fine_share=0.2, least_eta=0.05)
+    scheduler = Scheduler(engine, 0.9, Queues(coarse_batch=8, coarse_wait=0, least_eta=0.05), fine_share=0.2)
     generator = torch.Generator().manual_seed(0)
 
     def answered(numbers: list[int], count: int) -> list[Answer]:
@@ -276,4 +287,4 @@ def test_images_of_another_shape_are_refused(engine: FakeEngine) -> None:
 @pytest.mark.parametrize(("batch", "wait"), [(0, 1.0), (1, -1.0), (1, float("nan"))])
 def test_options_out_of_range_are_refused(batch: int, wait: float) -> None:
     with pytest.raises(CfvitError, match="at least 1 image"):
-        StageOptions(batch, wait)
+        Queues(coarse_batch=batch, coarse_wait=wait)

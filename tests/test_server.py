@@ -34,8 +34,8 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 from cfvit import Prediction, Predictor, eval_transform, load, open_image
-from cfvit.deploy import Settings
-from cfvit.deploy.scheduler import Scheduler, StageOptions
+from cfvit.deploy import Queues, Settings
+from cfvit.deploy.scheduler import Scheduler
 from cfvit.deploy.server import Server, create_app
 from cfvit.plots.explain import explain
 
@@ -105,7 +105,7 @@ def serve(predictor: Predictor, use: Use, queues: dict[str, Any] | None = None, 
     """Runs ``await use(client, service)`` against a server with such settings; its engine is held from then on."""
 
     async def main() -> None:
-        scheduler = Scheduler(predictor.engine, predictor.threshold, **(queues or {}))
+        scheduler = Scheduler(predictor.engine, predictor.threshold, Queues(**(queues or {})))
         app = create_app(predictor, Settings(**{"name": "colours", "time_limit": 600.0, **settings}), scheduler)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=SOON) as client:
@@ -276,7 +276,7 @@ def test_an_answer_says_how_long_its_image_waited_and_was_computed(held: Predict
             spent = image["milliseconds_waiting"] + image["milliseconds_computing"]
             assert spent <= answer["milliseconds"] + 1e-6
 
-    serve(held, use, {"coarse": StageOptions(1, 0.0)})
+    serve(held, use, {"coarse_batch": 1, "coarse_wait": 0})
 
 
 @contextmanager
@@ -518,7 +518,7 @@ def test_a_client_that_leaves_frees_its_place(held: Predictor, photos: list[byte
         assert (await client.post("/predict", content=photos[0])).status_code == 200
         assert held.engine.seen == begun + 1  # pyright: ignore[reportAttributeAccessIssue]
 
-    serve(held, use, {"max_waiting": 3, "coarse": StageOptions(1, 0.0)})
+    serve(held, use, {"max_waiting": 3, "coarse_batch": 1, "coarse_wait": 0})
 
 
 def test_a_request_has_a_time_limit(held: Predictor, photos: list[bytes]) -> None:
@@ -618,7 +618,7 @@ def test_under_load_eta_falls_and_the_answer_tells_so(held: Predictor, photos: l
         assert (await client.get("/stats")).json()["eta_now"] == 0
         assert 'cfvit_eta{which="now"} 0.0' in (await client.get("/metrics")).text
 
-    serve(held, use, {"least_eta": 0.0, "target_wait": 1e-6, "coarse": StageOptions(1, 0.0)})
+    serve(held, use, {"least_eta": 0.0, "target_wait": 1e-3, "coarse_batch": 1, "coarse_wait": 0})
 
 
 def test_an_image_is_explained(client: TestClient, predictor: Predictor, photos: list[bytes], tensors: Tensor) -> None:

@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, PositiveFloat, UInt16
+from cyclopts.types import NonNegativeFloat, UInt16
 
 from cfvit.cli.application import app, eta_text, say
 from cfvit.cli.parameters import (
     DEFAULT_MODEL,
     CalibrationFile,
-    Count,
     Flag,
-    Share,
     Threshold,
     load_model,
     load_predictor,
 )
-from cfvit.deploy import Settings
+from cfvit.deploy import Queues, Settings
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import require_writable
 
@@ -96,14 +94,8 @@ def serve(
     host: str = "127.0.0.1",
     port: UInt16 = 8000,
     name: str | None = None,
-    coarse_batch: Count | None = None,
-    coarse_wait: NonNegativeFloat | None = None,
-    fine_batch: Count | None = None,
-    fine_wait: NonNegativeFloat | None = None,
-    least_eta: Share | None = None,
-    target_wait: PositiveFloat | None = None,
+    queues: Annotated[Queues | None, Parameter(name="*")] = None,
     gmacs: float | None = None,
-    max_waiting: Count = 128,
     notice: NonNegativeFloat = 1,
     api_key: Path | None = None,
     settings: Annotated[Settings | None, Parameter(name="*")] = None,
@@ -117,19 +109,12 @@ def serve(
         host: address to listen on; 0.0.0.0 for all of this machine's
         port: port to listen on
         name: the model's name in addresses; by default that of --model
-        coarse_batch: images in a batch of the coarse stage, at most
-        coarse_wait: milliseconds that an image waits for a full batch, at most
-        fine_batch: images in a batch of the fine stage, at most
-        fine_wait: the same as --coarse-wait, for the fine stage
-        least_eta: under load eta falls to this, for cheaper answers; by default never
-        target_wait: with --least-eta, milliseconds of waiting from which eta falls (default: 500)
         gmacs: budget: eta is lowered as the images need it, so that an image costs this many GMACs on average
-        max_waiting: images, and requests, that may wait; others get status 503
         notice: seconds after SIGTERM in which new requests still get status 503
         api_key: file of a key that clients must send; or put it in CFVIT_API_KEY
     """
     try:
-        from cfvit.deploy.scheduler import Scheduler, StageOptions
+        from cfvit.deploy.scheduler import Scheduler
         from cfvit.deploy.server import create_app
         from cfvit.deploy.server import serve as run
     except ImportError as error:
@@ -144,23 +129,16 @@ def serve(
         raise UsageError(f"--api-key {api_key} cannot be read ({error}): give a text file") from error
     if key == "":
         raise UsageError("the API key is empty: put it into the file, or into CFVIT_API_KEY")
-    if target_wait is not None and least_eta is None:
+    queues = queues or Queues()
+    if queues.target_wait is not None and queues.least_eta is None:
         raise UsageError("--target-wait is when eta begins to fall to --least-eta: give both, or leave it out")
     predictor = load_predictor(model, threshold, calibration)
-    if least_eta is not None and least_eta > predictor.threshold:
-        raise UsageError(f"least eta is {least_eta:g}, and eta {predictor.threshold:g}: give at most that")
+    if queues.least_eta is not None and queues.least_eta > predictor.threshold:
+        raise UsageError(f"least eta is {queues.least_eta:g}, and eta {predictor.threshold:g}: give at most that")
     least, most = predictor.macs.coarse / 1e9, predictor.macs.both / 1e9
     if gmacs is not None and not least <= gmacs <= most:
         raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
-    scheduler = Scheduler(
-        predictor.engine,
-        predictor.threshold,
-        coarse=StageOptions(coarse_batch, None if coarse_wait is None else coarse_wait / 1e3),
-        fine=StageOptions(fine_batch, None if fine_wait is None else fine_wait / 1e3),
-        max_waiting=max_waiting,
-        least_eta=least_eta,
-        target_wait=(target_wait or 500) / 1e3,
-        fine_share=None if gmacs is None else (gmacs - least) / (most - least),
-    )
+    fine_share = None if gmacs is None else (gmacs - least) / (most - least)
+    scheduler = Scheduler(predictor.engine, predictor.threshold, queues, fine_share)
     settings = replace(settings or Settings(), name=name, api_key=key)
     run(create_app(predictor, settings, scheduler), host, port, notice)

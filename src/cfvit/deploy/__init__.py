@@ -7,7 +7,43 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from cyclopts.validators import Number
+
+from cfvit.errors import CfvitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queues:
+    """How images wait for the stages. A batch that is not full begins when its first image has waited long enough.
+
+    By default batches and waits are what suits the device, see `cfvit.deploy.scheduler.DEFAULTS`.
+
+    Attributes:
+        coarse_batch: images in a batch of the coarse stage, at most
+        coarse_wait: milliseconds that an image waits for a full batch, at most
+        fine_batch: images in a batch of the fine stage, at most
+        fine_wait: the same as --coarse-wait, for the fine stage
+        least_eta: under load eta falls to this, for cheaper answers; by default never
+        target_wait: with --least-eta, milliseconds of waiting from which eta falls (default: 500)
+        max_waiting: images, and requests, that may wait; others get status 503
+
+    Raises:
+        CfvitError: an empty batch, or a wait below 0.
+    """
+
+    coarse_batch: PositiveInt | None = None
+    coarse_wait: NonNegativeFloat | None = None
+    fine_batch: PositiveInt | None = None
+    fine_wait: NonNegativeFloat | None = None
+    least_eta: Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))] = None
+    target_wait: PositiveFloat | None = None
+    max_waiting: PositiveInt = 128
+
+    def __post_init__(self) -> None:
+        for batch, wait in ((self.coarse_batch, self.coarse_wait), (self.fine_batch, self.fine_wait)):
+            if (batch is not None and batch < 1) or not (wait is None or wait >= 0):
+                raise CfvitError(f"a batch of {batch} after {wait} ms: give at least 1 image, and 0 ms or more")
 
 
 @dataclass(frozen=True, kw_only=True)

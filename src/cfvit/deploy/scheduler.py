@@ -12,28 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfvit.deploy import Queues
 from cfvit.errors import CfvitError
 from cfvit.inference.engines import Engine
 from cfvit.inference.stream import COARSE, FINE, placed
 from cfvit.modeling.batches import check_images
 from cfvit.modeling.exit import goes_on
 
-
-@dataclass(frozen=True)
-class StageOptions:
-    """How a stage's batches are filled; None for what suits the device, see `DEFAULTS`."""
-
-    batch: int | None = None  # the most images in a batch
-    wait: float | None = None  # a batch that is not full begins when its first image has waited so many seconds
-
-    def __post_init__(self) -> None:
-        if (self.batch is not None and self.batch < 1) or not (self.wait is None or self.wait >= 0):
-            raise CfvitError(f"a batch of {self.batch} after {self.wait} s: give at least 1 image, and 0 s or more")
-
-
-DEFAULTS = {"cpu": ((8, 0.0), (4, 0.0)), "cuda": ((64, 0.005), (64, 0.02))}
-"""Images and seconds of the coarse and of the fine stage, by device; elsewhere as on a GPU. On a CPU large batches gain
-little, and others wait."""
+DEFAULTS = {"cpu": ((8, 0.0), (4, 0.0)), "cuda": ((64, 5.0), (64, 20.0))}
+"""Images and milliseconds of the coarse and of the fine stage, by device; elsewhere as on a GPU. On a CPU large batches
+gain little, and others wait."""
 
 FOLLOWING = 0.005
 """By how much eta falls for an image more than expected that goes on, where it follows a budget."""
@@ -89,12 +77,8 @@ class Scheduler:
     Args:
         engine: runs the stages.
         eta: the confidence at which the coarse answer is given.
-        coarse: how the coarse stage's batches are filled.
-        fine: the same for the fine stage.
-        max_waiting: images that may be without an answer at a time.
-        least_eta: under load eta falls down to this, so that more images get the cheaper answer. None: it never does.
-        target_wait: eta begins to fall when images wait so many seconds for the coarse stage. From there it falls
-            in a straight line, and is at ``least_eta`` when they wait twice as long.
+        queues: how images wait. Once they wait ``target_wait`` for the coarse stage, eta falls in a straight line, and
+            is at ``least_eta`` when they wait twice as long.
         fine_share: a budget: eta follows the images, between ``least_eta`` (or 0) and ``eta``, so that this share of
             them goes on. Whatever the images are, n of them that do not drive eta to a bound miss the share by at most
             ``1 / (FOLLOWING * n)``, as eta is the sum of all misses. None: it does not follow.
@@ -109,25 +93,18 @@ class Scheduler:
     watch: Callable[[int, int, float], None] | None = None
 
     def __init__(
-        self,
-        engine: Engine,
-        eta: float,
-        *,
-        coarse: StageOptions = StageOptions(),
-        fine: StageOptions = StageOptions(),
-        max_waiting: int = 128,
-        least_eta: float | None = None,
-        target_wait: float = 0.5,
-        fine_share: float | None = None,
+        self, engine: Engine, eta: float, queues: Queues | None = None, fine_share: float | None = None
     ) -> None:
-        usual = DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
+        queues, usual = queues or Queues(), DEFAULTS.get(engine.weight.device.type, DEFAULTS["cuda"])
+        given = (queues.coarse_batch, queues.coarse_wait), (queues.fine_batch, queues.fine_wait)
         self.engine = engine
         self.eta = self.eta_now = eta
-        self.options = [
-            (given.batch or batch, wait if given.wait is None else given.wait)
-            for given, (batch, wait) in zip((coarse, fine), usual, strict=True)
+        self.options = [  # images and seconds of each stage
+            (batch or usual_batch, (usual_wait if wait is None else wait) / 1e3)
+            for (batch, wait), (usual_batch, usual_wait) in zip(given, usual, strict=True)
         ]
-        self.max_waiting, self.least_eta, self.target_wait = max_waiting, least_eta, target_wait
+        self.max_waiting, self.least_eta = queues.max_waiting, queues.least_eta
+        self.target_wait = (queues.target_wait or 500) / 1e3
         self.fine_share, self._led = fine_share, eta
         self.waiting, self.draining = 0, False
         self._queues: tuple[dict[_Place, None], dict[_Place, None]] = ({}, {})  # in order, and quick to leave
