@@ -100,6 +100,24 @@ def test_the_run_starts_from_what_the_network_knows(recipe: Recipe, plain: Path)
         torch.testing.assert_close(fine, network.eval()(images), atol=1e-5, rtol=1e-5)
 
 
+def test_labels_go_by_the_names_of_the_classes(
+    recipe: Recipe, plain: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The network keeps the order of its answers, whatever that of the data's folders."""
+    theirs = Path(shutil.copytree(plain.parent, tmp_path / "theirs", ignore=shutil.ignore_patterns("*.pt", "recipe*")))
+    config = json.loads((theirs / "config.json").read_text())
+    config["label_names"] = ["red", "blue", "green"]
+    (theirs / "config.json").write_text(json.dumps(config))
+    weights = load_file(plain)
+    answers = {name: tensor[[2, 0, 1]] for name, tensor in weights.items() if name.startswith("head.")}
+    save_file({**weights, **answers}, theirs / "model.safetensors")
+    labelled = replace(recipe, initial_weights=str(theirs), label_weight=1.0, epochs=1, lr_base=1e-6, initial_share=0.0)
+    figures = train(labelled, tmp_path / "run")
+    assert figures["holdout_coarse_top1"] > 60 and figures["holdout_fine_top1"] > 60, "chance is a third"
+    assert load(tmp_path / "run").class_names == ["red", "blue", "green"]
+    assert not [warning for warning in recwarn if "other classes" in str(warning.message)]
+
+
 def test_the_weights_bring_how_their_images_are_prepared(
     recipe: Recipe, plain: Path, tmp_path: Path, fails: Callable[..., Any]
 ) -> None:

@@ -295,6 +295,11 @@ def is_coarse_to_fine(source: str) -> bool:
     return source != "timm" and isinstance(_read_start(source), CoarseToFineViT)
 
 
+def class_names_of(source: str) -> list[str] | None:
+    """The class names of trained weights, None where they have none. ``source`` is as of `initialise`."""
+    return None if source == "timm" else _read_start(source).class_names
+
+
 def classes_of(source: str, backbone: str) -> tuple[list[str] | None, int]:
     """The class names of trained weights, None where they have none, and how many classes there are.
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from cfvit.checkpoints import classes_of, is_coarse_to_fine, preprocessing_of
+from cfvit.checkpoints import class_names_of, classes_of, is_coarse_to_fine, preprocessing_of
 from cfvit.data import (
     DataSource,
     EvalImages,
@@ -134,6 +134,9 @@ def open_splits(recipe: Recipe) -> Splits:
         raise UsageError("no data: name what to train on with --data")
     if recipe.uses_labels:
         source = open_data(recipe.data[0], "train")
+        known = recipe.initial_weights and class_names_of(recipe.initial_weights)
+        if known and sorted(known) == sorted(source.class_names) and recipe.token_labels is None:
+            source = source.aligned(known)  # label maps have the order of the data
         class_names = source.class_names
     else:
         source = open_images(recipe.data, "train", recipe.seed)
