@@ -30,7 +30,7 @@ from cfvit.data import EvalImages, eval_loader
 from cfvit.errors import CfvitError
 from cfvit.evaluation.calibrate import fine_stages_of
 from cfvit.evaluation.metrics import collect, labelled_images
-from cfvit.evaluation.timing import paired_ratio, threshold_for_share, time_in_turn
+from cfvit.evaluation.timing import paired_ratio, time_in_turn
 from cfvit.inference.engines.packing import accelerate, frozen
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.exit import Exit, goes_on
@@ -147,6 +147,14 @@ def compared(step: Step, made: Calibration, logits: dict[str, Tensor], labels: T
     low, high = stats.bootstrap((points,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
     agreement = 100 * (answers == plain).double().mean()
     return f"{points.mean():+.1f} [{low:+.1f}, {high:+.1f}], {agreement:.1f}%, **{saved(step, on):.1f}%**"
+
+
+def threshold_for_share(confidence: Tensor, fine_share: float) -> float:
+    """The eta at which this share of a batch goes on, to the nearest image, by its confidences ``[B]``."""
+    hard = round(fine_share * len(confidence))
+    if hard in (0, len(confidence)):
+        return float(hard > 0)
+    return confidence.sort().values[hard].item()
 
 
 def timed(

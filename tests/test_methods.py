@@ -47,9 +47,9 @@ def dummy() -> Iterator[str]:
         ) -> MeanColour:
             return MeanColour(config.num_classes, 16)
 
-        def loss(self, running: nn.Module, batch: Batch, split: float) -> Tensor:
+        def loss(self, module: nn.Module, batch: Batch, split: float) -> Tensor:
             assert batch.target is not None
-            return classification_loss(running(batch.images), batch.target)
+            return classification_loss(module(batch.images), batch.target)
 
         def points(self, network: MeanColour) -> dict[str, Callable[[Tensor], Tensor]]:
             return {"colour": network}
