@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from cfvit.errors import UsageError
 from cfvit.methods.base import METHODS, Batch, Method, create_method, register
-from cfvit.modeling.config import ModelConfig
+from cfvit.methods.blocks import classify, embed
+from cfvit.methods.plain import PlainBlocks
+from cfvit.modeling.config import ModelConfig, Objective
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.losses import classification_loss
 from cfvit.training.loop import train
@@ -91,6 +93,19 @@ def test_a_new_method_is_one_class(dummy: str, colours: Path, tmp_path: Path) ->
     loaded = method.load(network, tmp_path / "run")
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_running_a_vit_in_another_way_takes_one_function() -> None:
+    class Shallow(PlainBlocks):
+        name = "shallow"
+
+        def forward(self, network: Any, images: Tensor) -> Tensor:
+            return classify(network, embed(network, images))
+
+    kwargs = {"patch_size": 4, "dynamic_img_size": False}
+    method = Shallow(Objective())
+    network = method.build(ModelConfig(backbone="test_vit", num_classes=3, coarse_grid=2, timm_kwargs=kwargs)).eval()
+    assert method.answers(network, torch.zeros(1, 3, *network.image_size))["shallow"].shape == (1, 3)
 
 
 def test_unknown_methods_are_refused(fails: Callable[..., Any]) -> None:

@@ -34,10 +34,13 @@ def require_plain_vit(backbone: Any) -> None:
         reason = "absolute positions, of the class token as well"
     elif backbone.num_prefix_tokens != 1 or backbone.global_pool != "token":
         reason = "a class token that gives the answer and no other token beside the patches"
-    elif backbone.dynamic_img_size:
-        reason = "images of one size, and this backbone takes any"
     if reason is not None:
         raise UsageError(f"the method is written for {reason}: choose a ViT such as deit_small_patch16_224")
+    if backbone.dynamic_img_size:
+        raise UsageError(
+            "the method is written for images of one size, and this backbone takes any: give "
+            "--timm-kwargs.dynamic-img-size false, or choose a ViT such as deit_small_patch16_224"
+        )
 
 
 def run(

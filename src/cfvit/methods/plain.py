@@ -93,8 +93,9 @@ class PlainBlocks(Plain):
 
     @property
     def point(self) -> str:
-        """What its operating point is called."""
-        return f"keep {self.options.keep_rate:g}"
+        """What its operating point is called: the share of the patches that it keeps, if that is an option of it."""
+        keep = getattr(self.options, "keep_rate", None)
+        return self.name if keep is None else f"keep {keep:g}"
 
     def points(self, network: Any) -> dict[str, Callable[[Tensor], Tensor]]:
         return {self.point: partial(self.forward, network)}
