@@ -448,11 +448,16 @@ def test_print_recipe_is_a_config_that_gives_the_same_recipe(cfvit_main: Cli, tm
 
 
 def test_flags_override_the_config_and_that_the_recipe(cfvit_main: Cli, tmp_path: Path) -> None:
+    """Of fields that hold names with values, name by name; another method has options of its own."""
     config = tmp_path / "recipe.yaml"
-    config.write_text("epochs: 5\nlr_base: 1e-2\n")
-    outcome = cfvit_main("train", "--recipe", "finetune", "--config", config, "--epochs", 9, "--print-recipe")
-    printed = yaml.safe_load("\n".join(outcome.out))
-    assert printed == yaml.safe_load(RECIPES["finetune"].replace({"epochs": 9, "lr_base": 0.01}).to_yaml())
+    config.write_text(
+        "epochs: 5\nlr_base: 1e-2\nmethod: evit\nmethod_options: {keep_rate: 0.5}\ntimm_kwargs: {depth: 3}\n"
+    )
+    flags = ("--epochs", 9, "--timm-kwargs.patch-size", 8, "--method", "tome", "--method-options.merged", 4)
+    outcome = cfvit_main("train", "--recipe", "finetune", "--config", config, *flags, "--print-recipe")
+    changes = {"epochs": 9, "lr_base": 0.01, "timm_kwargs": {"depth": 3, "patch_size": 8}}
+    expected = RECIPES["finetune"].replace({**changes, "method": "tome", "method_options": {"merged": 4}})
+    assert Recipe(**yaml.safe_load("\n".join(outcome.out))) == expected
 
 
 def test_every_field_of_a_recipe_is_a_flag(cfvit_main: Cli) -> None:

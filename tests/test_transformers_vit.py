@@ -108,7 +108,7 @@ def test_convert_writes_such_a_model_and_says_what_it_is(
     assert (model.config.coarse_grid, model.image_size) == (4, (32, 32))
     expected = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4), "interpolation": "bilinear", "crop_mode": "squash"}
     assert expected.items() <= model.data_config.items()
-    recipe = load_recipe("adapt", tmp_path / "ours" / "recipe.yaml", {})
+    recipe = load_recipe("adapt", tmp_path / "ours" / "recipe.yaml")
     trained = create_method("cf_vit").build(recipe.model_config(3), recipe.initial_weights, model.class_names)
     teacher = create_method("plain").build(recipe.model_config(3), recipe.initial_weights, model.class_names)
     torch.testing.assert_close(teacher.eval()(images), theirs(images).logits, rtol=0, atol=1e-6)

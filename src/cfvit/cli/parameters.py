@@ -96,9 +96,15 @@ Overrides = Annotated[Fields | None, Parameter(name="*", group="Recipe fields")]
 
 
 def read_recipe(name: str, config: Path | None, overrides: Fields | None) -> Recipe:
-    """The recipe of this name, changed by a file and then by the fields that were given as flags."""
-    given = dict(overrides or {})
-    return load_recipe(name, config, given | {key: read_options(given[key]) for key in OPEN_FIELDS if key in given})
+    """The recipe of this name, changed by a file and then by the fields that were given as flags.
+
+    A name of an open field leaves the others of that field as they are; another method has other options.
+    """
+    recipe, given = load_recipe(name, config), dict(overrides or {})
+    for key in (key for key in OPEN_FIELDS if key in given):
+        lost = key == "method_options" and given.get("method", recipe.method) != recipe.method
+        given[key] = ({} if lost else dict(getattr(recipe, key))) | read_options(given[key])
+    return recipe.replace(given)
 
 
 def read_options(words: dict[str, str]) -> dict[str, Any]:

@@ -357,8 +357,8 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def load_recipe(name: str, config: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe ``name``, changed by a YAML file, then by ``overrides``.
+def load_recipe(name: str, config: Path | None = None) -> Recipe:
+    """The recipe ``name``, changed by a YAML file.
 
     Raises:
         UsageError: unknown recipe, unreadable file, unknown field or bad value.
@@ -377,7 +377,7 @@ def load_recipe(name: str, config: Path | None = None, overrides: Mapping[str, A
         if not isinstance(content or {}, dict):
             raise UsageError(f"{config} holds a {type(content).__name__}: write one 'field: value' per line")
         recipe = recipe.replace(content or {})
-    return recipe.replace(overrides or {})
+    return recipe
 
 
 def read_value(text: str) -> Any:
