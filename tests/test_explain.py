@@ -5,14 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import Tensor
 
 from cfvit import CoarseToFineViT, Predictor, load
+from cfvit.modeling.exit import Measure
 from cfvit.modeling.tokens import num_informative, rank_cells
 from cfvit.plots.explain import Explanation, PictureFolder, draw_explanation, explain
 
@@ -74,20 +77,31 @@ def test_the_image_comes_back_without_its_normalisation(model: CoarseToFineViT) 
     np.testing.assert_allclose(explain(model, images, 0.5)[0].image, pixels, atol=1e-6)
 
 
-def test_a_picture_tells_which_stage_answers(explanation: Explanation, tmp_path: Path) -> None:
-    other = Explanation(
-        explanation.image, explanation.attention, explanation.split, explanation.answers, 1 - explanation.stage
-    )
-    for name, each in (("one", explanation), ("other", other)):
-        draw_explanation(each, tmp_path / f"{name}.png")
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+@pytest.mark.parametrize(
+    ("measure", "shown"), [("max_probability", "25.0%"), ("margin", "25.0%"), ("energy", "0.2500")]
+)
+def test_a_picture_tells_which_stage_answers_and_how_sure_both_are(
+    measure: Measure, shown: str, explanation: Explanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda axis, text, **options: titles.append(text))
+    for stage in (0, 1):
+        each = replace(explanation, measure=measure, answers=(("one", 0.25), ("two", 0.25)), stage=stage)
+        draw_explanation(each, tmp_path / "one.png")
+    ends = [title.partition("\n")[2] for title in titles if "stage" in title]
+    assert ends[:2] == [f"one, {shown} (answers)", f"two, {shown} (not used)"]
+    assert ends[2:] == [f"one, {shown} (not used)", f"two, {shown} (answers)"]
 
 
-def test_a_picture_that_cannot_be_written_is_an_error(explanation: Explanation, tmp_path: Path, fails: Fails) -> None:
+def test_a_picture_that_cannot_be_written_is_an_error(
+    model: CoarseToFineViT, explanation: Explanation, tmp_path: Path, fails: Fails
+) -> None:
     file = tmp_path / "file"
     file.write_text("kept")
     with fails("cannot write .*picture.png"):
         draw_explanation(explanation, file / "picture.png")
+    with fails("cannot write .*picture.png"):  # before images are read
+        PictureFolder(file, model, 0.5)
     assert file.read_text() == "kept"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -231,11 +232,12 @@ def _example(seed: int, stage: int) -> Explanation:
 
 
 def test_examples_have_their_stages_label_and_fine_ones_are_veiled(drawn: list[Figure], tmp_path: Path) -> None:
-    coarse, fine = [_example(seed, 0) for seed in range(7)], [_example(seed, 1) for seed in range(7, 9)]
+    coarse = [_example(seed, 0) for seed in range(7)]
+    fine = [replace(_example(seed, 1), measure="energy") for seed in range(7, 9)]  # whose confidence is no percentage
     draw_examples(tmp_path / "examples.png", "what was run", coarse=coarse, fine=fine)
     upper, lower = (list(part.axes) for part in drawn[0].subfigs)
-    assert [axis.get_xlabel() for axis in upper] == [f"coarse $label$ {seed}\n71%" for seed in range(7)]
-    assert [axis.get_xlabel() for axis in lower] == [f"fine $label$ {seed}\n42%" for seed in (7, 8)]
+    assert [axis.get_xlabel() for axis in upper] == [f"coarse $label$ {seed}\n71.0%" for seed in range(7)]
+    assert [axis.get_xlabel() for axis in lower] == [f"fine $label$ {seed}\n0.4200" for seed in (7, 8)]
     assert all((axis.images[0].get_array() == each.image).all() for axis, each in zip(upper, coarse, strict=True))
     for axis, each in zip(lower, fine, strict=True):
         assert (axis.images[0].get_array() == grey_unsplit(each.image, each.split)).all()

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfvit.files import require_writable
 from cfvit.inference.engines import Engine
 from cfvit.inference.engines.pytorch import TorchEngine
-from cfvit.inference.stream import FINE, placed
+from cfvit.inference.stream import COARSE, FINE, placed
 from cfvit.modeling.exit import Measure, goes_on
 from cfvit.modeling.model import CoarseToFineViT
 from cfvit.modeling.tokens import num_informative, rank_cells
@@ -36,6 +37,7 @@ class Explanation:
     # label and confidence (by the model's `Exit`) of the coarse and of the fine stage
     answers: tuple[tuple[str, float], tuple[str, float]]
     stage: int  # the stage whose answer counts, 0 or 1
+    measure: Measure = "max_probability"  # of the confidences
 
 
 @torch.inference_mode()
@@ -66,6 +68,7 @@ def explain(model: CoarseToFineViT | Engine, images: Tensor, threshold: float) -
             split=split[i].reshape(rows, columns).cpu().numpy(),
             answers=(answer(state.logits[i], sure[i]), answer(fine[i], fine_sure[i])),
             stage=int(goes_on(sure[i], threshold)),
+            measure=about.exit.measure,
         )
         for i in range(len(images))
     ]
@@ -81,6 +84,7 @@ class PictureFolder:
 
     def __init__(self, folder: Path, model: CoarseToFineViT | Engine, threshold: float) -> None:
         require_matplotlib()
+        require_writable(folder / "picture.png")
         self.folder, self.model, self.threshold = folder, model, threshold
         self.taken: set[str] = set()
 
@@ -102,14 +106,13 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
     (height, width), (rows, columns) = image.shape[:2], split.shape
     tall, wide = height / rows, width / columns
     extent, white = (0, width, height, 0), {"color": "white", "linewidth": 0.6}
-    answered = explanation.stage == FINE
     with png(path, 9.6, 3.7, dpi=110) as figure:
         coarse, attention, fine = figure.subplots(1, 3)
         for axis in (coarse, attention, fine):
             axis.set(xticks=[], yticks=[])
         half = image.reshape(height // 2, 2, width // 2, 2, 3).mean(axis=(1, 3))  # all that the coarse stage sees
         coarse.imshow(half, extent=extent, interpolation="nearest")
-        _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation.answers[0], not answered)
+        _title(coarse, f"coarse stage, {rows} x {columns} cells", explanation, COARSE)
 
         attention.imshow(image, extent=extent)
         heat = attention.imshow(
@@ -125,21 +128,21 @@ def draw_explanation(explanation: Explanation, path: Path) -> None:
             fine.plot([x + wide / 2] * 2, [y, y + tall], color="white", linewidth=0.4)
             fine.plot([x, x + wide], [y + tall / 2] * 2, color="white", linewidth=0.4)
         title = f"fine stage, {int(split.sum())} of {rows * columns} cells split"
-        _title(fine, title, explanation.answers[1], answered)
+        _title(fine, title, explanation, FINE)
         for axis in (coarse, fine):
             axis.hlines(np.arange(1, rows) * tall, 0, width, **white)
             axis.vlines(np.arange(1, columns) * wide, 0, height, **white)
 
 
-def _title(axis: Axes, stage: str, answer: tuple[str, float], answered: bool) -> None:
-    label, confidence = answer
+def _title(axis: Axes, what: str, explanation: Explanation, stage: int) -> None:
+    label, confidence = explanation.answers[stage]
     short = label if len(label) <= 28 else label[:27] + "…"
-    verdict = "answers" if answered else "not used"
+    sure, answers = shown_confidence(confidence, explanation.measure), explanation.stage == stage
     axis.set_title(
-        f"{stage}\n{short} {confidence:.0%} ({verdict})",
+        f"{what}\n{short}, {sure} ({'answers' if answers else 'not used'})",
         fontsize=10,
-        fontweight="bold" if answered else "normal",
-        color="black" if answered else "dimgray",
+        fontweight="bold" if answers else "normal",
+        color="black" if answers else "dimgray",
     )
 
 

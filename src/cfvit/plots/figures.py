@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cfvit.calibration import Estimate
-from cfvit.plots.explain import Explanation, grey_unsplit
+from cfvit.plots.explain import Explanation, grey_unsplit, shown_confidence
 from cfvit.plots.style import COARSE, FINE, INK, LINE, QUIET, png
 
 if TYPE_CHECKING:
@@ -186,6 +186,7 @@ def draw_curves(
                     lw=1.6,
                     ms=4 if curve.joined and len(curve.cost) > 12 else 6,
                     label=_lines(curve.name, 4.2, 8, 1)[0],
+                    zorder=2 if curve.joined else 3,  # a point that lies on a line is seen
                 )
             axis.set_title(name, loc="left", fontweight="bold")
             axis.set(xlabel=label, ylabel="top-1 accuracy, %")
@@ -285,11 +286,11 @@ def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fi
     """
     across, side = min(6, max(4, len(coarse), len(fine))), 1.55
     sections = (
-        ("Right at the coarse stage", COARSE, [(each.image, each.answers[0]) for each in coarse]),
+        ("Right at the coarse stage", COARSE, [(each.image, each, 0) for each in coarse]),
         (
             "Right at the fine stage, cells that are not split in grey",
             FINE,
-            [(grey_unsplit(each.image, each.split), each.answers[1]) for each in fine],
+            [(grey_unsplit(each.image, each.split), each, 1) for each in fine],
         ),
     )
     rows = [math.ceil(len(examples) / across) for _, _, examples in sections]
@@ -300,12 +301,13 @@ def draw_examples(path: Path, caption: str, *, coarse: Sequence[Explanation], fi
         for part, (title, colour, examples), count in zip(parts, sections, rows, strict=True):
             heading = title if examples else f"{title}: none"
             part.suptitle(heading, x=0.08 / width, ha="left", fontsize=10, color=colour)
-            for place, (image, (label, confidence)) in enumerate(examples, start=1):
+            for place, (image, example, stage) in enumerate(examples, start=1):
                 axis = part.add_subplot(count, across, place)
                 axis.imshow(image)
                 axis.set_anchor("N")
                 _hide_ticks(axis)
-                lines = [*_lines(label, side, 8, 2), f"{confidence:.0%}"]
+                label, confidence = example.answers[stage]
+                lines = [*_lines(label, side, 8, 2), shown_confidence(confidence, example.measure)]
                 axis.set_xlabel("\n".join(lines), fontsize=8)
 
 
