@@ -183,10 +183,10 @@ def test_the_figures_are_those_of_one_image_at_a_time(write: Write, eta: float) 
     assert page.tile("right answers, fine stage for all") == f"{100 * right['fine'] / 60:.1f}%"
     assert page.tile(f"right answers at eta {eta:g}") == f"{100 * right['eta'] / 60:.1f}%"
     assert page.tile("answered at the coarse stage") == f"{100 * exited / 60:.1f}%"
-    assert page.tile("mean cost of an image") == f"{gmacs:.3g} GMACs"
-    assert page.tile("saved of the plain backbone's 5 GMACs") == f"{100 * (1 - gmacs / 5):.1f}%"
+    assert page.tile("mean cost of an image") == f"{gmacs:#.3g} GMACs"
+    assert page.tile("saved of the plain backbone's 5.00 GMACs") == f"{100 * (1 - gmacs / 5):.1f}%"
     costs = page.table("image takes")
-    assert [row[:2] for row in costs.values()] == [["1", str(exited)], ["4", str(60 - exited)]]
+    assert [row[:2] for row in costs.values()] == [["1.00", str(exited)], ["4.00", str(60 - exited)]]
     classes = page.table(*CLASSES)
     count = Counter(collected.labels.tolist())
     assert {name: (row[0], row[2]) for name, row in classes.items()} == {
@@ -306,6 +306,9 @@ def test_a_thousand_classes_make_no_wall(write: Write, make_model: Callable[...,
     assert [len(rows) - 1 for rows in tables] == [20, 20, 10]
     scores = class_scores(answers_at(collected, Exit(), 0.01), 1000)
     shares = sorted(score.exit_share for score in scores)
+    for rows, sign in zip(tables[:2], (-1, 1), strict=True):  # of equal classes those of most images first
+        keys = [(sign * float(row[3][:-1]), sign * float(row[2][:-1]), -int(row[1])) for row in rows[1:]]
+        assert keys == sorted(keys)
     shown = [[row[-1] for row in rows[1:]] for rows in tables]
     assert shown[0] == [f"{100 * share:.0f}%" for share in shares[:-21:-1]]
     assert shown[1] == [f"{100 * share:.0f}%" for share in shares[:20]]

@@ -194,7 +194,7 @@ def write_report(
         chosen=chosen,
         coarse_accuracy=trade.accuracy(0, LEVEL),
         fine_accuracy=trade.accuracy(trade.images, LEVEL),
-        backbone_gmacs=f"{macs.backbone / 1e9:.3g}",
+        backbone_gmacs=f"{macs.backbone / 1e9:#.3g}",
         notes=_notes(model, result, answers, calibration),
         curve=Markup(draw_trade_off(trade, macs, chosen, "curve")),
         sweep=[(eta, trade.operate(eta, macs, LEVEL)) for eta in sorted({*SWEEP, threshold})],
@@ -215,14 +215,18 @@ def write_report(
 
 
 def _classes(scores: list[ClassScore]) -> dict[str, Any]:
-    """Classes for the template: all of a few, the easiest and hardest of many, and what the fine stage gains."""
-    easiest = sorted(scores, key=lambda score: (-score.exit_share, -score.right / score.images))
+    """Classes for the template: all of a few, the easiest and hardest of many, and what the fine stage gains.
+
+    Of equal ones, those of most images come first: they tell most.
+    """
+    easiest = sorted(scores, key=lambda score: (-score.exit_share, -score.right / score.images, -score.images))
     tables, exits = [("Classes by the share of their images that is answered coarsely", easiest)], None
     if len(scores) > 2 * _FEW_CLASSES:
         exits = Markup(draw_exit_shares([score.exit_share for score in easiest], "exits"))
+        hardest = sorted(scores, key=lambda score: (score.exit_share, score.right / score.images, -score.images))
         tables = [
             (f"The {_FEW_CLASSES} easiest classes", easiest[:_FEW_CLASSES]),
-            (f"The {_FEW_CLASSES} hardest classes, hardest first", easiest[: -_FEW_CLASSES - 1 : -1]),
+            (f"The {_FEW_CLASSES} hardest classes, hardest first", hardest[:_FEW_CLASSES]),
         ]
     gaining = sorted((score for score in scores if score.gain > 0), key=lambda score: (-score.gain, -score.images))
     losing = sum(score.gain < 0 for score in scores)
