@@ -732,7 +732,7 @@ def test_a_run_of_classes_that_are_no_unicode_is_opened(rivals: Path) -> None:
     assert open_run(rivals / "evit")[2].class_names == names
 
 
-def test_a_run_of_weights_that_are_no_numbers_or_too_few_is_refused(
+def test_a_run_of_an_unknown_method_or_of_weights_that_are_no_numbers_or_too_few_is_refused(
     rivals: Path, fails: Callable[..., AbstractContextManager[None]]
 ) -> None:
     path = rivals / "dvt" / "model.safetensors"
@@ -743,6 +743,10 @@ def test_a_run_of_weights_that_are_no_numbers_or_too_few_is_refused(
         open_run(path.parent)
     save_file({name: weights[name] for name in others}, path)
     with fails(f"does not fit its recipe: missing {first}"):
+        open_run(path.parent)
+    recipe = rivals / "dvt" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("method: dvt", "method: own"))
+    with fails("dvt is a run that this cfvit does not know: there is no method 'own'"):
         open_run(path.parent)
 
 

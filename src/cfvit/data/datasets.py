@@ -63,8 +63,9 @@ class DataSource:
                 if list(class_names) == [str(index) for index in range(len(class_names))]:
                     raise CfvitError(
                         f"class {name!r} of the data is not among the model's {len(class_names)} classes, which have "
-                        "numbers, as its weights had no names: name them in the order of its answers, by "
-                        "model.class_names and cfvit.save, or before training by label_names (docs/training.md)"
+                        "numbers for names: name the folders alike or, if the model's weights had no names, name "
+                        "them in the order of the model's answers, by model.class_names and cfvit.save, or before "
+                        "training by label_names (docs/training.md)"
                     )
                 raise CfvitError(
                     f"class {name!r} of the data is not among the model's {len(class_names)} classes "

@@ -271,7 +271,7 @@ def _account(conditions: Conditions, **run: str) -> dict[str, str]:
 def _account_of_runs(request: Request, runs: Sequence[Run], conditions: Conditions) -> dict[str, str]:
     """What was run for a study; where and by what code, if that differs from here and now."""
     recipe, named = request.recipe, RECIPES[request.recipe_name].to_dict()
-    skipped = {"data", "val_data", "seed", "eval_interval", "workers", "log_interval", "checkpoint_interval"}
+    skipped = {"data", "val_data", "seed", "epochs", "eval_interval", "workers", "log_interval", "checkpoint_interval"}
     changes = [f"{k} {value}" for k, value in recipe.to_dict().items() if k not in skipped and value != named[k]]
     images = "{train:,} to train on, {holdout:,} held out, {validation:,} to validate on (one is {point:.2g} points)"
     counts = [{**run.record.images, "point": 100 / run.record.images["validation"]} for run in runs[:1]]

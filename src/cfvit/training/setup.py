@@ -212,7 +212,10 @@ def open_run(folder: Path) -> tuple[Recipe, Method, Any]:
             f"{CLASSES_FILE} and weights"
         ) from error
     recipe = load_recipe("deit", folder / RECIPE_FILE)
-    method = create_method(recipe.method, recipe, recipe.method_options)
+    try:
+        method = create_method(recipe.method, recipe, recipe.method_options)
+    except UsageError as error:
+        raise CfvitError(f"{folder} is a run that this cfvit does not know: {error}") from error
     network = method.build(recipe.model_config(len(class_names)), None, class_names)
     if recipe.crop_pct is not None:
         network.data_config["crop_pct"] = recipe.crop_pct
