@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from cfvit.calibration import Estimate, StageLatency
@@ -54,7 +54,7 @@ class Timing:
     @property
     def spread(self) -> float:
         """The interquartile range of the rounds, divided by their median."""
-        return float(stats.iqr(self.totals)) / self.median
+        return float(scipy.stats.iqr(self.totals)) / self.median
 
     @property
     def drift(self) -> float:
@@ -128,7 +128,7 @@ def paired_ratio(reference: Sequence[float], seconds: Sequence[float]) -> Estima
     `FEWEST_ROUNDS` rounds it is from 0 to infinity.
     """
     ratios = np.divide(reference, seconds)
-    interval = stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
+    interval = scipy.stats.quantile_test(ratios, q=1, p=0.5).confidence_interval(0.95)
     ends = (0.0, float("inf")) if np.isnan(interval.low) else (float(interval.low), float(interval.high))
     return Estimate(float(np.median(ratios)), *ends)
 

@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+import scipy
 import torch
-from scipy import stats
 from torch import Tensor
 
 from cfvit.benchmark import EngineName, Plan
@@ -149,7 +149,7 @@ def paired_rows(
 
     def mean(values: Tensor) -> Cell:
         percent = 100 * values.double().numpy()
-        drawn = stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", rng=0)
+        drawn = scipy.stats.bootstrap((percent,), np.mean, n_resamples=2000, method="percentile", rng=0)
         low, high = drawn.confidence_interval
         return Cell(float(percent.mean()), interval=(float(low), float(high)))
 
