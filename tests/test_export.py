@@ -356,6 +356,10 @@ def test_what_cannot_be_exported_is_told(
 ) -> None:
     with fails("splits random cells cannot be exported"):
         export(make_model(selection="random"), tmp_path)
+    coarse_only = make_model()
+    coarse_only.trained = None
+    with fails("fine stage was never trained"):
+        export(coarse_only, tmp_path)
     format: Any = "tensorrt"
     with fails("format is 'tensorrt': give one of onnx, openvino"):
         export(make_model(), tmp_path, format=format)

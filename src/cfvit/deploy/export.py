@@ -83,6 +83,7 @@ def export(
         raise CfvitError(f"format is {format!r}: give one of {', '.join(get_args(Format))}")
     if model.config.selection == "random":
         raise CfvitError("a model that splits random cells cannot be exported: use selection attention or negative")
+    model.require_trained()
     versions = _versions(format, int8 is not None)
     if int8 is not None:
         warn_if_slow()
