@@ -128,7 +128,7 @@ def _in_small(words: Sequence[str]) -> list[str]:
         arguments += ["--weights", "teacher.safetensors", "--workers", "0"]
     elif command == "reproduce":
         arguments = [{"2h": "1s"}.get(word, word) for word in arguments]
-        arguments += [*TINY_BACKBONE, *TINY_TRAINING]
+        arguments += ["--workers", "0"] if "--model" in arguments else [*TINY_BACKBONE, *TINY_TRAINING]
         if "--plain" in arguments:
             arguments[arguments.index("--plain") + 1] = "plain_of_model.safetensors"
             arguments += ["--no-speed"]
