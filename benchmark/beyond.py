@@ -80,7 +80,7 @@ class Step:
 def steps_of(model: CoarseToFineViT) -> list[Step]:
     """The paper's method, a better exit, and that with each fine stage."""
     steps = []
-    for place, config in enumerate((model.config, *fine_stages_of(model, model.config))):
+    for place, config in enumerate((model.config, *fine_stages_of(model))):
         twin = frozen(model)
         twin.config = config
         fine, macs = f"fine {place}", count_macs(twin)
