@@ -144,6 +144,7 @@ def reproduce(
     from cfvit.paper.write import Request, as_json, reproduce, table_of
 
     def show(study: Study, made: StudyResult) -> None:
+        """Prints the rows and notes of a study, or its rows as JSON."""
         if json:
             for row in made.rows:
                 print_json(**as_json(study, row))

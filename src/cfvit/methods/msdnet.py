@@ -144,6 +144,11 @@ class MSDNet(MultiExit):
     network_class: ClassVar[type[Any]] = MultiScaleDenseNet
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        """A network with random weights, for images of the size and preprocessing of the backbone that is named.
+
+        Raises:
+            UsageError: weights were given.
+        """
         if weights is not None:
             raise UsageError(f"{self.name} has no use for weights of a ViT: leave out initial_weights")
         height, width = patch_size(config.backbone, **config.timm_kwargs)
