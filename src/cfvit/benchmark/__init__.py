@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import PositiveFloat, PositiveInt
-from cyclopts.validators import Number
+from cyclopts.types import NormFloat, PositiveFloat, PositiveInt
 
 EngineName = Literal["eager", "torch", "compiled", "onnx", "onnx-int8", "openvino", "openvino-int8"]
 """torch as it is, with packed layers where these are faster, through ``torch.compile``; graphs of `cfvit.export`."""
-
-_several = Parameter(consume_multiple=True, negative="")
 
 
 @dataclass(frozen=True)
@@ -29,9 +26,7 @@ class Plan:
         seconds: about this long for each batch size
     """
 
-    engines: Annotated[tuple[EngineName, ...], _several, Parameter(name="engine")] = ("torch",)
-    shares: Annotated[
-        tuple[Annotated[float, Parameter(validator=Number(gte=0, lte=1))], ...], _several, Parameter(name="fine-share")
-    ] = (0.24, 0.51)
+    engines: Annotated[tuple[EngineName, ...], Parameter(name="engine")] = ("torch",)
+    shares: Annotated[tuple[NormFloat, ...], Parameter(name="fine-share")] = (0.24, 0.51)
     rounds: PositiveInt = 100
     seconds: PositiveFloat = 20  # after the first `cfvit.evaluation.timing.FEWEST_ROUNDS` rounds, which are always made

@@ -14,7 +14,7 @@ import typing
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 import cfvit
 from cfvit.errors import CfvitError, UsageError
@@ -24,6 +24,7 @@ app = App(
     help="Coarse-to-fine vision transformers: easy images at a glance, hard ones re-read where it matters.\n\n"
     "Any command takes --debug, which shows the traceback of an error.",
     version=cfvit.__version__,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
     print_error=False,
     exit_on_error=False,
 )

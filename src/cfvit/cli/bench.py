@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 
 from cfvit.benchmark import Plan
 from cfvit.cli.application import app, print_json, print_table, say
-from cfvit.cli.parameters import DEFAULT_MODEL, Count, Json, several
+from cfvit.cli.parameters import DEFAULT_MODEL, Json
 from cfvit.errors import UsageError
 from cfvit.modeling.config import read_grid
 
@@ -26,7 +27,7 @@ def bench(
     model: str | None = None,
     backbone: str | None = None,
     coarse_grid: str | None = None,
-    batch_sizes: Annotated[tuple[Count, ...], several] = (1, 8, 32),
+    batch_sizes: tuple[PositiveInt, ...] = (1, 8, 32),
     plan: Annotated[Plan | None, Parameter(name="*")] = None,
     peers: bool = True,
     data: str | None = None,

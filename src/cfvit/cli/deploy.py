@@ -14,14 +14,7 @@ from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, UInt16
 
 from cfvit.cli.application import app, eta_text, say
-from cfvit.cli.parameters import (
-    DEFAULT_MODEL,
-    CalibrationFile,
-    Flag,
-    Threshold,
-    load_model,
-    load_predictor,
-)
+from cfvit.cli.parameters import DEFAULT_MODEL, CalibrationFile, Flag, Threshold, load_model, load_predictor
 from cfvit.deploy import Queues, Settings
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import require_writable

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
+
+from cyclopts.types import NormFloat
 
 from cfvit.cli.application import (
     app,
@@ -16,17 +18,7 @@ from cfvit.cli.application import (
     saving_text,
     say,
 )
-from cfvit.cli.parameters import (
-    DEFAULT_MODEL,
-    BatchSize,
-    CalibrationFile,
-    Json,
-    Share,
-    Workers,
-    is_exported,
-    load_model,
-    several,
-)
+from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, CalibrationFile, Json, Workers, is_exported, load_model
 from cfvit.errors import CfvitError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +36,7 @@ def evaluate(
     against: Path | None = None,
     plain: str | None = None,
     report: Path | None = None,
-    thresholds: Annotated[tuple[Share, ...] | None, several] = None,
+    thresholds: tuple[NormFloat, ...] | None = None,
     json: Json = False,
     batch_size: BatchSize = 64,
     workers: Workers = 2,

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from cyclopts.types import NormFloat
 
 from cfvit.cli.application import app, print_json, print_line, print_table, say
-from cfvit.cli.parameters import Flag, Json, Share, read_options, several
+from cfvit.cli.parameters import Flag, Json, read_options
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import atomic_write
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
@@ -113,7 +114,7 @@ def cost(
     /,
     *,
     coarse_grid: str = "7",
-    fine_share: Annotated[tuple[Share, ...] | None, several] = None,
+    fine_share: tuple[NormFloat, ...] | None = None,
     method: str | None = None,
     method_options: dict[str, str] | None = None,
     json: Json = False,

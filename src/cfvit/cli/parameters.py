@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeInt
-from cyclopts.validators import Number
+from cyclopts.types import NonNegativeInt, NormFloat, PositiveInt
 
 from cfvit.errors import UsageError
 from cfvit.modeling.config import field_help
@@ -19,18 +18,15 @@ if TYPE_CHECKING:
     from cfvit.modeling.model import CoarseToFineViT
 
 DEFAULT_MODEL = "deit_tiny_imagenet"
-Count = Annotated[int, Parameter(validator=Number(gte=1))]
-Share = Annotated[float, Parameter(validator=Number(gte=0, lte=1))]
 Flag = Annotated[bool, Parameter(negative="")]
-several = Parameter(consume_multiple=True, negative="")
 
 Model = Annotated[str, Parameter(help="saved folder, authors' .pth, or a bundled name (see cfvit models)")]
 Threshold = Annotated[
-    Share | None, Parameter(help="eta, the confidence at which the coarse answer is given; by default the model's")
+    NormFloat | None, Parameter(help="eta, the confidence at which the coarse answer is given; by default the model's")
 ]
 CalibrationFile = Annotated[Path | None, Parameter(help="use this calibration.json instead of the model's own eta")]
 Json = Annotated[Flag, Parameter(help="one JSON object per line on stdout, nothing else there")]
-BatchSize = Annotated[Count, Parameter(help="images per batch")]
+BatchSize = Annotated[PositiveInt, Parameter(help="images per batch")]
 Workers = Annotated[NonNegativeInt, Parameter(help="processes that load images")]
 RecipeFile = Annotated[Path | None, Parameter(help="YAML of recipe fields, such as a run's recipe.yaml")]
 
@@ -82,7 +78,7 @@ def _fields_of_a_recipe() -> dict[str, Any]:
     words: dict[str, Any] = {"coarse_grid": str, "data": list[str]} | dict.fromkeys(OPEN_FIELDS, dict[str, str])
     hints = typing.get_type_hints(Recipe) | words
     return {
-        name: Annotated[hints[name], Parameter(help=text, consume_multiple=name == "data", negative_iterable="")]
+        name: Annotated[hints[name], Parameter(help=text)]
         for name, text in field_help(Recipe).items()
         if name not in Recipe.follows
     }

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 
 from cfvit.cli.application import app, eta_text, print_json, print_line, saving_text, say
 from cfvit.cli.parameters import (
     DEFAULT_MODEL,
     BatchSize,
     CalibrationFile,
-    Count,
     Flag,
     Json,
     Model,
@@ -44,14 +44,14 @@ class InFile(TypedDict, total=False):
 
     output: Path
     shard: str
-    part_size: Count
+    part_size: PositiveInt
     ray: str
-    ray_workers: Count
+    ray_workers: PositiveInt
 
 
 @app.command
 def predict(
-    paths: Annotated[list[Path], Parameter(consume_multiple=True)],
+    paths: list[Path],
     /,
     *,
     model: Model = DEFAULT_MODEL,

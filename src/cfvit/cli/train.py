@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from cyclopts.types import PositiveInt
 
 from cfvit.cli.application import app, print_json, print_line, print_table, say
-from cfvit.cli.parameters import BatchSize, Count, Flag, Json, Overrides, RecipeFile, Workers, read_recipe, several
+from cfvit.cli.parameters import BatchSize, Flag, Json, Overrides, RecipeFile, Workers, read_recipe
 from cfvit.errors import UsageError
 from cfvit.paper import Options
 from cfvit.training.recipe import RECIPES
@@ -62,7 +63,7 @@ def token_labels(
     teacher: str,
     out: Path,
     weights: Path | None = None,
-    size: Count = 18,
+    size: PositiveInt = 18,
     batch_size: BatchSize = 32,
     workers: Workers = 2,
     json: Json = False,
@@ -109,7 +110,7 @@ def reproduce(
     recipe: Annotated[str, Parameter(help=f"by which all runs are trained: {', '.join(RECIPES)}")] = "deit",
     config: RecipeFile = None,
     options: Annotated[Options | None, Parameter(name="*")] = None,
-    seeds: Annotated[tuple[int, ...] | None, several] = None,
+    seeds: tuple[int, ...] | None = None,
     budget: str | None = None,
     json: Json = False,
     overrides: Overrides = None,
@@ -167,7 +168,7 @@ def reproduce(
 
 
 @app.command
-def demo(*, out: Path = Path("demo"), epochs: Count | None = None) -> None:
+def demo(*, out: Path = Path("demo"), epochs: PositiveInt | None = None) -> None:
     """Train on handwritten digits, compare with the plain ViT, classify two photos: some minutes on a CPU.
 
     Args:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
-from cyclopts.validators import Number
+from cyclopts.types import NonNegativeFloat, NormFloat, PositiveFloat, PositiveInt
 
 from cfvit.errors import CfvitError
 
@@ -36,7 +35,7 @@ class Queues:
     coarse_wait: NonNegativeFloat | None = None
     fine_batch: PositiveInt | None = None
     fine_wait: NonNegativeFloat | None = None
-    least_eta: Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))] = None
+    least_eta: NormFloat | None = None
     target_wait: PositiveFloat | None = None
     max_waiting: PositiveInt = 128
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +24,6 @@ class Options:
     runs: Path | None = None
     plain: str | None = None
     calibration_data: str | None = None
-    part: Annotated[tuple[Path, ...], Parameter(negative="")] = ()
+    part: tuple[Path, ...] = ()
     out: Path = Path("reproduction")
     speed: bool = True
