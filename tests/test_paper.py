@@ -37,7 +37,7 @@ from cfvit.paper.studies import DEFAULT, RUNS
 from cfvit.paper.write import Request, reproduce
 from cfvit.processes import Process
 from cfvit.training.loop import Stopped, train
-from cfvit.training.recipe import Recipe
+from cfvit.training.recipe import DIGITS, Recipe
 from cfvit.training.setup import open_run
 
 pytestmark = pytest.mark.usefixtures("each_block_gives_its_class_attention")
@@ -618,9 +618,12 @@ def test_a_comparison_that_would_mislead_is_refused(
     reordered = load(colour_model)
     reordered.class_names = reordered.class_names and reordered.class_names[::-1]
     save(reordered, tmp_path / "reordered")
+    trained = Path(shutil.copytree(colour_model, tmp_path / "trained"))
+    (trained / "recipe.yaml").write_text(DIGITS.replace({"data": str(held), "holdout": 0.0}).to_yaml())
     given = {"--model": colour_model, "--plain": plain_weights, "--calibration-data": held, "--data": colours}
     for changes, status, message in (
         ({"--calibration-data": colours}, 1, "33 images to score on are also among those to choose eta on"),
+        ({"--model": trained}, 1, "6 of 6 images are among the training images"),
         ({"--plain": colour_model}, 0, ""),
         ({"--plain": tmp_path / "reordered"}, 1, "class 0 is 'blue' here, 'red' there; give the plain ViT that it was"),
         ({"--part": tmp_path / "greys.txt"}, 2, "greys.txt names 'grey', which is no class of the data"),

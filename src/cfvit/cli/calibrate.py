@@ -12,11 +12,9 @@ from cyclopts import Parameter
 from cfvit.cli.application import app, print_json, print_line, print_table, report_unreadable, say
 from cfvit.cli.parameters import DEFAULT_MODEL, BatchSize, Flag, Json, Model, Workers, load_model
 from cfvit.errors import CfvitError, UsageError
-from cfvit.training.recipe import load_recipe
 
 if TYPE_CHECKING:
     from cfvit.calibration import Calibration, Target
-    from cfvit.data import DataSource
 
 
 def _percent(hint: Any, tokens: Sequence[Any]) -> float:
@@ -126,8 +124,10 @@ def calibrate(
     """
     from cfvit.calibration.calibrated import write_calibration
     from cfvit.checkpoints import save_exit
+    from cfvit.data import open_images
     from cfvit.evaluation.calibrate import calibrate_model, fine_stages_of
     from cfvit.modeling.exit import Exit
+    from cfvit.training.setup import training_images
 
     checked: Any = measure
     try:
@@ -136,6 +136,7 @@ def calibrate(
     except CfvitError as error:  # it was given on the command line
         raise UsageError(str(error)) from error
     path = _calibration_path(model, out)
+    others = None if train_data is None else open_images(train_data, "train")  # without labels, as `adapt` takes them
     network = load_model(model, None)
     calibration, config, unreadable = calibrate_model(
         network,
@@ -148,7 +149,7 @@ def calibrate(
         best=best,
         fine_stages=fine_stages_of(network) if best and out is None else (),
         allow_missing_classes=allow_missing_classes,
-        training=_training_images(model, train_data),
+        training=training_images(model) if others is None else (others, range(len(others))),
     )
     try:
         write_calibration(calibration, path)
@@ -183,34 +184,6 @@ def _calibration_path(model: str, out: Path | None) -> Path:
     path = out or Path(model) / CALIBRATION_FILE
     require_writable(path)
     return path
-
-
-def _training_images(model: str, train_data: str | None) -> tuple[DataSource, Sequence[int]] | None:
-    """What the model was trained on, and which of it; None if that is not known or not there."""
-    from cfvit.data import open_data, open_images, split_holdout
-
-    if train_data is not None:
-        source = open_images(train_data, "train")  # without labels, as `adapt` takes them
-        return source, range(len(source))
-    config = Path(model) / "recipe.yaml"
-    if not config.is_file():
-        return None
-    try:
-        recipe = load_recipe("deit", config)
-    except UsageError as error:
-        raise CfvitError(
-            f"{config} does not tell the training images ({error}): name them with --train-data"
-        ) from error
-    if recipe.uses_labels:
-        if not recipe.data or not Path(recipe.data[0]).exists():
-            return None
-        source = open_data(recipe.data[0], "train")
-    else:
-        try:
-            source = open_images(recipe.data, "train", recipe.seed)
-        except CfvitError:  # one of them is gone
-            return None
-    return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
 
 
 def _print_calibration(calibration: Calibration, as_json: bool) -> None:

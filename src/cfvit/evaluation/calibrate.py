@@ -260,7 +260,7 @@ def refuse_training_images(source: DataSource, training: DataSource, indices: Se
         what = "1 image is" if len(shared) == 1 else f"{len(shared)} of {len(source)} images are"
         raise CfvitError(
             f"{what} among the training images, {source.name(ours)} first, which is {training.name(theirs)} there: "
-            "calibrate on images that the model was not trained on"
+            "give images that the model was not trained on"
         )
 
 

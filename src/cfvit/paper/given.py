@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from timm.data.config import resolve_model_data_config
 from torch import Tensor
 
 from cfvit.checkpoints import CONFIG_FILE, classes_of, load
-from cfvit.data import EvalImages, difference_of_classes, readable_class_names
+from cfvit.data import DataSource, EvalImages, difference_of_classes, readable_class_names
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.evaluation.calibrate import shared_images
+from cfvit.evaluation.calibrate import refuse_training_images, shared_images
 from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import Method, create_method
@@ -28,7 +29,7 @@ from cfvit.paper.runs import Result, score
 from cfvit.paper.studies import COARSE_GRID, DEFAULT, PLAIN
 from cfvit.processes import best_device
 from cfvit.training.recipe import Recipe
-from cfvit.training.setup import CLASSES_FILE, open_run
+from cfvit.training.setup import CLASSES_FILE, open_run, training_images
 
 
 def is_plain_vit(name: str) -> bool:
@@ -62,6 +63,7 @@ class Contestant:
     network: Any
     config: ModelConfig
     untrained: bool = False  # whether its weights are those that its run started from
+    training: tuple[DataSource, Sequence[int]] | None = None  # what it was trained on, and which of it, if known
 
     @property
     def form(self) -> str:
@@ -80,7 +82,8 @@ def contestants_in(folder: Path) -> dict[str, Contestant]:
     for run in sorted(path.parent for path in folder.glob(f"*/{CLASSES_FILE}")):
         recipe, method, network = open_run(run)
         config = recipe.model_config(len(network.class_names))
-        found[f"run {run.name}"] = Contestant(method, network, config, recipe.initial_share == 1)
+        untrained = recipe.initial_share == 1
+        found[f"run {run.name}"] = Contestant(method, network, config, untrained, training_images(run))
     if not found:
         raise CfvitError(f"{folder} has no folder of a run of cfvit train: give the folder that they are in")
     return found
@@ -116,7 +119,7 @@ def compared(
         Results by the run whose place they take, and the class indices of each part by its file's name.
 
     Raises:
-        CfvitError: models or data that do not go together, or images that are in both data sets.
+        CfvitError: models or data that do not go together, images that are in both, or that a rival was trained on.
     """
     first, network = next((name, rival.network) for name, rival in rivals.items())
     every = {**rivals, PLAIN: _plain_beside(plain, first, rivals[first])}
@@ -136,6 +139,9 @@ def compared(
             f"{len(shared)} images to score on are also among those to choose eta on, {sources[0].name(shared[0][0])} "
             "first: give other --calibration-data"
         )
+    for source, rival in product(sources, rivals.values()):
+        if rival.training is not None:
+            refuse_training_images(source, *rival.training)
     fast = {name: accelerate(each.network.eval().to(best_device())) for name, each in every.items()}
 
     def answers(batch: Tensor) -> dict[str, Tensor]:

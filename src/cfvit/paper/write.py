@@ -36,7 +36,7 @@ from cfvit.paper.studies import (
 from cfvit.plots.style import require_matplotlib
 from cfvit.processes import best_device
 from cfvit.training.recipe import RECIPES, Recipe
-from cfvit.training.setup import dtype_of, open_splits, with_preprocessing
+from cfvit.training.setup import dtype_of, open_splits, training_images, with_preprocessing
 
 RUNS_FOLDER, RUNS_FILE = "runs", "runs.csv"
 OF_RUNS = {
@@ -226,7 +226,7 @@ def _of_model(request: Request, studies: Sequence[Study]) -> tuple[Sequence[Stud
         etas = (compare.NEAR_PARITY, *studies[0].etas)
         suited = [replace(studies[0], kind="comparison", etas=etas, variants=variants)]
         network = load(model)
-        rival = Contestant(create_method("cf_vit"), network, network.config)
+        rival = Contestant(create_method("cf_vit"), network, network.config, training=training_images(model))
         results, parts = compared({DEFAULT: rival}, request.plain, request.calibration_data, recipe, request.part)
     shown = results.get(DEFAULT, results.get(COARSE_GRID, []))[0]
     network, images = shown.open()

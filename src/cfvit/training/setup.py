@@ -147,6 +147,33 @@ def open_splits(recipe: Recipe) -> Splits:
     return Splits(source, *split_holdout(source, recipe.holdout, recipe.seed), validation, class_names)
 
 
+def training_images(model: str | Path) -> tuple[DataSource, list[int]] | None:
+    """What a model's folder says that it was trained on, and which of it; None if that is not known or not there.
+
+    Raises:
+        CfvitError: a recipe in the folder that cannot be read.
+    """
+    config = Path(model) / RECIPE_FILE
+    if not config.is_file():
+        return None
+    try:
+        recipe = load_recipe("deit", config)
+    except UsageError as error:
+        raise CfvitError(
+            f"{config} does not tell the training images ({error}): name them with --train-data"
+        ) from error
+    if recipe.uses_labels:
+        if not recipe.data or not Path(recipe.data[0]).exists():
+            return None
+        source = open_data(recipe.data[0], "train")
+    else:
+        try:
+            source = open_images(recipe.data, "train", recipe.seed)
+        except CfvitError:  # one of them is gone
+            return None
+    return source, split_holdout(source, recipe.holdout, recipe.seed)[0]
+
+
 def with_preprocessing(recipe: Recipe) -> Recipe:
     """The recipe with the preprocessing of the weights that the run starts from, where that is not timm's.
 
