@@ -342,6 +342,7 @@ def settings_of(results: Mapping[str, Sequence[Result]], drops: Sequence[float])
         title, label = labels[run]
         label = f"{label} ({run})" if uses[label] > 1 else label
         network, logits = result.open()[0], result.validation.logits
+        title = label if len(logits) > 1 else title  # a curve over the etas of one network, or over networks
         for number, point in enumerate(logits):
             name = label if len(logits) == 1 else f"{label}, always {point}"
             yield Setting(name, run, result, torch.full_like(result.validation.labels, number), title=title)
