@@ -413,6 +413,7 @@ def test_a_recipe_that_a_variant_contradicts_is_a_missing_run(recipe: Recipe, tm
         (["fig5", "--model", "deit_tiny_patch16_224"], 2, "fig5 needs more than a plain ViT"),
         (["fig5", "--model", "nothing"], 1, "no model 'nothing'"),
         (["fig1a", "--model", "local-dir:nothing"], 1, "timm's model local-dir:nothing cannot be had"),
+        (["fig1a", "--model", "resnet18"], 1, "resnet18 is a hierarchy of convolutions"),
         (["table4", "--data", "nowhere"], 1, "no data at nowhere"),
         (["table4", "--seeds", "0", "-1"], 2, "seed -1 is below 0: give numbers from 0"),
         (["table4", "--seeds"], 2, "--seeds has no number: give numbers from 0"),

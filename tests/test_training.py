@@ -820,7 +820,7 @@ def test_loss_that_is_no_number_ends_the_run(
         ({"data": ""}, "no data: name what to train on"),
         ({"optimizer": "adamm"}, "optimizer 'adamm'"),
         ({"auto_augment": "rnd-m9"}, "timm cannot augment so"),
-        ({"backbone": "resnet18", "timm_kwargs": None}, "resnet18"),
+        ({"backbone": "resnet18"}, "^resnet18 is a hierarchy of convolutions"),
         ({"initial_weights": "nowhere"}, "no weights at nowhere"),
         ({"data": "nowhere"}, "no data at nowhere"),
     ],

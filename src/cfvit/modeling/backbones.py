@@ -287,6 +287,8 @@ def _on_meta(name: str, timm_kwargs: _Arguments) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, **timm_kwargs)
     except Exception as error:
+        if timm_kwargs and (reason := _refusal(_on_meta(name, _Arguments()))):
+            raise CfvitError(f"{name} {reason}: {WHAT_WOULD_DO}") from error
         reason = " ".join(str(error).split())[:200]
         given, mend = (f" with {_spelled(timm_kwargs)}", "arguments") if timm_kwargs else ("", "name")
         raise CfvitError(f"timm cannot build {name}{given} ({reason}): change the {mend}") from error

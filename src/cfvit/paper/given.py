@@ -21,6 +21,7 @@ from cfvit.evaluation.metrics import Collected, labelled_images
 from cfvit.inference.engines.packing import accelerate
 from cfvit.methods.base import Method, create_method
 from cfvit.methods.plain import backbone_of
+from cfvit.modeling.backbones import patch_size
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.exit import Exit
 from cfvit.modeling.model import CoarseToFineViT, create_model
@@ -186,16 +187,19 @@ def read_part(path: Path, class_names: Sequence[str]) -> frozenset[int]:
 
 def _plain_vit(name: str) -> CoarseToFineViT:
     """timm's model in a coarse-to-fine one, whose coarse positions are resampled from its own."""
+    architecture, kwargs = name.partition(".")[0], {}
     try:
-        plain: Any = timm.create_model(name, pretrained=True)
-        architecture, kwargs = name.partition(".")[0], {}
         if name.startswith("local-dir:"):
             config = json.loads((Path(name.removeprefix("local-dir:")) / CONFIG_FILE).read_text())
             if not is_of_plain_network(config):
-                raise CfvitError("a coarse-to-fine model; cfvit convert --to timm writes its plain ViT")
+                raise CfvitError(f"{name} is a coarse-to-fine model: cfvit convert --to timm writes its plain ViT")
             ours = ("img_size", "num_classes", "in_chans", "pretrained")  # these follow from other arguments below
             architecture = config["architecture"]
             kwargs = {key: value for key, value in config.get("model_args", {}).items() if key not in ours}
+        patch_size(architecture, **kwargs)  # refuses what is no ViT with a class token, before weights are downloaded
+        plain: Any = timm.create_model(name, pretrained=True)
+    except CfvitError:
+        raise
     except Exception as error:  # timm raises errors of any kind
         raise CfvitError(
             f"timm's model {name} cannot be had ({first_line(error)}): give local-dir:FOLDER of one that is here"
