@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from cfvit.methods.blocks import places_of_reduction
 from cfvit.methods.evit import fuse_inattentive
 
 
+@pytest.mark.parametrize("options", [{}, {"no_embed_class": True, "init_values": 0.1, "qk_norm": True}])  # DeiT-3
 def test_if_all_are_kept_it_is_timms_network(
-    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+    options: dict[str, Any], make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
 ) -> None:
-    model = make_model().requires_grad_(False)
+    model = make_model(**options).requires_grad_(False)
     images = make_images(model, 5)
     method = create_method("evit", options={"keep_rate": 1.0})
+    method.build(model.config)  # is not refused
     torch.testing.assert_close(method.forward(model.backbone, images), model.backbone(images))
 
 

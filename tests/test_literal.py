@@ -13,7 +13,7 @@ from cfvit import CoarseToFineViT, Predictor, count_macs, create_model
 from cfvit.methods.base import create_method
 
 
-@pytest.mark.parametrize("options", [{}, {"coarse_grid": 5, "informative_ratio": 0.3}, {"attention_momentum": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"coarse_grid": 5, "informative_ratio": 0.3}, {"no_embed_class": True}])
 def test_it_answers_as_the_predictor(
     options: dict[str, Any], make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
 ) -> None:

@@ -180,7 +180,6 @@ ON_PLAIN_VITS = [name for name in COMPARATORS if name not in ("cascade", *OF_CON
     [
         ({"backbone": "deit_tiny_distilled_patch16_224"}, "VisionTransformerDistilled"),
         ({"reg_tokens": 2}, "no other token"),
-        ({"class_token": True, "no_embed_class": True}, "absolute positions"),
         ({"dynamic_img_size": True}, "images of one size.*--timm-kwargs.dynamic-img-size false"),
     ],
 )

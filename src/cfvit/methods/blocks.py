@@ -30,8 +30,8 @@ def require_plain_vit(backbone: Any) -> None:
         for block in backbone.blocks
     ):
         reason = "plain attention"
-    elif backbone.pos_embed is None or backbone.no_embed_class:
-        reason = "absolute positions, of the class token as well"
+    elif backbone.pos_embed is None:
+        reason = "absolute positions"
     elif backbone.num_prefix_tokens != 1 or backbone.global_pool != "token":
         reason = "a class token that gives the answer and no other token beside the patches"
     if reason is not None:
