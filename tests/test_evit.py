@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT
 from cfvit.methods.base import create_method
-from cfvit.methods.blocks import places_of_reduction
-from cfvit.methods.evit import fuse_inattentive
+from cfvit.methods.blocks import embed, places_of_reduction
+from cfvit.methods.evit import fuse_inattentive, run_reorganising
 
 
 @pytest.mark.parametrize("options", [{}, {"no_embed_class": True, "init_values": 0.1, "qk_norm": True}])  # DeiT-3
@@ -46,3 +46,11 @@ def test_the_least_attended_are_fused_by_their_attention() -> None:
 
 def test_the_places_are_those_of_the_paper(make_model: Callable[..., CoarseToFineViT]) -> None:
     assert places_of_reduction(make_model(depth=12).backbone) == (3, 6, 9)
+
+
+def test_the_share_that_is_kept_has_no_error_of_binary_fractions(
+    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+) -> None:
+    model = make_model(coarse_grid=5, depth=2).requires_grad_(False)
+    tokens = embed(model.backbone, make_images(model, 1))
+    assert run_reorganising(model.backbone, tokens, 0.55).shape[1] == 1 + 55 + 1

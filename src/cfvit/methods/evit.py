@@ -6,7 +6,6 @@ The authors lower the keep rate from 1 in the first epochs; here it is fixed.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from cfvit.methods.cf_vit import CfViT, build_model
 from cfvit.methods.plain import KeepRate, PlainBlocks
 from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.model import CoarseToFineViT
-from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
+from cfvit.modeling.tokens import class_attention_row, gather_tokens, num_informative, rank_cells
 
 
 @register("evit")
@@ -40,7 +39,7 @@ def run_reorganising(backbone: Any, tokens: Tensor, keep: float) -> Tensor:
         tokens, query, key = blocks.attend(block, tokens)
         if index in places:
             row = class_attention_row(query, key, block.attn.scale, num_prefix_tokens=1)
-            tokens = fuse_inattentive(tokens, row, math.ceil(keep * row.shape[1]))
+            tokens = fuse_inattentive(tokens, row, num_informative(keep, row.shape[1]))
         tokens = blocks.transform(block, tokens)
     return tokens
 

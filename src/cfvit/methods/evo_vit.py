@@ -8,7 +8,6 @@ by the class token's own head, and the class token gives the answer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from cfvit.methods import blocks
 from cfvit.methods.base import Batch, register
 from cfvit.methods.plain import KeepRate, PlainBlocks
 from cfvit.modeling.config import Number, configuration
-from cfvit.modeling.tokens import class_attention_row, gather_tokens, rank_cells
+from cfvit.modeling.tokens import class_attention_row, gather_tokens, num_informative, rank_cells
 
 MOMENTUM = 0.5
 """Of the running average of class attention."""
@@ -62,7 +61,7 @@ class EvoViT(PlainBlocks):
     def forward(self, network: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits by the class token and by the mean patch, ``[B, classes]`` each."""
         tokens, average = blocks.embed(network, images), None
-        count = math.ceil(round(self.options.keep_rate * (tokens.shape[1] - 1), 6))
+        count = num_informative(self.options.keep_rate, tokens.shape[1] - 1)
         for index, block in enumerate(network.blocks):
             if average is None or index < len(network.blocks) // 3 or count == average.shape[1]:
                 tokens, query, key = blocks.attend(block, tokens)
