@@ -225,6 +225,11 @@ def test_costs_are_those_that_the_papers_print(name: str, options: dict[str, Any
     assert abs(macs / 1e9 - float(printed)) < 0.1
 
 
+def test_dvt_needs_three_sizes(config: ModelConfig, fails: Callable[..., Any]) -> None:
+    with fails("a grid of 2x2 patches has no three sizes: give a --coarse-grid above 1", UsageError):
+        create_method("dvt").build(replace(config, coarse_grid=1))
+
+
 def test_msdnets_exits_cost_what_its_authors_print() -> None:
     """Theirs, in millions, count norms and activations besides."""
     method = create_method("msdnet")

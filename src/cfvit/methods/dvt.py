@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfvit.errors import UsageError
 from cfvit.methods import blocks
 from cfvit.methods.base import register
 from cfvit.methods.cascade import resized
@@ -130,6 +131,8 @@ class DVT(MultiExit):
         rows, columns = large.patch_embed.grid_size
         height, width = large.patch_embed.patch_size
         sizes = [(round(rows * share) * height, round(columns * share) * width) for share in SMALLER_GRIDS]
+        if len({*sizes, large.image_size}) <= len(sizes):
+            raise UsageError(f"a grid of {rows}x{columns} patches has no three sizes: give a --coarse-grid above 1")
         return CascadeWithReuse([*(resized(large, config, size, weights is not None) for size in sizes), large])
 
     def is_added(self, name: str) -> bool:
