@@ -571,6 +571,9 @@ def test_cost_of_a_method(cfvit_main: Cli) -> None:
     refused = cfvit_main("cost", "deit_small_patch16_224", "--method", "plain", "--method-options.keep-rate", "0.5")
     assert refused.status == 2
     assert cfvit_main("cost", "deit_small_patch16_224", "--method", "evitt").status == 2
+    several = cfvit_main("cost", "test_vit", "deit_small_patch16_224", "--method", "evit")
+    assert several.out[2:] == ["| deit_small_patch16_224 | EViT | keep 0.7 | 3.03 | 4.60 |"]
+    assert several.err[0].startswith("test_vit is left out: the method is written for")
     for ignored in (["--method-options.keep-rate", "0.5"], ["--method", "cascade", "--fine-share", "0.2"]):
         assert cfvit_main("cost", "deit_small_patch16_224", *ignored).status == 2
 

@@ -171,8 +171,14 @@ def _print_cost_of_method(
     chosen, plain, rows = create_method(method, options=options), create_method("plain"), []
     for name in backbones:
         config = ModelConfig(backbone=name, coarse_grid=grid)
-        with torch.device("meta"):
-            macs, (whole,) = chosen.macs(chosen.build(config)), plain.macs(plain.build(config)).values()
+        try:
+            with torch.device("meta"):
+                macs, (whole,) = chosen.macs(chosen.build(config)), plain.macs(plain.build(config)).values()
+        except UsageError as error:
+            if len(backbones) == 1:
+                raise
+            say(f"{name} is left out: {error}")
+            continue
         points = {point: count / 1e9 for point, count in macs.items()}
         if json:
             most = max(points.values())
