@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cfvit.errors import UsageError
-from cfvit.methods.base import METHODS, Batch, Method, create_method, register
+from cfvit.methods.base import METHODS, Batch, Method, create_method, known_methods, register
 from cfvit.methods.blocks import classify, embed
 from cfvit.methods.plain import PlainBlocks
-from cfvit.modeling.config import ModelConfig, Objective
+from cfvit.modeling.config import ModelConfig, Objective, field_help
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.losses import classification_loss
 from cfvit.training.loop import train
@@ -108,7 +109,8 @@ def test_running_a_vit_in_another_way_takes_one_function() -> None:
     assert method.answers(network, torch.zeros(1, 3, *network.image_size))["shallow"].shape == (1, 3)
 
 
-def test_unknown_methods_are_refused(fails: Callable[..., Any]) -> None:
+def test_unknown_methods_are_refused_and_the_help_names_all(fails: Callable[..., Any]) -> None:
+    assert set(known_methods()) <= set(re.findall(r"\w+", field_help(Recipe)["method"]))
     with fails("there is no method 'cfvit': choose among .*cf_vit.*plain", UsageError):
         create_method("cfvit")
 

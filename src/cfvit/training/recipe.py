@@ -52,7 +52,9 @@ class Recipe(ModelConfig, Objective):
         default=0.05, ge=0, le=0.99, description="share of the training images kept out, to choose eta on"
     )
     method: str = Field(
-        default="cf_vit", description="what is trained: cf_vit, plain (the ViT itself), coarse_only, ..."
+        default="cf_vit",
+        description="what is trained: cf_vit, plain (the ViT itself), coarse_only, literal, or another way to make a "
+        "ViT cheaper: cascade, cf_evit, dvt, dynamicvit, evit, evo_vit, ia_red2, msdnet, ps_vit, ranet, sit, tome",
     )
     method_options: Annotated[Mapping[str, Any], BeforeValidator(lambda value: value or {})] = Field(
         default_factory=dict,
