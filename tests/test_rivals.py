@@ -18,9 +18,11 @@ from cfvit.data import open_data
 from cfvit.errors import UsageError
 from cfvit.evaluation.metrics import evaluate_method
 from cfvit.methods.base import Batch, create_method
-from cfvit.methods.blocks import attend, attend_kept, embed, run
+from cfvit.methods.blocks import attend, attend_kept, embed, project, run
+from cfvit.methods.dvt import RelationReuse
+from cfvit.methods.dynamicvit import KeepPredictor
 from cfvit.methods.evo_vit import evolve
-from cfvit.methods.ia_red2 import reward
+from cfvit.methods.ia_red2 import Interpreter, reward
 from cfvit.methods.ps_vit import impact
 from cfvit.methods.sit import Mixtures
 from cfvit.modeling.config import ModelConfig, Objective
@@ -358,6 +360,14 @@ class ByPlace(nn.Module):
         return torch.stack([scores, -scores], dim=-1).expand(len(patches), -1, -1)
 
 
+def test_dynamicvits_predictor_sees_a_patch_and_the_mean_of_those_that_are_kept() -> None:
+    torch.manual_seed(0)
+    patches, kept = torch.randn(1, 6, 8), torch.tensor([[1.0, 1, 0, 1, 0, 0]])
+    predict = KeepPredictor(8)
+    torch.testing.assert_close(predict(patches, kept)[:, [0, 1, 3]], predict(patches[:, [0, 1, 3]], torch.ones(1, 3)))
+    assert not torch.allclose(predict(patches, kept)[:, 0], predict(patches[:, :1], torch.ones(1, 1))[:, 0])
+
+
 def test_dynamicvit_keeps_the_patches_of_highest_score(
     build: Callable[..., Any], make_images: Callable[..., Tensor]
 ) -> None:
@@ -385,7 +395,10 @@ def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_d
     torch.testing.assert_close(logits, network(images), rtol=1e-5, atol=1e-5)
     vit = network.backbone
     distance = (tokens - vit.forward_features(images))[:, -8:].square().mean()  # of the patches that are kept
-    torch.testing.assert_close(imitation, 0.5 * distance + 0.5 * distillation_loss(logits, vit(images)))
+    expected = 0.5 * distance + 0.5 * distillation_loss(logits, vit(images))
+    torch.testing.assert_close(imitation, expected)
+    network.shares = dict.fromkeys(network.shares, 0.25)  # wanted, where 0.5, 0.25 and 0.125 are kept
+    torch.testing.assert_close(method.training_module(network)(images)[1], expected + 2 * (0.25**2 + 0.125**2) / 3)
 
 
 def test_evo_vit_moves_all_that_bypass_a_block_alike(build: Callable[..., Any]) -> None:
@@ -399,6 +412,20 @@ def test_evo_vit_moves_all_that_bypass_a_block_alike(build: Callable[..., Any]) 
     torch.testing.assert_close(after[:, :4], alone[:, :4], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(after[0, 4:] - tokens[0, fast], (alone[0, 4] - representative).expand(3, -1))
     assert attention[0, 3:].tolist() == average[0, [0, 4, 2]].tolist()
+    query, key, _ = project(block.attn, block.norm1(torch.cat([tokens[0, [0, *slow]], representative[None]])[None]))
+    row = (query[:, :, :1] * block.attn.scale @ key.transpose(-2, -1)).softmax(dim=-1).mean(dim=1)[0, 0, 1:4]
+    torch.testing.assert_close(attention[0, :3], 0.5 * average[0, [1, 3, 5]] + 0.5 * row)
+
+
+def test_evo_vit_learns_by_the_class_token_and_by_the_mean_patch(
+    build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    method, vit = build("evo_vit", keep_rate=1.0)
+    batch = Batch(make_images(vit, 2), torch.tensor([1, 2]))
+    tokens = vit.forward_features(batch.images)
+    answers = vit.head(tokens[:, 0]), vit.head(tokens[:, 1:].mean(dim=1))
+    expected = torch.stack([method.answer_loss(answer, batch) for answer in answers]).mean()
+    torch.testing.assert_close(method.loss(method.training_module(vit), batch, 1.0), expected)
 
 
 def test_sits_new_tokens_are_means_of_old_ones() -> None:
@@ -411,6 +438,27 @@ def test_sits_new_tokens_are_means_of_old_ones() -> None:
     tokens = torch.randn(2, 9, 8)
     assert (mixtures(tokens) <= tokens.amax(dim=1, keepdim=True) + 1e-6).all()
     assert (mixtures(tokens) >= tokens.amin(dim=1, keepdim=True) - 1e-6).all()
+
+
+def test_sit_learns_from_each_layer_of_the_unslimmed_network(
+    build: Callable[..., Any], make_images: Callable[..., Tensor]
+) -> None:
+    method, network = build("sit")
+    nn.init.constant_(network.slim[0].scale, 0.0)  # all its tokens become the mean
+    images, vit = make_images(network, 2), network.backbone
+    own, wanted, distances = embed(vit, images), embed(vit, images), []
+    for index, block in enumerate(vit.blocks):
+        if index >= 2:  # stages begin at blocks 2, 3 and 4 of five
+            own = torch.cat([own[:, :1], network.slim[index - 2](own[:, 1:])], dim=1)
+        if index == 2:
+            torch.testing.assert_close(own[:, 1:], wanted[:, 1:].mean(dim=1, keepdim=True).expand(-1, 32, -1))
+        own, wanted = block(own), block(wanted)
+        a, b = (vit.norm(tokens) if index == 4 else tokens for tokens in (own, wanted))
+        a = network.restore[index - 2](a[:, 1:]) if index >= 2 else a[:, 1:]
+        distances.append((a - b[:, 1:]).square().mean())
+    _, imitation = method.training_module(network)(images)
+    divergence = distillation_loss(vit.forward_head(vit.norm(own)), vit(images))
+    torch.testing.assert_close(imitation, 2 * torch.stack(distances).mean() + 2 * divergence)
 
 
 def test_sit_has_fewer_tokens_from_stage_to_stage(make_model: Callable[..., CoarseToFineViT]) -> None:
@@ -522,6 +570,23 @@ def test_ia_red2_rewards_right_answers_from_few_patches() -> None:
     assert reward(logits, shares, answer, 3.0).tolist() == [0.75, 0.0, -3.0]
 
 
+def test_ia_red2_learns_by_reward_above_that_of_its_likeliest_decisions() -> None:
+    method, logits, answer = create_method("ia_red2"), torch.tensor([[2.0, 1], [2, 1]]), torch.tensor([0, 1])
+    log_probability, drawn, greedy = torch.tensor([-1.0, -2]), torch.full((2, 3), 0.5), torch.ones(2, 3)
+    loss = method.loss(lambda images: (logits, drawn, log_probability, logits, greedy), Batch(logits, answer), 1.0)
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(logits, answer) + 0.75 * 1 / 2)  # both wrong: nothing
+
+
+def test_ia_red2_scores_by_the_mean_of_the_heads() -> None:
+    interpreter = Interpreter(4, 2)
+    nn.init.zeros_(interpreter.query.weight)
+    with torch.no_grad():
+        interpreter.query.bias.copy_(torch.tensor([1e4, 1e4, -3e4, -3e4]))
+        interpreter.key.weight.zero_()
+        interpreter.key.bias.fill_(1.0)
+    assert interpreter(torch.randn(1, 1, 4)).item() == 0.5, "one head is sure to keep it, the other to drop it"
+
+
 def test_dvts_exits_are_its_networks_until_reuse_is_learnt(
     build: Callable[..., Any], config: ModelConfig, make_images: Callable[..., Tensor], tmp_path: Path
 ) -> None:
@@ -533,10 +598,35 @@ def test_dvts_exits_are_its_networks_until_reuse_is_learnt(
     first, _, last = method.answers(network, images).values()
     torch.testing.assert_close(last, plain(images), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(first, network.vits[0](coarse_image(images)))
+    for vit in network.vits[1:]:
+        vit.blocks[0].mlp.fc1.weight[:, -48:] = 0.1
+    with_features = method.answers(network, images)["8x8"]
+    assert (with_features - last).abs().max() > 1e-3
     for relation in network.relations:
         nn.init.normal_(relation.last.weight, std=0.1)
-    assert (method.answers(network, images)["8x8"] - last).abs().max() > 1e-3
+    assert (method.answers(network, images)["8x8"] - with_features).abs().max() > 1e-3
     torch.testing.assert_close(method.answers(network, images)["4x4"], first)
+
+
+def test_dvt_hands_on_the_attention_of_all_blocks_by_query_and_key(
+    config: ModelConfig, make_images: Callable[..., Tensor]
+) -> None:
+    network = create_method("dvt").build(config).eval().requires_grad_(False)
+    images = make_images(network, 1)
+    _, relations = network.stage(0, images, None).features
+    vit = network.vits[0]
+    query, key, _ = project(vit.blocks[0].attn, vit.blocks[0].norm1(embed(vit, coarse_image(images))))
+    torch.testing.assert_close(relations[:, :3], query * vit.blocks[0].attn.scale @ key.transpose(-2, -1))
+    assert (relations[:, 3:].flatten(2).std(dim=2) > 0).all()
+    reuse = RelationReuse(1).requires_grad_(False)
+    for linear in (reuse.first, reuse.last):
+        nn.init.ones_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    by_query = 10 + torch.arange(5.0)[:, None].expand(5, 5)  # where GELU does nothing
+    made = reuse(by_query[None, None], (2, 2), (3, 3))[0, 0]
+    torch.testing.assert_close(
+        made, torch.tensor([10, 11, 11.5, 12, 12, 12.5, 13, 13, 13.5, 14])[:, None].expand(10, 10)
+    )
 
 
 def test_dvt_exits_by_confidence(config: ModelConfig, make_images: Callable[..., Tensor]) -> None:
