@@ -821,6 +821,8 @@ def test_loss_that_is_no_number_ends_the_run(
         ({"optimizer": "adamm"}, "optimizer 'adamm'"),
         ({"auto_augment": "rnd-m9"}, "timm cannot augment so"),
         ({"backbone": "resnet18"}, "^resnet18 is a hierarchy of convolutions"),
+        ({"method": "plain", "informative_ratio": 0.3}, "informative_ratio is 0.3, without effect with --method plain"),
+        ({"method": "cascade", "selection": "random"}, "selection is 'random', .*: leave it at 'attention'"),
         ({"initial_weights": "nowhere"}, "no weights at nowhere"),
         ({"data": "nowhere"}, "no data at nowhere"),
     ],

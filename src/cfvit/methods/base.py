@@ -102,6 +102,8 @@ class Method(ABC):
     engines: ClassVar[tuple[Any, ...] | None] = None
     """The only engines that its speed is measured in; None for any."""
     options_class: ClassVar[type[Any]] = Options
+    ignored: ClassVar[frozenset[str]] = ModelConfig.of_fine_stage
+    """Fields of the model's configuration that have no effect with it."""
 
     def __init__(self, objective: Objective, options: Mapping[str, Any] | None = None) -> None:
         self.objective = objective

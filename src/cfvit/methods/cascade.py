@@ -85,6 +85,7 @@ class Cascade(CfViT):
     """Both networks learn from the labels, side by side; an image exits by the small network's confidence."""
 
     title = "cascade of two ViTs"
+    ignored = ModelConfig.of_fine_stage
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         """Two plain ViTs, the small one for images of half the side; both start from the same trained weights."""

@@ -39,6 +39,7 @@ class CfViT(Method):
     """Both stages are trained, scored and saved (Chen et al., AAAI 2023)."""
 
     title = "CF-ViT"
+    ignored = frozenset()
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
         return build_model(config, weights, class_names)

@@ -72,6 +72,7 @@ class CfEViT(CfViT):
     """Trained, scored and exited as CF-ViT; its folder is its own, as `cfvit.load` would leave the reduction out."""
 
     title = "CF-ViT with EViT"
+    ignored = frozenset({"fine_merged"})
     options_class = KeepRate
     save, load = Method.save, Method.load
 

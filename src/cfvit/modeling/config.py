@@ -147,6 +147,11 @@ class ModelConfig:
     reserved: ClassVar[frozenset[str]] = frozenset({"img_size", "num_classes", "pretrained", "in_chans"})
     """Arguments of timm's that follow from other fields."""
 
+    of_fine_stage: ClassVar[frozenset[str]] = frozenset(
+        {"informative_ratio", "attention_momentum", "selection", "feature_reuse", "fine_merged"}
+    )
+    """Fields that say how the fine stage reads an image; the coarse stage answers alike whatever they are."""
+
     def __post_init__(self) -> None:
         taken = ", ".join(sorted(self.reserved & set(self.timm_kwargs)))
         if taken == "in_chans":

@@ -25,6 +25,7 @@ PAPERS_MODEL: Mapping[str, Any] = {
     "attention_momentum": 0.99,
     "selection": "attention",
     "feature_reuse": "mlp",
+    "fine_merged": 0,
     "method": "cf_vit",
 }
 PAPERS_LOSS: Mapping[str, Any] = {"coarse_label_weight": 0.0, "coarse_fine_weight": 1.0}

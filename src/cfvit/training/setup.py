@@ -197,6 +197,9 @@ def prepare(recipe: Recipe, process: Process) -> tuple[RunImages, Any]:
     splits = open_splits(recipe)
     torch.manual_seed(recipe.seed)
     method = create_method(recipe.method, recipe, recipe.method_options)
+    for name in sorted(method.ignored):
+        if (given := getattr(recipe, name)) != (usual := getattr(Recipe(), name)):
+            raise UsageError(f"{name} is {given!r}, without effect with --method {method.name}: leave it at {usual!r}")
     config = recipe.model_config(len(splits.class_names))
     model = method.build(config, recipe.initial_weights, splits.class_names)
     model.class_names = splits.class_names
