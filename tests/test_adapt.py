@@ -241,6 +241,24 @@ def test_a_run_of_any_method_is_opened_from_its_folder(
         assert lines[0]["gmacs"] <= lines[-1]["gmacs"] <= lines[-2]["gmacs"]
 
 
+def test_what_a_method_adds_learns_alone_at_first_and_by_a_rate_of_its_own(
+    recipe: Recipe, tmp_path: Path, fails: Callable[..., Any]
+) -> None:
+    one_size = {**recipe.timm_kwargs, "dynamic_img_size": False}
+    apart = replace(recipe, method="dynamicvit", epochs=2, added_lr_scale=10.0, timm_kwargs=one_size)
+    begun = prepare(apart, CPU)[1].state_dict()
+    for alone in (2, 1):  # of two epochs
+        train(replace(apart, added_only_epochs=alone), tmp_path / f"{alone}")
+        checkpoint = torch.load(tmp_path / f"{alone}" / "checkpoint.pt")
+        for name, tensor in checkpoint["model"].items():
+            learns = name.startswith("predictors.") or alone == 1
+            assert torch.equal(tensor, begun[name]) != learns, name
+    rates = {group["added"]: group["lr"] for group in checkpoint["optimizer"]["param_groups"]}
+    assert rates[True] == pytest.approx(10 * rates[False])
+    with fails("cf_vit adds no weights to the ViT: leave out added_lr_scale", UsageError):
+        train(replace(recipe, added_lr_scale=10.0), tmp_path / "none")
+
+
 def test_a_share_of_random_weights_is_refused(recipe: Recipe, fails: Callable[..., Any]) -> None:
     labelled = replace(recipe, label_weight=1.0, fine_teacher_weight=0.0, coarse_teacher_weight=0.0)
     lost = replace(labelled, initial_weights=None, initial_share=0.3)

@@ -342,6 +342,8 @@ def test_dropped_tokens_are_as_if_they_were_not_there_and_their_decisions_have_g
     masked = attend_kept(block, tokens, kept)
     there = kept[0] > 0
     torch.testing.assert_close(masked[:, there], attend(block, tokens[:, there])[0], rtol=1e-5, atol=1e-5)
+    itself_too = attend(block, tokens[:, [0, 1, 3, 6, 7, 2]])[0]
+    torch.testing.assert_close(masked[:, 2], itself_too[:, -1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(attend_kept(block, tokens, torch.ones(2, 9)), attend(block, tokens)[0])
     (gradient,) = torch.autograd.grad(masked[:, there].square().sum(), kept)
     assert (gradient[:, ~there] != 0).all()
@@ -397,6 +399,9 @@ def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_d
     distance = (tokens - vit.forward_features(images))[:, -8:].square().mean()  # of the patches that are kept
     expected = 0.5 * distance + 0.5 * distillation_loss(logits, vit(images))
     torch.testing.assert_close(imitation, expected)
+    network.predictors[2] = ByPlace(1.0)  # what is dropped does not come back
+    assert network.decide(images)[1].tolist() == [[0.0] * 48 + [1.0] * 16] * 2
+    network.predictors[2] = ByPlace(0.125)
     network.shares = dict.fromkeys(network.shares, 0.25)  # wanted, where 0.5, 0.25 and 0.125 are kept
     torch.testing.assert_close(method.training_module(network)(images)[1], expected + 2 * (0.25**2 + 0.125**2) / 3)
 

@@ -1,8 +1,9 @@
 """DynamicViT: three predictors decide which patches go on.
 
 Rao et al., "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification", NeurIPS 2021; as described,
-not by its code. The paper trains the predictors with a hundred times the learning rate of the backbone, which it
-freezes for five epochs; here one rate and one schedule hold for all, as for every method of this harness.
+not by its code. The paper trains for 30 epochs, the predictors with a hundred times the learning rate of the backbone,
+which it freezes for five: ``--added-lr-scale 100 --added-only-epochs 5``. By default one rate holds for all weights, as
+for every method of this harness.
 """
 
 from __future__ import annotations

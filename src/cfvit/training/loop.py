@@ -240,6 +240,9 @@ class _Run:
             batches = iter(loader)
             ratio = 1.0 if epoch < all_cells_epochs else recipe.informative_ratio
             place = f"epoch {epoch + 1}/{recipe.epochs}"
+            for group in state.optimizer.param_groups:
+                if not group.get("added", True):
+                    group["lr_scale"] = float(epoch >= recipe.added_only_epochs)
             reporter.start(place, "step", steps, done)
             pace.start(ratio)
             for _ in range(done, steps):

@@ -83,6 +83,10 @@ class Recipe(ModelConfig, Objective):
     min_lr: NotNegative = Field(default=1e-5, description="learning rate at the end")
     warmup_lr: NotNegative = Field(default=1e-6, description="learning rate at the start of the warm-up")
     warmup_epochs: NotNegative = Field(default=5.0, description="epochs of linear warm-up")
+    added_lr_scale: NotNegative = Field(
+        default=1.0, description="learning rate of weights that a method adds to the ViT, as a multiple of the others'"
+    )
+    added_only_epochs: int = Field(default=0, ge=0, description="epochs, the first ones, in which only those learn")
     weight_decay: NotNegative = Field(
         default=0.05, description="weight decay; none on positions, class token, norms and biases"
     )

@@ -305,6 +305,16 @@ def assemble(recipe: Recipe, model: Any, num_images: int, process: Process) -> T
     network: Any = accelerate_training(method.training_module(model))
     images_per_step = recipe.batch_size * recipe.accumulate * process.world
     optimizer = create_optimizer(recipe, model, recipe.lr_base * images_per_step / recipe.lr_base_size)
+    if recipe.added_lr_scale != 1 or recipe.added_only_epochs:
+        added = {weight for name, weight in model.named_parameters() if method.is_added(name)}
+        if not added:
+            raise UsageError(f"{recipe.method} adds no weights to the ViT: leave out added_lr_scale, added_only_epochs")
+        optimizer.param_groups[:] = [
+            {**group, "params": weights, "added": apart, "lr_scale": recipe.added_lr_scale if apart else 1.0}
+            for group in optimizer.param_groups
+            for apart in (False, True)
+            if (weights := [weight for weight in group["params"] if (weight in added) == apart])
+        ]
     scheduler, _ = create_scheduler_v2(
         optimizer,
         "cosine",
