@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and finding out beforehand whether it can be written; texts by templates."""
+"""Writing a file whole or not at all, and whether it can be written; texts by templates, and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +84,9 @@ def fill_template(path: str, /, filters: Mapping[str, Callable[..., str]] | None
     )
     environment.filters |= filters or {}
     return environment.get_template(file).render(**values)
+
+
+def markdown_table(columns: Collection[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown. What divides its cells is escaped within them."""
+    every = (columns, ["---"] * len(columns), *rows)
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in every]

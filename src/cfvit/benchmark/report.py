@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cfvit.benchmark.contenders import BACKBONE, BOTH_STAGES, NEAR, OWN, PREDICT
 from cfvit.benchmark.measure import CANNOT_BE_TOLD, Batch, Row
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
-from cfvit.files import atomic_write
+from cfvit.files import atomic_write, markdown_table
 from cfvit.plots.figures import SpeedBar, draw_speed
 
 PEERS_TITLE = "The predictor beside its peers"
@@ -202,17 +202,13 @@ def to_markdown(bench: Bench) -> str:
     lines += [f"- {text[0].upper()}{text[1:]}." for text in bench.sentences]
     for batch in bench.measured:
         title = heading(batch)
-        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *_markdown_table(COLUMNS, map(cells, batch.rows))]
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", *markdown_table(COLUMNS, map(cells, batch.rows))]
         if beside := peers_comparison(batch):
-            lines += ["", f"### {PEERS_TITLE}", "", *_markdown_table(PEERS_COLUMNS, beside)]
+            lines += ["", f"### {PEERS_TITLE}", "", *markdown_table(PEERS_COLUMNS, beside)]
     if paper := papers_comparison(bench):
         lines += ["", f"## Beside the paper's A100, batch size {bench.largest.batch_size} here", ""]
-        lines += _markdown_table(PAPERS_COLUMNS, paper)
+        lines += markdown_table(PAPERS_COLUMNS, paper)
     return "\n".join(lines) + "\n"
-
-
-def _markdown_table(columns: Collection[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def write_report(bench: Bench, folder: Path) -> None:

@@ -166,7 +166,7 @@ def _check_drift(name: str, data: str, against: Path, batch_size: int, workers: 
     from cfvit.calibration import check_drift
     from cfvit.calibration.calibrated import read_calibration
     from cfvit.checkpoints import warn_of_other_weights
-    from cfvit.data import open_images
+    from cfvit.data import EvalImages, open_images
     from cfvit.evaluation.metrics import collect_with_progress
     from cfvit.inference.engines.packing import accelerate
     from cfvit.processes import join_processes
@@ -175,8 +175,9 @@ def _check_drift(name: str, data: str, against: Path, batch_size: int, workers: 
     source = open_images(data)
     with join_processes() as process:
         coarse = accelerate(network.eval().to(process.device)).coarse
+        images = EvalImages(source, network.data_config, rank=process.rank, world=process.world)
         collected, unreadable = collect_with_progress(
-            lambda images: {"coarse": coarse(images).logits}, network.data_config, source, batch_size, workers, process
+            lambda batch: {"coarse": coarse(batch).logits}, images, batch_size, workers, process
         )
         drift = check_drift(before, collected.logits["coarse"])
         if not process.leads:

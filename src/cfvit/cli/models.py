@@ -11,7 +11,7 @@ from cyclopts.types import NormFloat
 from cfvit.cli.application import app, print_json, print_line, print_table, say
 from cfvit.cli.parameters import Flag, Json, read_options
 from cfvit.errors import CfvitError, UsageError
-from cfvit.files import atomic_write
+from cfvit.files import atomic_write, markdown_table
 from cfvit.modeling.config import Grid, ModelConfig, read_grid
 
 COSTED_BACKBONES = (
@@ -158,7 +158,8 @@ def cost(
             print_json(backbone=name, pixels=model.image_size, parameters=parameters, macs=figures)
         rows.append([name, size, f"{parameters / 1e6:.1f}", *(f"{cost / 1e9:.2f}" for cost in costs)])
     if not json:
-        _print_markdown(columns, rows)
+        for line in markdown_table(columns, rows):
+            print_line(line)
 
 
 def _print_cost_of_method(
@@ -186,9 +187,6 @@ def _print_cost_of_method(
         for point, gmacs in points.items():
             rows.append([name, chosen.title, point, f"{gmacs:.2f}", f"{whole / 1e9:.2f}"])
     if not json:
-        _print_markdown(["backbone", "method", "operating point", "GMACs", "plain"], rows)
-
-
-def _print_markdown(columns: list[str], rows: list[list[str]]) -> None:
-    for row in (columns, ["---"] * len(columns), *rows):
-        print_line(f"| {' | '.join(row)} |")
+        columns = ["backbone", "method", "operating point", "GMACs", "plain"]
+        for line in markdown_table(columns, rows):
+            print_line(line)

@@ -17,14 +17,15 @@ from torch import Tensor
 from cfvit.calibration import Drop, rank_images
 from cfvit.calibration.calibrated import FEW_IMAGES
 from cfvit.calibration.targets import choose_eta
-from cfvit.data import UNREADABLE, DataSource, EvalImages, eval_loader, progress_bar
+from cfvit.data import UNREADABLE, DataSource, EvalImages
 from cfvit.deploy.graphs import silent, whole_graph, write_graphs
 from cfvit.errors import CfvitError
-from cfvit.evaluation.metrics import collect, sweep
+from cfvit.evaluation.metrics import collect_with_progress, sweep
 from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, Quantised, Scores, without_telemetry
 from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
+from cfvit.processes import Process
 
 MOST_IMAGES = 300
 """So many images at most are calibrated on; nncf's own default."""
@@ -126,12 +127,8 @@ def score(
             "int8 fine": engine.fine(images, quantised)[0],
         }
 
-    loader = eval_loader(EvalImages(source, model.data_config, indices), 32, 0, torch.device("cpu"))
-    with progress_bar(len(indices)) as advance:
-        collected = collect(forward, loader, torch.device("cpu"), advance)
-    count = len(collected.labels)
-    if count == 0:
-        raise CfvitError(f"none of the {len(indices)} images to choose eta on can be read: check the data")
+    others = EvalImages(source, model.data_config, indices)
+    collected, _ = collect_with_progress(forward, others, 32, 0, Process(0, 1, torch.device("cpu")))
     labelled, rule, macs, logits = bool(source.class_names), model.exit, count_macs(model), collected.logits
     labels = collected.labels if labelled else logits["fine"].argmax(dim=-1)
 
@@ -147,7 +144,7 @@ def score(
         eta = choose_eta(Drop(max(0.0, before.fine - before.answered)), trade, macs)
     return Quantised(
         calibrated_on=calibrated_on,
-        scored_on=count,
+        scored_on=len(collected.labels),
         measure="accuracy" if labelled else "agreement",
         before=before,
         after=scores(*quantised, eta),

@@ -27,7 +27,7 @@ from cfvit.calibration.tradeoff import (
     fit_temperature,
 )
 from cfvit.checkpoints import weights_digest
-from cfvit.data import DataSource, ImageError, open_data, progress_bar
+from cfvit.data import DataSource, EvalImages, ImageError, open_data, progress_bar
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress, labelled_images
 from cfvit.evaluation.timing import lacks_memory, time_stages
@@ -101,7 +101,8 @@ def calibrate_model(
     if training is not None:
         refuse_training_images(open_data(data, "validation"), *training)
     forward = partial(_answers, accelerate(network), configs)
-    collected, unreadable = collect_with_progress(forward, model.data_config, source, batch_size, workers, process)
+    images = EvalImages(source, model.data_config)
+    collected, unreadable = collect_with_progress(forward, images, batch_size, workers, process)
     (coarse, *fines), labels = collected.logits.values(), collected.labels
     for fine in fines:
         check_logits_and_labels(coarse, fine, labels)

@@ -100,14 +100,13 @@ def labelled_images(model: Any, data: str) -> DataSource:
 
 def collect_with_progress(
     forward: Callable[[Tensor], Mapping[str, Tensor]],
-    data_config: dict[str, Any],
-    source: DataSource,
+    images: EvalImages,
     batch_size: int,
     workers: int,
     process: Process,
     plain: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Collected, list[str]]:
-    """`collect` over all of a source and all processes, with progress; and the names of images that could not be read.
+    """`collect` of images over all processes, with progress; and the names of those that could not be read.
 
     Args:
         plain: from images to the plain ViT's logits, which then stand among the others as `PLAIN`.
@@ -116,14 +115,13 @@ def collect_with_progress(
         CfvitError: not one image could be read.
     """
 
-    def answers(images: Tensor) -> dict[str, Tensor]:
-        return {**forward(images), **({} if plain is None else {PLAIN: plain(images)})}
+    def answers(batch: Tensor) -> dict[str, Tensor]:
+        return {**forward(batch), **({} if plain is None else {PLAIN: plain(batch)})}
 
-    images = EvalImages(source, data_config, rank=process.rank, world=process.world)
     loader = eval_loader(images, batch_size, workers, process.device)
     with progress_bar(len(images), process.leads) as advance:
         collected = collect(answers, loader, process.device, advance)
-    unreadable = [source.name(index) for index in collected.unreadable]
+    unreadable = [images.source.name(index) for index in collected.unreadable]
     if len(collected.labels) == 0:
         raise CfvitError(f"none of the {len(unreadable)} images can be read, {unreadable[0]} first: check the data")
     return collected, unreadable
@@ -233,8 +231,9 @@ def evaluate_method(
 
     All else is as of `evaluate_model`.
     """
-    forward, about = partial(method.answers, accelerate(network.to(process.device))), network.data_config
-    collected, unreadable = collect_with_progress(forward, about, source, batch_size, workers, process, plain)
+    forward = partial(method.answers, accelerate(network.to(process.device)))
+    images = EvalImages(source, network.data_config, rank=process.rank, world=process.world)
+    collected, unreadable = collect_with_progress(forward, images, batch_size, workers, process, plain)
     macs = method.macs(network)  # of some methods, what the images cost that were just answered
     logits, answers = collected.logits, {name: collected.logits[name] for name in macs}
     if (exits := method.exits(network, answers)) is not None:
@@ -273,9 +272,8 @@ def evaluate_model(
         state, _ = engine.coarse(images)
         return {"coarse": state.logits, "fine": engine.fine(images, state)[0]}
 
-    collected, unreadable = collect_with_progress(
-        answers, about.data_config, source, batch_size, workers, process, plain
-    )
+    images = EvalImages(source, about.data_config, rank=process.rank, world=process.world)
+    collected, unreadable = collect_with_progress(answers, images, batch_size, workers, process, plain)
     logits, labels = collected.logits, collected.labels
     etas = sorted({*thresholds, *(() if about.threshold is None else (about.threshold,))})
     return Evaluation(

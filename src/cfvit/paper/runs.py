@@ -22,9 +22,9 @@ from cfvit.benchmark.conditions import Conditions
 from cfvit.calibration import Accuracy, rank_images
 from cfvit.calibration.targets import choose_eta
 from cfvit.checkpoints import WEIGHTS_FILE
-from cfvit.data import EvalImages, eval_loader, progress_bar
+from cfvit.data import EvalImages
 from cfvit.errors import CfvitError, UsageError, first_line
-from cfvit.evaluation.metrics import Collected, SweepPoint, collect, sweep, top_k_accuracy
+from cfvit.evaluation.metrics import Collected, SweepPoint, collect_with_progress, sweep, top_k_accuracy
 from cfvit.files import atomic_write
 from cfvit.methods.base import Method, create_method
 from cfvit.modeling.cost import StageMacs, count_macs
@@ -392,14 +392,10 @@ def score(forward: Callable[[Tensor], Mapping[str, Tensor]], recipe: Recipe, ima
     Raises:
         CfvitError: not one image can be read.
     """
-    device = best_device()
-    loader = eval_loader(images, recipe.eval_batch_size, recipe.workers, device)
+    process = Process(0, 1, best_device())
     torch.manual_seed(recipe.seed)
-    with progress_bar(len(images)) as advance, autocast(recipe, device):
-        collected = collect(forward, loader, device, advance)
-    if len(collected.labels) == 0:
-        raise CfvitError(f"none of the {len(images)} images can be read: check the data")
-    return collected
+    with autocast(recipe, process.device):
+        return collect_with_progress(forward, images, recipe.eval_batch_size, recipe.workers, process)[0]
 
 
 def read_images(images: EvalImages, indices: Sequence[int]) -> Tensor:

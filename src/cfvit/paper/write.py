@@ -13,7 +13,7 @@ from cfvit.benchmark.conditions import Conditions, conditions_of
 from cfvit.calibration.checks import missing_classes
 from cfvit.checkpoints import load
 from cfvit.errors import CfvitError, UsageError
-from cfvit.files import atomic_write, require_writable
+from cfvit.files import atomic_write, markdown_table, require_writable
 from cfvit.methods.base import create_method
 from cfvit.paper import Options, compare, figures, rows
 from cfvit.paper.given import Contestant, compared, contestants_in, is_plain_vit, results_of_model
@@ -305,9 +305,7 @@ def write_study(study: Study, made: StudyResult, out: Path, account: Mapping[str
         caption = "Ours: {data}, {images}; recipe {recipe}; epochs {epochs}; seed {seeds}; {hardware}, {dtype}. "
         made.draw(picture, f"{caption.format(**account)}Paper: {SETTING}.")
         text += [f"![{study.title}]({study.name}.png)", ""]
-    headings, lines = table_of(made.rows)
-    for words in (headings, ["---"] * len(headings), *lines):
-        text.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
+    text += markdown_table(*table_of(made.rows))
     text += ["", f"Columns headed *paper* and places are of {PAPER} ({SETTING}).", ""]
     text += [*(f"- {note}" for note in made.notes), *([""] if made.notes else ()), "## What was run", ""]
     text += [*(f"- {name}: {value}" for name, value in account.items() if value), ""]
