@@ -25,7 +25,6 @@ import numpy as np
 import pytest
 import schemathesis
 import torch
-import uvicorn
 from conftest import Outcome
 from hypothesis import HealthCheck, given, settings
 from PIL import Image
@@ -284,7 +283,7 @@ def listening(predictor: Predictor, **settings: Any) -> Iterator[int]:
     """The port of a server that listens on a socket, which a few checks need; it ends with the context."""
     app = create_app(predictor, Settings(name="colours", **settings))
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(uvicorn.Config(app, log_config=None, access_log=False), app.state.service, 0.0)
+        server = Server(app, 0.0)
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:
@@ -332,6 +331,23 @@ def test_the_key_is_asked_for_on_a_socket(predictor: Predictor, photos: list[byt
         ):
             headers = {} if value is None else {"Authorization": value}
             assert client.post("/predict", content=photos[0], headers=headers).status_code == status, value
+
+
+def test_headers_without_end_are_cut_off(predictor: Predictor) -> None:
+    """They would fill the memory: nobody counts them before they are complete."""
+    with listening(predictor) as port, socket.create_connection(("127.0.0.1", port), SOON) as client:
+        client.sendall(b"GET /stats HTTP/1.1\r\nHost: localhost\r\n" + b"X: " + 100_000 * b"a")
+        assert client.recv(4096).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("key", ["", "clé", "two words", "two\nlines"])
+def test_a_key_that_no_client_could_send_is_refused(
+    key: str, colour_model: Path, cfvit_main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CFVIT_API_KEY", key)
+    outcome = cfvit_main("serve", "--model", colour_model, "--host", "203.0.113.7")
+    assert (outcome.status, len(outcome.err)) == (2, 1)
+    assert "the API key is empty, or no header can carry it: give ASCII" in outcome.err[0]
 
 
 def test_a_port_that_is_taken_is_told_in_one_line(colour_model: Path, cfvit_main: Callable[..., Outcome]) -> None:
@@ -430,6 +446,9 @@ def test_forms_that_cannot_be_read_are_refused(predictor: Predictor, photos: lis
             refusal(client.post("/predict", content=b"--x\r\nno form", headers=header), 400, "form")
         refusal(client.post("/predict", files=[("image", ("a", p)) for p in photos[:3]]), 400, "at most 2 files")
         refusal(client.post("/explain", files=[("image", ("a", p)) for p in photos[:2]]), 400, "at most 1 file")
+        form = httpx.Request("POST", "http://test", files=[("image", ("a", photo)) for photo in photos[:2]])
+        header = {"Content-Type": form.headers["content-type"]}
+        refusal(client.post("/predict", content=form.read()[:-50], headers=header), 400, "cut off")
 
 
 def test_large_bodies_are_refused(predictor: Predictor, photos: list[bytes]) -> None:
@@ -712,6 +731,17 @@ def test_a_signal_ends_the_server_in_order_under_load(colour_model: Path, photos
     events = [json.loads(line) for line in log]
     answered = [event for event in events if event.get("path") == "/predict" and event["status"] == 200]
     assert len(answered) == outcomes["200"]
+
+
+def test_a_second_signal_ends_the_server_at_once(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with asking(predictor) as client:
+        app: Any = client.app
+        for _ in range(2):
+            assert ended == []
+            Server(app, 60.0).handle_exit(signal.SIGTERM, None)
+    assert ended == [143]
 
 
 def test_what_is_missing_is_said(cfvit_main: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,9 +120,7 @@ def serve(
         key = os.environ.get("CFVIT_API_KEY") if api_key is None else api_key.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--api-key {api_key} cannot be read ({error}): give a text file") from error
-    if key == "":
-        raise UsageError("the API key is empty: put it into the file, or into CFVIT_API_KEY")
-    queues = queues or Queues()
+    settings, queues = replace(settings or Settings(), name=name, api_key=key), queues or Queues()
     if queues.target_wait is not None and queues.least_eta is None:
         raise UsageError("--target-wait is when eta begins to fall to --least-eta: give both, or leave it out")
     predictor = load_predictor(model, threshold, calibration)
@@ -133,5 +131,4 @@ def serve(
         raise UsageError(f"--gmacs is {gmacs:g}: an image costs between {least:.3f} and {most:.3f}, give one of these")
     fine_share = None if gmacs is None else (gmacs - least) / (most - least)
     scheduler = Scheduler(predictor.engine, predictor.threshold, queues, fine_share)
-    settings = replace(settings or Settings(), name=name, api_key=key)
     run(create_app(predictor, settings, scheduler), host, port, notice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from cyclopts.types import NonNegativeFloat, NormFloat, PositiveFloat, PositiveInt
 
-from cfvit.errors import CfvitError
+from cfvit.errors import CfvitError, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,9 @@ class Settings:
         decoders: threads that decode images
         allow_parameters: let clients change eta
         browser_runtime: dist/ of onnxruntime-web: the page can run an ONNX export in the browser
+
+    Raises:
+        UsageError: a key that no client could send.
     """
 
     name: Annotated[str, Parameter(parse=False)] = "cfvit"
@@ -70,6 +74,10 @@ class Settings:
     decoders: PositiveInt = 4
     allow_parameters: Annotated[bool, Parameter(negative="")] = False
     browser_runtime: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
+            raise UsageError("the API key is empty, or no header can carry it: give ASCII characters without spaces")
 
     @property
     def most_bytes(self) -> int:

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import math
+import os
 import socket
 import time
 from collections import deque
@@ -304,12 +305,14 @@ class Service:
             if body := await request.body():
                 return [body]
             raise CfvitError("the body is empty: send an image file, or several in a multipart form")
-        parser = MultiPartParser(request.headers, request.stream(), max_files=most, max_fields=most)
+        parser = Form(request.headers, request.stream(), max_files=most, max_fields=most)
         parser.spool_max_size = self.settings.most_bytes  # kept in memory, which this bounds
         try:
             form = await parser.parse()
         except MultiPartException as error:
             raise CfvitError(f"the form cannot be read ({error.message}): give at most {most} files") from error
+        if not parser.ended:
+            raise CfvitError("the form is cut off, and so may be its last file: end it with its boundary and --")
         files = [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
         if not files:
             raise CfvitError("the form has no file: send each image as a file, as in curl -F image=@photo.jpg")
@@ -361,6 +364,16 @@ class Service:
         best = logits.float().softmax(dim=-1).topk(min(5, len(logits)))
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [protocol.Guess(label=self.model.label_of(index), probability=value) for index, value in pairs]
+
+
+class Form(MultiPartParser):
+    """Reads a multipart form. starlette would leave out a file that is cut off, without a word."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        """Its last boundary was read."""
+        self.ended = True
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, list[Answer]]) -> list[Answer]:
@@ -569,17 +582,22 @@ class Server(uvicorn.Server):
     uvicorn itself would close its socket first. A second signal ends it at once.
 
     Args:
+        app: of `create_app`.
         notice: seconds for which new work is refused before the socket closes, so that balancers can look away.
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service, notice: float) -> None:
+    def __init__(self, app: FastAPI, notice: float) -> None:
+        self.service, self.notice, self.ends = app.state.service, notice, math.inf
+        # h11 takes 64 kB of headers at most; httptools, which uvicorn prefers where it is installed, without end
+        config = uvicorn.Config(app, http="h11", log_config=None, access_log=False, server_header=False)
+        config.timeout_graceful_shutdown = math.ceil(self.service.settings.time_limit)
+        config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
         super().__init__(config)
-        self.service, self.notice, self.ends = service, notice, math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to end. uvicorn calls this for a signal."""
         if self.service.draining:
-            self.should_exit = self.force_exit = True
+            os._exit(128 + sig)  # all else would wait for something
         self.service.draining = True
         self.ends = time.monotonic() + self.notice
 
@@ -607,10 +625,7 @@ def serve(app: FastAPI, host: str, port: int, notice: float = 1.0) -> None:
     for logger in (log, logging.getLogger("uvicorn")):  # a configuration would close handlers of other libraries
         logger.handlers = [handler]
         logger.setLevel(logging.INFO)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    config.timeout_graceful_shutdown = math.ceil(service.settings.time_limit)
-    config.timeout_keep_alive = 75  # longer than balancers keep an idle connection, which else fails now and then
     fields = {"model": service.settings.name, "eta": service.scheduler.eta}
     fields |= {"host": host, "port": listener.getsockname()[1]}
     log.info("serving", extra={"fields": fields})
-    Server(config, service, notice).run([listener])
+    Server(app, notice).run([listener])
