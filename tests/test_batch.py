@@ -25,7 +25,7 @@ from cfvit.checkpoints import weights_digest
 from cfvit.cli import main
 from cfvit.deploy.batch import model_digest, shard_of
 from cfvit.errors import UsageError
-from cfvit.inference.engines.exported import ExportedModel, Quantised, Scores
+from cfvit.inference.engines.exported import ExportedModel, Quantised, TwoStageScores
 
 Cli = Callable[..., Outcome]
 
@@ -286,7 +286,7 @@ def test_paths_from_another_folder_are_refused(
 
 
 def test_the_same_weights_in_eight_bits_are_another_model(colour_model: Path) -> None:
-    model, scores = load(colour_model), Scores(50, 60, None, None, None)
+    model, scores = load(colour_model), TwoStageScores(50, 60, None, None, None)
     told = {f.name: getattr(model, f.name, None) for f in fields(ExportedModel)}
     exported = ExportedModel(**{**told, "format": "openvino", "source": weights_digest(model)})
     int8 = replace(exported, quantised=Quantised(100, 100, "accuracy", scores, scores))

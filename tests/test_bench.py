@@ -42,8 +42,8 @@ from cfvit.benchmark.contenders import (
     whole_images,
 )
 from cfvit.benchmark.measure import (
-    Batch,
     Row,
+    TimedBatch,
     compare_with_backbone,
     measure_batch,
     peak_bytes,
@@ -627,7 +627,7 @@ def test_cells_of_a_row() -> None:
 
 def _bench(rows: Sequence[Row], **changes: Any) -> Bench:
     conditions = Conditions("cfvit bench", "a machine", "float32", "versions", "abc", "today")
-    batch = Batch(4, list(rows), 100.0, 1.0)
+    batch = TimedBatch(4, list(rows), 100.0, 1.0)
     given = {"backbone": "deit_small_patch16_224", "coarse_grid": (7, 7), "plan": Plan(("torch",), (0.24,), 1, 1)}
     return Bench(conditions, "model", random_weights=True, notes=("a note",), batches=(batch,), **(given | changes))
 
@@ -661,7 +661,7 @@ def test_the_papers_table_stands_beside_the_largest_batch_in_the_predictors_fast
         for size in (1, 2)
     )
     bench = _bench([], plan=Plan(("compiled", "eager"), (0.24,), 1, 1))
-    batches = (Batch(64, large, 100.0, 1.0), Batch(4, small, 100.0, 1.0))
+    batches = (TimedBatch(64, large, 100.0, 1.0), TimedBatch(4, small, 100.0, 1.0))
     table = papers_comparison(dataclasses.replace(bench, batches=batches))
     assert [row[4] for row in table] == ["40", "180", "-", "-"]
     assert "batch size 64 here" in to_markdown(dataclasses.replace(bench, batches=batches))
@@ -694,7 +694,7 @@ def test_the_predictor_beside_its_peers() -> None:
         _row(name="literal port", engine="eager", predictor_ratio=Estimate(0.9, 0.8, 1.1)),
         _row(name="literal port", engine="eager", fine_share=0.5),
     ]
-    batch = Batch(4, rows, 100.0, 1.0)
+    batch = TimedBatch(4, rows, 100.0, 1.0)
     predictor = ["predictor, 25% fine", "torch"]
     assert peers_comparison(batch) == [
         ["ToMe, r=8", "torch", *predictor, "1.50 (1.40 to 1.60)", "ahead"],
@@ -716,7 +716,7 @@ def test_the_best_default_is_the_fastest_engine_in_float32() -> None:
     assert best_engines(bench)[0].endswith(
         "openvino-int8 3.00 (2.00 to 4.00) ?, onnx 3.00 (2.00 to 4.00) ?, torch 3.00 (2.00 to 4.00) ?"
     )
-    more = dataclasses.replace(bench, batches=(*bench.batches, Batch(8, rows(30, 10, 40), 100.0, 1.0)))
+    more = dataclasses.replace(bench, batches=(*bench.batches, TimedBatch(8, rows(30, 10, 40), 100.0, 1.0)))
     assert "best default here is torch" in best_engines(more)[-1], "where it loses less"
     assert best_engines(_bench(rows(10, 20, 40)[:1])) == [], "one engine alone"
 
@@ -740,7 +740,7 @@ def test_what_does_not_fit_into_memory_is_a_note_and_the_run_goes_on(
     model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
     def limit(images: int) -> None:
-        def measure(model: CoarseToFineViT, contenders: Any, batch: Tensor, plan: Plan) -> Batch:
+        def measure(model: CoarseToFineViT, contenders: Any, batch: Tensor, plan: Plan) -> TimedBatch:
             if len(batch) > images:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return measure_batch(model, contenders, batch, plan)
@@ -759,7 +759,7 @@ def test_what_does_not_fit_into_memory_is_a_note_and_the_run_goes_on(
 def test_other_failures_are_not_taken_for_a_lack_of_memory(
     model: CoarseToFineViT, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(*arguments: Any) -> Batch:
+    def measure(*arguments: Any) -> TimedBatch:
         raise RuntimeError("shapes do not match")
 
     monkeypatch.setattr(run_module, "measure_batch", measure)
@@ -872,7 +872,7 @@ def test_the_command_makes_a_model_with_random_weights(cfvit_main: Cli) -> None:
 def test_a_late_failure_leaves_the_report_of_what_was_measured(
     cfvit_main: Cli, colour_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def measure(model: CoarseToFineViT, contenders: Any, images: Tensor, plan: Plan) -> Batch:
+    def measure(model: CoarseToFineViT, contenders: Any, images: Tensor, plan: Plan) -> TimedBatch:
         if len(images) == 2:
             raise CfvitError("too late")
         return measure_batch(model, contenders, images, plan)

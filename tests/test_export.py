@@ -48,7 +48,7 @@ from cfvit.inference.engines.exported import (
     Format,
     Graph,
     Quantised,
-    Scores,
+    TwoStageScores,
     open_graph,
     read_exported,
 )
@@ -603,7 +603,7 @@ def test_a_processor_on_which_int8_may_be_slower_is_told(flags: str, slow: bool,
 def test_what_int8_costs_is_a_warning(
     images: int, before: tuple[float, float | None], after: tuple[float, float | None], expected: list[str]
 ) -> None:
-    scores = [Scores(70.0, fine, None if at is None else 0.5, at, None) for fine, at in (before, after)]
+    scores = [TwoStageScores(70.0, fine, None if at is None else 0.5, at, None) for fine, at in (before, after)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_of_loss(Quantised(images, 400, "accuracy", *scores))

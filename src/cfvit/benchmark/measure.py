@@ -60,7 +60,7 @@ class Entry:
     fine_share: float | None = None  # share of images that went on; None where all are treated alike
     macs: float  # mean cost of an image in multiply-accumulates
     images_per_round: int  # images that a round answered
-    parts: Mapping[str, float]  # the timed calls (`Batch.seconds`) of a round, and the weight of each; weights sum to 1
+    parts: Mapping[str, float]  # the timed calls of a round (`TimedBatch.seconds`) and their weights, which sum to 1
 
     def per_image(self, timings: Mapping[str, Timing]) -> Timing:
         """Seconds of an image in each round, by the timings of its calls."""
@@ -131,7 +131,7 @@ class Row(Entry):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TimedBatch:
     """All contenders at a batch size."""
 
     batch_size: int  # images of a call
@@ -153,7 +153,7 @@ class Batch:
 
 
 @torch.inference_mode()
-def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], images: Tensor, plan: Plan) -> Batch:
+def measure_batch(model: CoarseToFineViT, contenders: Sequence[Contender], images: Tensor, plan: Plan) -> TimedBatch:
     """Times contenders on normalised images ``[B, 3, S, S]`` of the model's device and precision.
 
     Args:
@@ -188,7 +188,7 @@ def measure(
     batch_size: int,
     model: nn.Module,
     plan: Plan,
-) -> Batch:
+) -> TimedBatch:
     """Times calls in turn and makes rows of them, each compared with the backbone of the same scope.
 
     Args:
@@ -237,7 +237,7 @@ def measure(
                 steady=drift <= STEADY,
             )
         )
-    return Batch(batch_size, rows, matrix_rate / 1e9, drift, {name: each.rounds for name, each in timings.items()})
+    return TimedBatch(batch_size, rows, matrix_rate / 1e9, drift, {name: each.rounds for name, each in timings.items()})
 
 
 @torch.inference_mode()

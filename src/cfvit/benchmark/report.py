@@ -12,7 +12,7 @@ from typing import Any
 from cfvit.benchmark import Plan
 from cfvit.benchmark.conditions import Conditions
 from cfvit.benchmark.contenders import BACKBONE, BOTH_STAGES, NEAR, OWN, PREDICTOR
-from cfvit.benchmark.measure import CANNOT_BE_TOLD, Batch, Row
+from cfvit.benchmark.measure import CANNOT_BE_TOLD, Row, TimedBatch
 from cfvit.calibration import Estimate
 from cfvit.evaluation.timing import FEWEST_ROUNDS, SHARP, STEADY
 from cfvit.files import atomic_write, markdown_table
@@ -41,16 +41,16 @@ class Bench:
     random_weights: bool  # whether the model was made for the run
     plan: Plan  # how it was measured
     notes: tuple[str, ...]  # what a reader has to know besides
-    batches: tuple[Batch, ...]  # on random images, by batch size
-    real: tuple[Batch, ...] = ()  # on real images, by batch size; none without data
+    batches: tuple[TimedBatch, ...]  # on random images, by batch size
+    real: tuple[TimedBatch, ...] = ()  # on real images, by batch size; none without data
 
     @property
-    def measured(self) -> tuple[Batch, ...]:
+    def measured(self) -> tuple[TimedBatch, ...]:
         """All batch sizes, on random and then on real images."""
         return (*self.batches, *self.real)
 
     @property
-    def largest(self) -> Batch:
+    def largest(self) -> TimedBatch:
         """The random images of the largest batch size."""
         return max(self.batches, key=lambda batch: batch.batch_size)
 
@@ -64,7 +64,7 @@ class Bench:
         ]
 
 
-def noise_warnings(batch: Batch) -> list[str]:
+def noise_warnings(batch: TimedBatch) -> list[str]:
     """Sentences on why the figures of a batch size are not reliable; none on a quiet machine."""
     at, rounds = batch.title, batch.rows[0].rounds
     if rounds < FEWEST_ROUNDS:
@@ -131,12 +131,12 @@ def best_engines(bench: Bench) -> list[str]:
     return [*sentences, f"the best default here is {best}, over these batch sizes; int8 gives other answers"]
 
 
-def heading(batch: Batch) -> str:
+def heading(batch: TimedBatch) -> str:
     """The title of a batch size's table."""
     return f"{batch.title}; matrix rate {batch.matrix_gmacs_per_second:.0f} GMACs/s"
 
 
-def peers_comparison(batch: Batch) -> list[list[str]]:
+def peers_comparison(batch: TimedBatch) -> list[list[str]]:
     """The predictor beside each peer, at the first share; rows under `PEERS_COLUMNS`, none if none was timed."""
     predictors = {row.engine: row for row in reversed(batch.rows) if row.name == PREDICTOR}
     rows = []
@@ -186,7 +186,7 @@ def summary(bench: Bench) -> dict[str, Any]:
 def to_json(bench: Bench) -> dict[str, Any]:
     """All that was found, for a file: the seconds of all calls as well, so that others can redo the statistics."""
 
-    def batch_to_json(batch: Batch) -> dict[str, Any]:
+    def batch_to_json(batch: TimedBatch) -> dict[str, Any]:
         seconds = {key: [[round(each, 7) for each in calls] for calls in all] for key, all in batch.seconds.items()}
         rows = [row.to_dict() for row in batch.rows]
         return {**asdict(batch), "steady": batch.steady, "rows": rows, "seconds": seconds}

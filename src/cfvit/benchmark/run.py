@@ -23,8 +23,8 @@ from cfvit.benchmark.measure import (
     COMPUTING,
     RANDOM,
     REAL,
-    Batch,
     Entry,
+    TimedBatch,
     measure,
     measure_batch,
     random_images,
@@ -97,7 +97,7 @@ def inputs_of(files: Sequence[Sequence[bytes]], model: CoarseToFineViT, pool: Th
 
 
 @torch.inference_mode()
-def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Plan) -> Batch:
+def measure_real(engines: Engines, source: DataSource, batch_size: int, plan: Plan) -> TimedBatch:
     """Times backbone, predictor and stream on real images in all `SCOPES`, and the stream from files as well.
 
     A round answers all images, in calls of one batch or by one stream. Images that cannot be read and a model without
@@ -172,7 +172,7 @@ def run_bench(
     random_weights: bool,
     peers: bool,
     source: DataSource | None = None,
-) -> Iterator[tuple[Bench, Batch | None]]:
+) -> Iterator[tuple[Bench, TimedBatch | None]]:
     """Measures at all batch sizes.
 
     Args:

@@ -17,7 +17,7 @@ from cfvit.errors import UsageError
 from cfvit.modeling.config import read_grid
 
 if TYPE_CHECKING:
-    from cfvit.benchmark.measure import Batch
+    from cfvit.benchmark.measure import TimedBatch
     from cfvit.benchmark.report import Bench
 
 
@@ -96,7 +96,7 @@ def bench(
                 say(f"written to {out}")
 
 
-def _print_batch(batch: Batch) -> None:
+def _print_batch(batch: TimedBatch) -> None:
     from cfvit.benchmark.report import COLUMNS, PEERS_COLUMNS, PEERS_TITLE, cells, heading, peers_comparison
 
     print_table(COLUMNS, map(cells, batch.rows), heading(batch))

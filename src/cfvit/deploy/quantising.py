@@ -21,7 +21,7 @@ from cfvit.data import UNREADABLE, DataSource, EvalImages
 from cfvit.deploy.graphs import silent, whole_graph, write_graphs
 from cfvit.errors import CfvitError
 from cfvit.evaluation.metrics import collect_with_progress, sweep
-from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, Quantised, Scores, without_telemetry
+from cfvit.inference.engines.exported import ExportedEngine, ExportedModel, Quantised, TwoStageScores, without_telemetry
 from cfvit.inference.engines.packing import accelerate
 from cfvit.modeling.cost import count_macs
 from cfvit.modeling.model import CoarseToFineViT
@@ -132,10 +132,10 @@ def score(
     labelled, rule, macs, logits = bool(source.class_names), model.exit, count_macs(model), collected.logits
     labels = collected.labels if labelled else logits["fine"].argmax(dim=-1)
 
-    def scores(coarse: Tensor, fine: Tensor, eta: float | None) -> Scores:
+    def scores(coarse: Tensor, fine: Tensor, eta: float | None) -> TwoStageScores:
         first, last, *chosen = sweep(coarse, fine, labels, macs, [0, 1] if eta is None else [0, 1, eta], rule)
         answered, share = (chosen[0].accuracy, 1 - chosen[0].exit_share) if chosen else (None, None)
-        return Scores(first.accuracy, last.accuracy, eta, answered, share)
+        return TwoStageScores(first.accuracy, last.accuracy, eta, answered, share)
 
     before, eta = scores(logits["coarse"], logits["fine"], rule.eta), None
     quantised = logits["int8 coarse"], logits["int8 fine"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cfvit.benchmark import EngineName, Plan
 from cfvit.benchmark.contenders import BACKBONE, prepare
-from cfvit.benchmark.measure import REAL, Batch, Entry, measure
+from cfvit.benchmark.measure import REAL, Entry, TimedBatch, measure
 from cfvit.benchmark.report import noise_warnings
 from cfvit.evaluation.timing import Call
 from cfvit.paper.rows import (
@@ -87,7 +87,7 @@ def plain_setting(result: Result, name: str = "plain ViT") -> Setting:
 # Time
 
 
-def measure_speed(settings: Sequence[Setting], recipe: Recipe, sizes: Sequence[int]) -> dict[int, Batch]:
+def measure_speed(settings: Sequence[Setting], recipe: Recipe, sizes: Sequence[int]) -> dict[int, TimedBatch]:
     """Times each setting beside the plain ViT in the same engine, in one run for each batch size, on real images.
 
     Of a network with exits each operating point is timed for whole batches, and a setting costs their mean by the

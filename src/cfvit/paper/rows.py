@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from cfvit.benchmark.measure import Batch
+from cfvit.benchmark.measure import TimedBatch
 from cfvit.calibration.tradeoff import share_estimate
 from cfvit.evaluation.metrics import Collected, SweepPoint
 from cfvit.paper.runs import Result, top1
@@ -124,7 +124,7 @@ class Sources:
     speed: bool = False  # whether Table 2 measures images per second
     plain: str = "A plain ViT"  # what stands for the plain ViT of Figure 1, to begin a title
     parts: Mapping[str, frozenset[int]] = field(default_factory=dict)  # of a comparison: class indices by name
-    speeds: Mapping[int, Batch] = field(default_factory=dict)  # of runs of any methods, by batch size
+    speeds: Mapping[int, TimedBatch] = field(default_factory=dict)  # of runs of any methods, by batch size
 
     def of(self, run: str) -> Sequence[Result]:
         """The seeds of a run; none of a run that is not there."""

@@ -29,7 +29,7 @@ Format = Literal["onnx", "openvino"]
 
 
 @dataclass(frozen=True)
-class Scores:
+class TwoStageScores:
     """How good a model is on some images."""
 
     coarse: float  # right answers in percent, if this stage answers all images
@@ -47,8 +47,8 @@ class Quantised:
     scored_on: int  # number of other images, on which eta was chosen
     # an answer is right if it is the label, or if it agrees with the fine stage in torch
     measure: Literal["accuracy", "agreement"]
-    before: Scores  # the model in torch
-    after: Scores  # the exported one
+    before: TwoStageScores  # the model in torch
+    after: TwoStageScores  # the exported one
 
 
 @dataclass(frozen=True)
