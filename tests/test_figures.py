@@ -80,7 +80,7 @@ def test_a_table_shows_both_values_of_every_row(drawn: list[Figure], tmp_path: P
     assert _dots(fine_paper) == [(80, 0), (81, 1), (82, 2)]
     assert _dots(fine_ours) == []
     assert _texts(paper) == ["75.5", "75.1", "not printed"]
-    assert _texts(ours) == ["61.25 (0.5)", "not run", "59"]
+    assert _texts(ours) == ["61.25 (0.50)", "not run", "59.00"]
     assert _texts(fine_ours) == ["not run"] * 3
     assert [label.get_text() for label in paper.get_yticklabels()] == [
         "global class attention",
@@ -114,7 +114,7 @@ def test_columns_without_a_row_leave_it_empty(drawn: list[Figure], tmp_path: Pat
 # Curves
 
 OURS = [Curve("CF-ViT over $η$", [0.4, 0.9, 1.2], [60.0, 63.0, 64.0]), Curve("plain", [1.5], [64.5], joined=False)]
-PUBLISHED = [Curve("EViT", [3.0], [79.5], joined=False), Curve("plain", [4.6], [79.8], joined=False)]
+PUBLISHED = [Curve("EViT", [3.0], [79.5], joined=False), Curve("DeiT-S", [4.6], [79.8], joined=False, like="plain")]
 
 
 def test_curves_have_their_points_and_a_name_looks_alike_on_both_sides(drawn: list[Figure], tmp_path: Path) -> None:

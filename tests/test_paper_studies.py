@@ -19,9 +19,9 @@ from cfvit.methods.base import create_method
 from cfvit.modeling.config import Objective
 from cfvit.paper.compare import OperatingPoint
 from cfvit.paper.figures import count_right
-from cfvit.paper.rows import Cell, Row, Sources, mean_row, seed_of_picture, uncertainty
+from cfvit.paper.rows import Cell, Row, Sources, mean_row, published_curves, seed_of_picture, uncertainty
 from cfvit.paper.runs import Record, Result, duration, parse_budget, time_left
-from cfvit.paper.studies import DEFAULT, PLAIN, RUNS, STUDIES, Published, find_studies, runs_needed
+from cfvit.paper.studies import DEFAULT, FAMILIES, PLAIN, RUNS, STUDIES, Published, find_studies, runs_needed
 from cfvit.paper.write import KINDS, make, table_of, write_csv
 from cfvit.training.recipe import RECIPES, Recipe
 
@@ -192,6 +192,14 @@ def test_notes_and_rows_are_of_the_family_beside_ours(backbone: str, left_out: s
     kept = [note for note in notes if left_out not in note]
     assert list(make(STUDIES["table2"], _sources({}, "abcd", backbone)).notes)[:-1] == kept
     assert len(kept) == len(notes) - 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_curves_look_like_ours_of_the_same_method(family: str) -> None:
+    alike = [curve.like for curve in published_curves(STUDIES["table2"], family)]
+    assert sorted(alike) == sorted(
+        variant.label for variant in STUDIES["fig5"].variants + STUDIES["table2"].variants[:1]
+    )
 
 
 def _scored(*logits: Tensor, labels: Tensor) -> Collected:

@@ -209,11 +209,12 @@ def published_curves(study: Study, family: str) -> list[Curve]:
     """CF-ViT's rows joined, each other method a point."""
     rows = [row for row in study.published if row.family == family]
     ours = [row.values for row in rows if "eta" in row.values]
-    curves = [Curve(f"CF-ViT ({family})", [v["gmacs"] for v in ours], [v["accuracy"] for v in ours])]
+    costs, accuracies = ([values[name] for values in ours] for name in ("gmacs", "accuracy"))
+    curves = [Curve(f"CF-ViT ({family})", costs, accuracies, like="CF-ViT")]
     for row in rows:
         if "eta" not in row.values:
-            name = family if row.name == "plain" else row.name
-            curves.append(Curve(name, [row.values["gmacs"]], [row.values["accuracy"]], joined=False))
+            name, like = (family, "plain ViT") if row.name == "plain" else (row.name, "")
+            curves.append(Curve(name, [row.values["gmacs"]], [row.values["accuracy"]], False, like))
     return curves
 
 

@@ -44,6 +44,7 @@ class Curve:
     cost: Sequence[float]  # of an image, in 1e9 multiply-accumulates unless the axis says otherwise
     accuracy: Sequence[float]  # top-1 in percent, one for each cost
     joined: bool = True  # whether a line goes through the points
+    like: str = ""  # the name of the curve whose colour and mark it has; by default its own
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,16 +128,23 @@ def draw_table(path: Path, caption: str, *, title: str, columns: Mapping[str, Se
 def _draw_dots(
     axis: Axes, rows: Sequence[int], dots: Sequence[tuple[float | None, float]], colour: str, absent: str
 ) -> None:
-    """One dot in each row for a value and its spread, printed at its right, or why there is none."""
+    """One dot in each row for a value and its spread, printed at its right, or why there is none.
+
+    All have the decimals of the value that needs the most of them for four digits.
+    """
     ends = [value + side * spread / 2 for value, spread in dots if value is not None for side in (-1, 1)]
     low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
+    shortest = (
+        np.format_float_positional(value, 4, fractional=False, trim="-") for value, _ in dots if value is not None
+    )
+    decimals = max((len(text.partition(".")[2]) for text in shortest), default=0)
     span = high - low or 0.05 * abs(high) or 1.0
     axis.set_xlim(low - 0.15 * span, low + 2.2 * span)  # room for the values
     for row, (value, spread) in zip(rows, dots, strict=True):
         if value is None:
             axis.text(0.06, row, absent, transform=axis.get_yaxis_transform(), va="center", style="italic", color=QUIET)
             continue
-        text = f"{value:.4g} ({spread:.2g})" if spread else f"{value:.4g}"
+        text = f"{value:.{decimals}f}" + (f" ({spread:.{decimals}f})" if spread else "")
         axis.hlines(row, axis.get_xlim()[0], value - spread / 2, color=LINE, lw=0.8, zorder=0.5)
         axis.plot([value - spread / 2, value + spread / 2], [row, row], color=colour, lw=3, alpha=0.35)
         axis.plot([value], [row], "o", color=colour, ms=6)
@@ -162,7 +170,7 @@ def draw_curves(
 ) -> None:
     """Accuracy against cost, in panels side by side: ours, ours by measured time, the published figures.
 
-    A name has the same colour and mark in all. Panels without curves are left out.
+    A name has the same colour and mark in all, and so has what is like it. Panels without curves are left out.
 
     Args:
         timed: by the text of the axis that takes the place of the cost's.
@@ -170,13 +178,13 @@ def draw_curves(
     gmacs = "mean cost of an image, GMACs"
     given = [("ours", gmacs, ours), *(("ours, by time", axis, curves) for axis, curves in (timed or {}).items())]
     panels = [panel for panel in (*given, ("published", gmacs, published)) if panel[2]]
-    names = list(dict.fromkeys(curve.name for _, _, curves in panels for curve in curves))
+    names = list(dict.fromkeys(curve.like or curve.name for _, _, curves in panels for curve in curves))
     most = max((len(curves) for _, _, curves in panels), default=0)
     with _titled_figure(path, max(6.5, 4.8 * len(panels)), 3.7 + 0.19 * most, title, caption) as figure:
         axes = figure.subplots(1, max(1, len(panels)), squeeze=False)[0]
         for axis, (name, label, curves) in zip(axes, panels or given[:1], strict=True):
             for curve in curves:
-                number = names.index(curve.name)
+                number = names.index(curve.like or curve.name)
                 axis.plot(
                     curve.cost,
                     curve.accuracy,
