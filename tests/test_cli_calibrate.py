@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,8 +37,10 @@ from cfvit.calibration.calibrated import parse_record, read_calibration
 from cfvit.calibration.tradeoff import fit_mixture, fit_temperature
 from cfvit.checkpoints import save_exit
 from cfvit.data import eval_transform, find_images, open_image
+from cfvit.errors import CfvitError
 from cfvit.evaluation import calibrate as calibrate_module
-from cfvit.evaluation.calibrate import NOT_COMPARED, measure_latency
+from cfvit.evaluation.calibrate import NOT_COMPARED, calibrate_model, measure_latency
+from cfvit.modeling.config import ModelConfig
 from cfvit.modeling.exit import Exit, Measure, confidence_of, goes_on
 
 
@@ -260,6 +264,24 @@ def test_the_best_that_a_model_can_is_stored_and_used(
     assert cfvit.count_macs(loaded).expected(chosen.fine_share.value) / 1e9 == pytest.approx(chosen.gmacs.value)
     assert run_calibrate(cfvit_main, model, colours, *flags, "--best").status == 0
     assert load(model).config == loaded.config, "cheaper than the stage of the training, not than the last choice"
+
+
+def test_a_fine_stage_out_of_reach_does_not_end_the_search(network: CoarseToFineViT, colours: Path) -> None:
+    def search(target: float, config: ModelConfig, *others: ModelConfig) -> ModelConfig:
+        model = copy.deepcopy(network)
+        model.config = config
+        options: dict[str, Any] = {"batch_size": 33, "workers": 0, "best": True, "fine_stages": others}
+        return calibrate_model(model, str(colours), Accuracy(target), **options)[1]
+
+    reach: dict[float, ModelConfig] = {}
+    for ratio in (0.25, 1.0):
+        config = replace(network.config, informative_ratio=ratio)
+        with pytest.raises(CfvitError) as caught:
+            search(100, config)
+        (best,) = re.findall(r"the best is ([\d.]+)%", str(caught.value))
+        reach[float(best)] = config
+    assert len(reach) == 2
+    assert search(max(reach) - 0.01, reach[min(reach)], reach[max(reach)]) == reach[max(reach)]
 
 
 def test_what_a_promise_is_about_is_fitted_on_other_images(cfvit_main: Cli, model: Path, colours: Path) -> None:
