@@ -242,6 +242,14 @@ def test_msdnets_exits_cost_what_its_authors_print() -> None:
         assert 0.99 * expected < macs / 1e6 < expected
 
 
+def test_ranets_exits_cost_what_the_page_says() -> None:
+    method = create_method("ranet")
+    with torch.device("meta"):
+        macs = method.macs(method.build(ModelConfig(backbone="deit_small_patch16_224")))
+    page = (Path(__file__).parents[1] / "docs" / "comparison.md").read_text()
+    assert f"| `ranet` | {', '.join(f'{count / 1e9:.2f}' for count in macs.values())} at its" in page
+
+
 @pytest.mark.parametrize("name", ["dvt", *OF_CONVOLUTIONS])
 def test_an_exit_costs_all_that_ran_before_it(
     name: str, config: ModelConfig, make_images: Callable[..., Tensor]
@@ -490,6 +498,10 @@ def test_ps_vit_chooses_nested_masks_from_the_last_block_to_the_first(
         before = vit.blocks[:-1](embed(vit, images))
         first = impact(vit.blocks[-1], before, torch.tensor([0]))[1:].argsort(descending=True)
         assert network.order[: plan[-1]].tolist() == first[: plan[-1]].tolist()
+        needed = torch.cat([torch.zeros(1, dtype=torch.long), network.order[: plan[-1]] + 1])
+        scores = impact(vit.blocks[-2], vit.blocks[:-2](embed(vit, images)), needed).index_fill(0, needed, -torch.inf)
+        more = scores.argsort(descending=True)[: plan[-2] - plan[-1]] - 1
+        assert network.order[plan[-1] : plan[-2]].tolist() == more.tolist()
         (answer,) = method.answers(network, images).values()
         counts.append(sum(plan))
         errors.append((answer - vit(images)).norm().item())

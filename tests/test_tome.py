@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cfvit import CoarseToFineViT
 from cfvit.methods.base import create_method
+from cfvit.methods.blocks import classify, embed
 from cfvit.modeling.tokens import merge_similar
 
 
@@ -63,3 +64,18 @@ def test_attention_is_in_proportion_to_size(make_model: Callable[..., CoarseToFi
     backbone.pos_embed[:, 1:] = 0
     images = torch.full((1, 3, *flat.image_size), 0.7)
     torch.testing.assert_close(merging_in(backbone, 7)(images), backbone(images))
+
+
+def test_patches_are_compared_by_the_mean_of_their_keys(
+    make_model: Callable[..., CoarseToFineViT], make_images: Callable[..., Tensor]
+) -> None:
+    model = make_model(depth=1, global_pool="avg").requires_grad_(False)  # so that the answer depends on all tokens
+    backbone: Any = model.backbone
+    block, images = backbone.blocks[0], make_images(model, 2)
+    tokens = embed(backbone, images)
+    _, keys, _ = block.attn.qkv(block.norm1(tokens)).chunk(3, dim=-1)
+    tokens, _ = merge_similar(
+        tokens + block.attn(block.norm1(tokens)), keys.unflatten(-1, (3, -1)).mean(dim=2), None, 9
+    )
+    expected = classify(backbone, tokens + block.mlp(block.norm2(tokens)))
+    torch.testing.assert_close(merging_in(backbone, 9)(images), expected)
