@@ -231,6 +231,23 @@ def test_what_is_done_is_not_done_again(begun: Path, command: list[Any], undistu
     assert begun.read_text() == "".join(lines[:5]) + marked + "".join(lines[10:])
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("job.json", "", "answers.jsonl.parts is damaged ("),
+        ("images.jsonl", "", "answers.jsonl.parts has 10 rows for 22 images: remove it"),
+        ("000001.jsonl", '{"path"', "answers.jsonl.parts is damaged ("),
+    ],
+)
+def test_a_damaged_run_is_told(
+    file: str, text: str, says: str, begun: Path, command: list[Any], cfvit_main: Cli
+) -> None:
+    begun.with_name("answers.jsonl.parts").joinpath(file).write_text(text)
+    outcome = cfvit_main(*command, begun)
+    assert outcome.status == 1 and says in outcome.err[-1]
+    assert not begun.exists()
+
+
 @pytest.fixture
 def other_model(colour_model: Path, tmp_path: Path) -> Path:
     model = load(colour_model)

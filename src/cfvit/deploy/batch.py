@@ -98,10 +98,13 @@ class Job:
     def join(self) -> Tally:
         """Writes the output from all partition files, and removes them."""
         tally = Tally()
-        rows = (tally.count(json.loads(line)) for number in range(self.parts) for line in self._part(number).open())
+        parts = filter(Path.exists, map(self._part, range(self.parts)))
+        rows = (tally.count(json.loads(line)) for part in parts for line in part.open())
         joined = self.folder / self.output.name
         with atomic_write(joined) as file:
             WRITERS[self.output.suffix](file, rows)
+        if (count := tally.answered + tally.failed) != self.total:
+            raise CfvitError(f"{self.folder} has {count} rows for {self.total} images: remove it to begin anew")
         try:
             joined.replace(self.output)
         except OSError as error:
@@ -128,7 +131,7 @@ def open_job(
 
     Raises:
         CfvitError: the output is there already, is being written by another run, or cannot be written; a job was begun
-            for it with other settings; pyarrow is needed and missing.
+            for it with other settings, or its folder is damaged; pyarrow is needed and missing.
         UsageError: another kind of output.
     """
     if output.suffix not in WRITERS:
@@ -161,14 +164,17 @@ def open_job(
                     total += len(part)
             with atomic_write(record) as file:
                 file.write_text(json.dumps({"images": total, "settings": settings}, indent=2) + "\n")
-        begun = json.loads(record.read_text())
-        for name, now in settings.items():
-            if (then := begun["settings"].get(name)) != now:
-                raise CfvitError(
-                    f"{output} was begun with {name.replace('_', ' ')} {then}, not {now}: "
-                    f"give the same, or remove {folder} to begin anew"
-                )
-        yield Job(output, folder, begun["images"], part_size)
+        try:
+            begun = json.loads(record.read_text())
+            for name, now in settings.items():
+                if (then := begun["settings"].get(name)) != now:
+                    raise CfvitError(
+                        f"{output} was begun with {name.replace('_', ' ')} {then}, not {now}: "
+                        f"give the same, or remove {folder} to begin anew"
+                    )
+            yield Job(output, folder, begun["images"], part_size)
+        except json.JSONDecodeError as error:  # of any file in the folder
+            raise CfvitError(f"{folder} is damaged ({error}): remove it to begin anew") from error
 
 
 def _write_jsonl(file: Path, rows: Iterator[dict[str, Any]]) -> None:
