@@ -45,7 +45,7 @@ def bench(
         backbone: instead of --model: a model on this timm ViT with random weights
         coarse_grid: with --backbone, side of the coarse grid, or ROWSxCOLUMNS; by default 7
         batch_sizes: images per call
-        peers: time ToMe, EViT, a cascade and the paper's early exit as well
+        peers: time the other methods of cfvit train as well, with random weights
         data: time real images as well, at the model's own eta, with and without decoding
         precision: precision of weights and images
         out: folder for bench.json, bench.md and bench.png

@@ -34,7 +34,7 @@ def train(
     print_recipe: Flag = False,
     overrides: Overrides = None,
 ) -> None:
-    """Train a coarse-to-fine model, or with --method plain the plain ViT, by a recipe.
+    """Train a coarse-to-fine model, or with --method the plain ViT or one made cheaper in another way, by a recipe.
 
     Needs --data and --out. The recipe is overridden by --config, and that by the flags below;
     --print-recipe shows what results. Run it under torchrun for several GPUs or machines.
