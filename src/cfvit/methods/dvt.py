@@ -2,8 +2,9 @@
 
 Wang et al., "Not All Images are Worth 16x16 Words: Dynamic Transformers for Efficient Image Recognition", NeurIPS 2021;
 as described, not by its code. Choices that the paper leaves open: what is reused joins the input of a block's MLP
-behind the norm; one MLP makes the relations of all blocks; the class token takes over no features; what is reused
-weighs nothing at first, so that each network begins with what it knows; the etas are chosen from the last to the first.
+behind the norm; one MLP makes the relations of all blocks, from the logits of queries and keys alone; the class token
+takes over no features; what is reused weighs nothing at first, so that each network begins with what it knows; the etas
+are chosen from the last to the first.
 """
 
 from __future__ import annotations
