@@ -15,7 +15,7 @@ class Options:
         runs: for table3, fig5 or all: train nothing, set the runs in this folder, of any methods, side by side
         plain: for table2 of a model, or with --runs: the plain ViT to compare with, a file of weights or a timm ViT
         calibration_data: with --plain: images that eta is chosen on; --data is only scored
-        part: with --plain: file that names a class on each line, for rows of these classes alone
+        part: with --plain: files that name a class on each line, for rows of the classes of each
         out: folder for tables, pictures and runs
         speed: whether table2, or --runs, measures images per second
     """
