@@ -321,15 +321,19 @@ def test_options_are_those_of_the_method(fails: Callable[..., Any]) -> None:
 def build(make_model: Callable[..., CoarseToFineViT]) -> Callable[..., tuple[Any, Any]]:
     """A method and its network, whose backbone has weights that are far from symmetry, in evaluation mode."""
 
-    def make(name: str, **options: Any) -> tuple[Any, Any]:
+    def make(name: str, kwargs: dict[str, Any] | None = None, **options: Any) -> tuple[Any, Any]:
         torch.manual_seed(0)
-        model = make_model()
+        model = make_model(**kwargs or {})
         method = create_method(name, options=options)
         network = method.build(model.config)
         getattr(network, "backbone", network).load_state_dict(model.backbone.state_dict())
         return method, network.eval().requires_grad_(False)
 
     return make
+
+
+HEADS: list[dict[str, Any]] = [{}, {"backbone": "lvvit_tiny_patch16_224", "patch_size": 8}]
+"""Of the class token alone, and of all patches."""
 
 
 @pytest.mark.parametrize("name", ["evit", "dynamicvit", "evo_vit", "sit", "ia_red2"])
@@ -392,10 +396,11 @@ def test_dynamicvit_keeps_the_patches_of_highest_score(
     torch.testing.assert_close(network(images), vit.forward_head(vit.norm(tokens)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kwargs", HEADS)
 def test_dynamicvits_drawn_decisions_are_the_sure_ones_and_drop_what_inference_drops(
-    build: Callable[..., Any], make_images: Callable[..., Tensor]
+    kwargs: dict[str, Any], build: Callable[..., Any], make_images: Callable[..., Tensor]
 ) -> None:
-    method, network = build("dynamicvit", keep_rate=0.5)
+    method, network = build("dynamicvit", kwargs, keep_rate=0.5)
     network.predictors = nn.ModuleList(ByPlace(0.5**stage) for stage in (1, 2, 3))
     images = make_images(network, 2)
     tokens, kept, shares = network.decide(images)
@@ -524,9 +529,9 @@ def test_ps_vits_masks_are_saved_with_it(
 
 
 @pytest.fixture
-def choosy(build: Callable[..., Any]) -> tuple[Any, Any]:
+def choosy(request: pytest.FixtureRequest, build: Callable[..., Any]) -> tuple[Any, Any]:
     """IA-RED2 with interpreters that drop some patches of each image."""
-    method, network = build("ia_red2")
+    method, network = build("ia_red2", getattr(request, "param", None))
     for interpreter in network.interpreters:
         interpreter.bias.zero_()
         nn.init.normal_(interpreter.policy)
@@ -534,6 +539,7 @@ def choosy(build: Callable[..., Any]) -> tuple[Any, Any]:
     return method, network
 
 
+@pytest.mark.parametrize("choosy", HEADS, indirect=True)
 def test_ia_red2_drops_what_it_masks_in_training(choosy: tuple[Any, Any], make_images: Callable[..., Tensor]) -> None:
     method, network = choosy
     images = make_images(network, 4)

@@ -142,6 +142,15 @@ def keep_highest(tokens: Tensor, scores: Tensor, count: int) -> Tensor:
     return torch.cat([tokens[:, :1], gather_tokens(tokens[:, 1:], kept)], dim=1)
 
 
+def hide_dropped(tokens: Tensor, kept: Tensor) -> Tensor:
+    """In training, patches that were dropped become one that is kept, for heads that look at all, as LV-ViT's does.
+
+    ``[B, 1 + n, D], [B, n] -> [B, 1 + n, D]``
+    """
+    patches, one = tokens[:, 1:], gather_tokens(tokens[:, 1:], kept.argmax(dim=1, keepdim=True))
+    return torch.cat([tokens[:, :1], torch.where(kept[..., None] > 0, patches, one)], dim=1)
+
+
 def classify(backbone: Any, tokens: Tensor) -> Tensor:
     """The final norm and the head: ``[B, T, D] -> [B, classes]``."""
     return backbone.forward_head(backbone.norm(tokens))

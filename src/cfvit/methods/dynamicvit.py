@@ -98,7 +98,8 @@ class DynamicViT(SelfDistilled):
     def distil(self, network: Any, teacher: FrozenTeacher, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits; and the distances to the wanted shares, to the teacher's patches and to its answer."""
         tokens, kept, shares = network.decide(images)
-        logits, (teacher_logits, patches) = network.backbone.forward_head(tokens), teacher(images)
+        logits = network.backbone.forward_head(blocks.hide_dropped(tokens, kept))
+        teacher_logits, patches = teacher(images)
         wanted = tokens.new_tensor(list(network.shares.values()))[: len(shares)]
         ratio = (torch.stack(shares, dim=1) - wanted).square().mean()
         distance = (tokens[:, 1:] - patches[-1]).square().mean(dim=-1)

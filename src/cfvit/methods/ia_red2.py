@@ -135,7 +135,8 @@ class InterpretedViT(ExtendedViT):
                 shares.append(kept.mean(dim=1))
                 seen = F.pad(kept > 0, (1, 0), value=True)[:, None, None]
             tokens = blocks.transform(block, blocks.attend(block, tokens, seen)[0])
-        return blocks.classify(self.backbone, tokens), torch.stack(shares, dim=1), log_probability
+        logits = blocks.classify(self.backbone, blocks.hide_dropped(tokens, kept))
+        return logits, torch.stack(shares, dim=1), log_probability
 
 
 def reward(logits: Tensor, shares: Tensor, answer: Tensor, penalty: float) -> Tensor:
