@@ -76,8 +76,8 @@ class Settings:
     browser_runtime: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.api_key is not None and not re.fullmatch("[!-~]+", self.api_key):
-            raise UsageError("the API key is empty, or no header can carry it: give ASCII characters without spaces")
+        if self.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", self.api_key):
+            raise UsageError("the API key is empty, or no header can carry it: give printable ASCII characters")
 
     @property
     def most_bytes(self) -> int:
