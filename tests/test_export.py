@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -434,6 +435,16 @@ def test_a_description_that_does_not_fit_is_told(
     (tmp_path / EXPORT_FILE).write_text(json.dumps(about))
     with fails(f"{EXPORT_FILE} cannot be used.*{match}.*: export the model again"):
         read_exported(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"num_classes": 900}, {"coarse_grid": 5}])
+def test_graphs_of_another_model_are_told(change: dict[str, int], folder: Path, tmp_path: Path, fails: Fails) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    about = json.loads((folder / EXPORT_FILE).read_text())
+    about = {**about, "config": {**about["config"], **change}, "class_names": None}
+    (tmp_path / EXPORT_FILE).write_text(json.dumps(about))
+    with fails("has graphs of another model than its cfvit.json says: export it again"):
+        Predictor(tmp_path)
 
 
 def test_from_the_command_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -182,7 +183,8 @@ class ExportedEngine:
     """Answers from the graphs ``coarse`` and ``fine`` of an exported folder, on the CPU with as many threads as torch.
 
     Raises:
-        CfvitError: no exported model in the folder, or what runs it is not installed.
+        CfvitError: no exported model in the folder, one whose graphs do not fit its description, or what runs it is not
+            installed.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -191,6 +193,10 @@ class ExportedEngine:
         self._coarse, self._fine = (
             open_graph(self.folder, stage, self.model.format, torch.get_num_threads()) for stage in ("coarse", "fine")
         )
+        state, _ = self.coarse(torch.zeros(2, 3, *self.model.image_size))
+        sizes = state.logits.shape[1], state.class_attention.shape[1]
+        if sizes != (self.model.config.num_classes, math.prod(self.model.grid)):
+            raise CfvitError(f"{folder} has graphs of another model than its {EXPORT_FILE} says: export it again")
 
     def coarse(self, images: Tensor) -> tuple[CoarseState, Tensor]:
         """The coarse stage and its confidence, see `cfvit.inference.engines.Engine`."""
