@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, UInt16
+from cyclopts.types import UInt16
 
 from cfvit.cli.application import app, eta_text, say
 from cfvit.cli.parameters import DEFAULT_MODEL, CalibrationFile, Flag, Threshold, load_model, load_predictor
-from cfvit.deploy import Queues, Settings
+from cfvit.deploy import NonNegativeFloat, Queues, Settings
 from cfvit.errors import CfvitError, UsageError
 from cfvit.files import require_writable
 

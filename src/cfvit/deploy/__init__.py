@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from cyclopts.types import NonNegativeFloat, NormFloat, PositiveFloat, PositiveInt
+from cyclopts.types import NormFloat, PositiveInt
+from cyclopts.validators import Number
 
 from cfvit.errors import CfvitError, UsageError
+
+PositiveFloat = Annotated[float, Parameter(validator=Number(gt=0, lte=1e6))]  # clocks and counts take no infinity
+NonNegativeFloat = Annotated[float, Parameter(validator=Number(gte=0, lte=1e6))]
 
 
 @dataclass(frozen=True, kw_only=True)
