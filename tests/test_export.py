@@ -520,11 +520,22 @@ def test_a_server_answers_from_an_export(folder: Path, model: CoarseToFineViT, c
     assert explained["split"] == shown.split.flatten().tolist()
 
 
-@pytest.mark.parametrize("options", [["--int8"], ["--data", "photos"]])
-def test_int8_and_data_belong_together(options: list[str], tmp_path: Path, cfvit_main: Callable[..., Outcome]) -> None:
-    outcome = cfvit_main("export", "deit_tiny_imagenet", tmp_path / "exported", *options)
+def test_int8_needs_data(tmp_path: Path, cfvit_main: Callable[..., Outcome]) -> None:
+    outcome = cfvit_main("export", "deit_tiny_imagenet", tmp_path / "exported", "--int8")
     assert outcome.status == 2
-    assert outcome.err == ["cfvit: --int8 quantises by the images of --data: give both, or neither"]
+    assert outcome.err == ["cfvit: --int8 quantises by the images of --data: give them"]
+
+
+def test_an_export_is_compared_on_some_of_the_given_images_that_can_be_read(
+    colour_model: Path, colours: Path, tmp_path: Path, cfvit_main: Callable[..., Outcome], monkeypatch: Any
+) -> None:
+    shutil.copytree(colours / "val", tmp_path / "photos")
+    (tmp_path / "photos" / "red" / "0.png").write_text("no image")
+    seen: list[int] = []
+    monkeypatch.setattr("cfvit.deploy.export.compare", lambda model, folder, images: seen.append(len(images)) or 0.5)
+    outcome = cfvit_main("export", colour_model, tmp_path / "exported", "--data", tmp_path / "photos")
+    assert 1 < seen[0] <= 32
+    assert "the exported graphs differ from torch by 0.5" in outcome.err[-1]
 
 
 @pytest.mark.parametrize(("format", "labelled"), [("onnx", True), ("openvino", False)])

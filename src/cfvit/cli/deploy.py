@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -34,7 +35,7 @@ def export(
     """Write a model as graphs that run without torch, and compare them with torch.
 
     Both stages are written as a graph each, and together in a third one with eta as an input. Then predict and eval
-    take the folder as --model. Graphs that do not agree with torch are not written.
+    take the folder as --model. Graphs that do not agree with torch, on random images and some of DATA, are not written.
 
     With --int8, at most 300 images of DATA serve to quantise. On the others both stages are scored before and after,
     and eta is chosen anew.
@@ -44,27 +45,33 @@ def export(
         folder: where to write the graphs, cfvit.json and example.py
         format: of the graphs
         int8: quantise to eight-bit integers, by images of --data
-        data: for --int8: images in use, with or without classes, not of the training
+        data: images in use, with or without classes; for --int8 not of the training
     """
-    if int8 != (data is not None):
-        raise UsageError("--int8 quantises by the images of --data: give both, or neither")
+    if int8 and data is None:
+        raise UsageError("--int8 quantises by the images of --data: give them")
     require_writable(folder / "cfvit.json")
 
-    from cfvit.data import open_images
-    from cfvit.deploy.export import TOLERANCE
+    import torch
+
+    from cfvit.data import UNREADABLE, EvalImages, open_images
+    from cfvit.deploy.export import BATCHES, TOLERANCE
     from cfvit.deploy.export import export as write
     from cfvit.evaluation.metrics import labelled_images
 
-    network, images = load_model(model, calibration), None
+    network, images, compared = load_model(model, calibration), None, None
     if data is not None:
         try:
             images = labelled_images(network, data)
         except CfvitError as error:
             images = open_images(data)
-            say(f"cfvit: scored by agreement with the fine stage in torch, not by labels: {error}")
+            if int8:
+                say(f"cfvit: scored by agreement with the fine stage in torch, not by labels: {error}")
+        some = EvalImages(images, network.data_config, world=math.ceil(len(images) / max(BATCHES)))
+        read = [image for image, target, _ in map(some.__getitem__, range(len(some))) if target != UNREADABLE]
+        compared = torch.stack(read) if read else None
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what was begun is cleaned up
     try:
-        about = write(network, folder, format=format, int8=images)
+        about = write(network, folder, format=format, images=compared, int8=images if int8 else None)
     finally:
         signal.signal(signal.SIGTERM, before)
     if found := about.quantised:
