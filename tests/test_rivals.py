@@ -74,6 +74,29 @@ def test_a_step_of_training_reaches_every_weight(
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.mark.parametrize("name", OF_CONVOLUTIONS)
+def test_convolutional_networks_learn_digits_at_every_exit(name: str, config: ModelConfig) -> None:
+    from sklearn.datasets import load_digits  # takes as long to import as torch
+
+    torch.manual_seed(0)
+    scans, labels = map(torch.from_numpy, load_digits(return_X_y=True))
+    images = (scans.float() / 8 - 1).view(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+    images = torch.nn.functional.interpolate(images, scale_factor=2.0)  # of 16 pixels
+    method = create_method(name)
+    network = method.build(replace(config, num_classes=10, coarse_grid=2)).train()
+    running, optimizer = method.training_module(network), torch.optim.AdamW(network.parameters(), lr=6e-3)
+    for step in range(24):
+        batch = slice(64 * step, 64 * (step + 1))
+        method.loss(running, Batch(images[batch], labels[batch]), 1.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.inference_mode():
+        answers = method.answers(network.eval(), images[-256:])
+    for point, answer in answers.items():
+        right = (answer.argmax(dim=-1) == labels[-256:]).float().mean()
+        assert right > 0.25, f"{point}: {right}, chance is 0.1"
+
+
 @pytest.mark.parametrize("name", [name for name in COMPARATORS if name not in OF_CONVOLUTIONS])
 def test_without_labels_it_learns_a_teachers_answers(
     name: str, config: ModelConfig, make_images: Callable[..., Tensor]
