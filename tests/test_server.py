@@ -24,6 +24,7 @@ import httpx
 import numpy as np
 import pytest
 import schemathesis
+import schemathesis.specs.openapi.schemas  # before threads: Python 3.11 may fail to parse in two (cpython 106905)
 import torch
 from conftest import Outcome
 from hypothesis import HealthCheck, given, settings
