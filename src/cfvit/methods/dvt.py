@@ -127,6 +127,11 @@ class DVT(MultiExit):
     title = "DVT"
 
     def build(self, config: ModelConfig, weights: str | None = None, class_names: list[str] | None = None) -> Any:
+        """Three networks, the smallest grid first; each starts from the same trained weights, if any are given.
+
+        Raises:
+            UsageError: a grid too small for three sizes.
+        """
         large = Plain(self.objective).build(config, weights, class_names)
         blocks.require_plain_vit(large)
         rows, columns = large.patch_embed.grid_size
