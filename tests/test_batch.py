@@ -234,7 +234,9 @@ def test_what_is_done_is_not_done_again(begun: Path, command: list[Any], undistu
 @pytest.mark.parametrize(
     ("file", "text", "says"),
     [
-        ("job.json", "", "answers.jsonl.parts is damaged ("),
+        ("job.json", "", "answers.jsonl.parts/job.json is damaged: remove "),
+        ("job.json", "{}", "answers.jsonl.parts/job.json is damaged: remove "),
+        ("job.json", '{"images": 22, "settings": 1}', "answers.jsonl.parts/job.json is damaged: remove "),
         ("images.jsonl", "", "answers.jsonl.parts has 10 rows for 22 images: remove it"),
         ("000001.jsonl", '{"path"', "answers.jsonl.parts is damaged ("),
     ],

@@ -632,6 +632,7 @@ def test_a_comparison_that_would_mislead_is_refused(
         ({"--plain": None, "--calibration-data": None, "--part": held}, 2, "--part divides images that --plain and"),
         ({"--runs": held}, 2, "--runs needs --plain and --calibration-data, no --model, and is for table3, fig5, all"),
         ({"--seeds": 1}, 2, "--seeds is for training, and with --model nothing is trained: leave it out"),
+        ({"--recipe": "adapt"}, 2, "--recipe is for training, and with --model nothing is trained: leave it out"),
         ({"--budget": "1h", "--model": None, "--runs": held}, 2, "--budget is for training, and with --runs nothing"),
         ({"--all-cells-share": 0.5}, 2, "--all-cells-share is for training"),
     ):

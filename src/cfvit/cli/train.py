@@ -135,7 +135,8 @@ def reproduce(
         raise UsageError(f"{problem}: give numbers from 0, as in --seeds 0 1 2")
     options = options or Options()
     if options.model is not None or options.runs is not None:
-        given = {"seeds": seeds is not None, "budget": budget is not None, **dict.fromkeys(overrides or (), True)}
+        given = {"recipe": recipe != "deit", "seeds": seeds is not None, "budget": budget is not None}
+        given |= dict.fromkeys(overrides or (), True)
         if training := [name.replace("_", "-") for name, there in given.items() if there and name not in SCORED_BY]:
             raise UsageError(
                 f"--{training[0]} is for training, and with --{'model' if options.model else 'runs'} nothing is "

@@ -166,14 +166,18 @@ def open_job(
                 file.write_text(json.dumps({"images": total, "settings": settings}, indent=2) + "\n")
         try:
             begun = json.loads(record.read_text())
-            for name, now in settings.items():
-                if (then := begun["settings"].get(name)) != now:
-                    raise CfvitError(
-                        f"{output} was begun with {name.replace('_', ' ')} {then}, not {now}: "
-                        f"give the same, or remove {folder} to begin anew"
-                    )
-            yield Job(output, folder, begun["images"], part_size)
-        except json.JSONDecodeError as error:  # of any file in the folder
+            total, before = int(begun["images"]), dict(begun["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CfvitError(f"{record} is damaged: remove {folder} to begin anew") from error
+        for name, now in settings.items():
+            if (then := before.get(name)) != now:
+                raise CfvitError(
+                    f"{output} was begun with {name.replace('_', ' ')} {then}, not {now}: "
+                    f"give the same, or remove {folder} to begin anew"
+                )
+        try:
+            yield Job(output, folder, total, part_size)
+        except json.JSONDecodeError as error:  # of any other file in the folder
             raise CfvitError(f"{folder} is damaged ({error}): remove it to begin anew") from error
 
 
