@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -22,6 +23,7 @@ import httpx
 import pytest
 import torch
 from conftest import Outcome
+from PIL import Image
 from torch import Tensor
 
 from cfvit import (
@@ -42,6 +44,7 @@ from cfvit.deploy import graphs
 from cfvit.deploy.graphs import stage_graphs, trace
 from cfvit.deploy.quantising import calibration_images, warn_if_slow, warn_of_loss
 from cfvit.deploy.server import BROWSER_RUNTIME, Settings, create_app
+from cfvit.files import fill_template
 from cfvit.inference.engines.exported import (
     EXPORT_FILE,
     WEIGHTS_FILE,
@@ -231,21 +234,32 @@ def test_pictures_are_drawn_from_an_exported_model(engine: ExportedEngine, model
         assert [label for label, _ in one.answers] == [label for label, _ in other.answers]
 
 
-def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, engine: ExportedEngine, colours: Path) -> None:
-    photo = colours / "val" / "red" / "0.png"
+def test_the_example_needs_neither_torch_nor_cfvit(folder: Path, engine: ExportedEngine, tmp_path: Path) -> None:
+    photo = tmp_path / "palace.png"
+    with Image.open(Path(export_module.__file__).parent / "page" / "samples" / "palace.jpg") as palace:
+        palace.resize((90, 40)).save(photo)
+    examples = [folder / "example.py"]
+    for mode in ("squash", "border"):  # as models that were made for it have it
+        shutil.copytree(folder, tmp_path / mode)
+        about = replace(engine.model, data_config={**engine.model.data_config, "crop_mode": mode})
+        package = "onnxruntime" if about.format == "onnx" else "openvino"
+        text = fill_template("deploy/templates/example.py.j2", about=about, package=package, about_file=EXPORT_FILE)
+        examples.append(tmp_path / mode / "example.py")
+        examples[-1].write_text(text)
     code = (
         "import runpy, sys; sys.modules |= dict.fromkeys(['torch', 'timm', 'cfvit', 'openvino_telemetry']); "
-        "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+        "sys.argv, examples = sys.argv[:2], sys.argv[2:]; "
+        "[runpy.run_path(each, run_name='__main__') for each in examples]"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", code, folder / "example.py", photo], capture_output=True, text=True, check=True
-    )
-    label, confidence, stage = said.stdout.split()
-    expected = Predictor(engine)(eval_transform(engine.model.data_config)(open_image(photo))[None])
-    assert label == engine.model.label_of(int(expected.logits.argmax()))
-    assert float(confidence) == pytest.approx(float(expected.confidence), abs=1e-3)
-    assert stage == ("coarse", "fine")[int(expected.stage)]
-    assert len((folder / "example.py").read_text().splitlines()) <= 18
+    said = subprocess.run([sys.executable, "-c", code, photo, *examples], capture_output=True, text=True, check=True)
+    for mode, line in zip(("center", "squash", "border"), said.stdout.splitlines(), strict=True):
+        label, confidence, stage = line.split()
+        transform = eval_transform({**engine.model.data_config, "crop_mode": mode})
+        expected = Predictor(engine)(transform(open_image(photo))[None])
+        assert label == engine.model.label_of(int(expected.logits.argmax()))
+        assert float(confidence) == pytest.approx(float(expected.confidence), abs=1e-3)
+        assert stage == ("coarse", "fine")[int(expected.stage)]
+    assert all(len(example.read_text().splitlines()) <= 18 for example in examples)
 
 
 def test_the_server_offers_onnx_graphs_to_browsers(folder: Path, tmp_path: Path, fails: Fails) -> None:

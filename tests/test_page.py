@@ -256,9 +256,10 @@ def test_a_browser_prepares_photos_as_the_server_does(served: Served, page: Page
     photo = httpx.get(f"{served.address}samples/palace.jpg").content
     view = httpx.post(f"{served.address}explain", content=photo).raise_for_status().json()["view"]
     model = served.predictor.model
+    configs = [{**model.data_config, "crop_mode": mode} for mode in ("center", "squash", "border")]
     about = {"image_size": model.image_size, "data_config": model.data_config}
     own, images = page.evaluate(
-        """async ([about, view, photo]) => {
+        """async ([about, configs, view, photo]) => {
             const { answer, cropped } = await import("./browser.js");
             const read = (text) => createImageBitmap(new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]));
             const given = [];
@@ -268,15 +269,19 @@ def test_a_browser_prepares_photos_as_the_server_does(served: Served, page: Page
             const same = Object.assign(document.createElement("canvas"), { width: 32, height: 32 });
             same.getContext("2d").drawImage(await read(view), 0, 0);
             await answer({ about, runtime, coarse: graph, fine: graph }, same);
-            return [pixels(cropped(about, await read(photo))), [...given[0].images.data]];
+            const bitmap = await read(photo);
+            const views = configs.map((data_config) => pixels(cropped({ ...about, data_config }, bitmap)));
+            return [views, [...given[0].images.data]];
         }""",
-        [about, view, base64.b64encode(photo).decode()],
+        [about, configs, view, base64.b64encode(photo).decode()],
     )
     expected = eval_transform(model.data_config)(open_image(photo))
     assert np.array(images).reshape(expected.shape) == pytest.approx(expected.numpy(), abs=1e-5)
-    with Image.open(io.BytesIO(base64.b64decode(view))) as image:
-        difference = np.array(own).reshape(32, 32, 4)[..., :3] - np.asarray(image, dtype=float)
-    assert np.abs(difference).mean() < 5  # of 255: browsers resize otherwise; shifted by one pixel it is 10 or more
+    mean, std = (torch.tensor(model.data_config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    for config, pixels in zip(configs, own, strict=True):
+        right = 255 * (eval_transform(config)(open_image(photo)) * std + mean).permute(1, 2, 0).numpy()
+        difference = np.array(pixels).reshape(32, 32, 4)[..., :3] - right
+        assert np.abs(difference).mean() < 5  # of 255: browsers resize otherwise; shifted by one pixel it is 10 or more
 
 
 def test_the_page_may_load_nothing_from_elsewhere(served: Served) -> None:

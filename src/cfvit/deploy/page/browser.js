@@ -43,19 +43,21 @@ async function explain(model, photo, eta) {
   return [explained, view];
 }
 
-/** The centre of a photo at the model's size, as timm cuts it. The browser resizes, a little differently from Pillow. */
+/** A photo at the model's size, as timm cuts, squashes or borders it. The browser resizes, a little differently from Pillow. */
 export function cropped({ image_size: [height, width], data_config: data }, photo) {
-  const scale = Math.max(
-    Math.floor(height / data.crop_pct) / photo.height,
-    Math.floor(width / data.crop_pct) / photo.width,
-  );
-  const [wide, high] = [photo.width, photo.height].map((side) => Math.floor(side * scale + 1e-6));
+  const scales = [Math.floor(width / data.crop_pct) / photo.width, Math.floor(height / data.crop_pct) / photo.height];
+  const fit = { center: Math.max, border: Math.min }[data.crop_mode ?? "center"]; // else squashed
+  const resized = (side, i) => Math.floor(side * (fit?.(...scales) ?? scales[i]) + 1e-6);
+  const [wide, high] = [photo.width, photo.height].map(resized);
+  const place = [-Math.round((wide - width) / 2), -Math.round((high - height) / 2), wide, high];
   const view = Object.assign(document.createElement("canvas"), { width, height });
   const pen = view.getContext("2d", { willReadFrequently: true });
   pen.imageSmoothingQuality = "high";
-  pen.fillStyle = "white"; // behind what is transparent
+  pen.fillStyle = `rgb(${data.mean.map((value) => Math.round(255 * value)).join(" ")})`; // beside it, with a border
   pen.fillRect(0, 0, width, height);
-  pen.drawImage(photo, -Math.round((wide - width) / 2), -Math.round((high - height) / 2), wide, high);
+  pen.fillStyle = "white"; // behind what is transparent
+  pen.fillRect(...place);
+  pen.drawImage(photo, ...place);
   return view;
 }
 
