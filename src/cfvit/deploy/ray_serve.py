@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from cfvit.checkpoints import load
@@ -41,13 +41,13 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
     model: str = "deit_tiny_imagenet"  # as of ``cfvit serve``; each machine must have it
     threshold: float | None = None  # eta; by default the model's
-    coarse_batch: int = 8  # images in a batch, at most
-    fine_batch: int = 4  # images in a batch, at most
-    coarse_wait: float = 0.0  # seconds that an image waits for others, at most
-    fine_wait: float = 0.0  # seconds that an image waits for others, at most
-    max_replicas: int = 8  # of each deployment; there is one at least
-    gpus: float = 0.0  # of a replica of either stage, such as 0.5
-    max_waiting: int = 128  # see `Scheduler`; of each replica that takes requests
+    coarse_batch: PositiveInt = 8  # images in a batch, at most
+    fine_batch: PositiveInt = 4  # images in a batch, at most
+    coarse_wait: NonNegativeFloat = 0.0  # seconds that an image waits for others, at most
+    fine_wait: NonNegativeFloat = 0.0  # seconds that an image waits for others, at most
+    max_replicas: PositiveInt = 8  # of each deployment; there is one at least
+    gpus: NonNegativeFloat = 0.0  # of a replica of either stage, such as 0.5
+    max_waiting: PositiveInt = 128  # see `Scheduler`; of each replica that takes requests
 
     def predictor(self) -> Predictor:
         """Loads the model."""
