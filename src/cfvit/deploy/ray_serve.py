@@ -171,4 +171,4 @@ def build(given: Arguments) -> serve.Application:
 
     coarse = deployed(Coarse, 2 * given.coarse_batch, given.gpus).bind(given)
     fine = deployed(Fine, 2 * given.fine_batch, given.gpus).bind(given)
-    return deployed(Door, given.max_waiting // 2).bind(coarse, fine, given)
+    return deployed(Door, max(1, given.max_waiting // 2)).bind(coarse, fine, given)
