@@ -17,6 +17,7 @@ import httpx
 import pytest
 import torch
 from conftest import Outcome
+from pydantic import ValidationError
 
 from cfvit import Predictor, eval_transform, load, open_image
 from cfvit.data import find_images
@@ -141,6 +142,14 @@ def served(cluster: None, colour_model: Path) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
         yield client
     serve.shutdown()
+
+
+@pytest.mark.parametrize("given", [{"coarse_batch": 0}, {"fine_wait": -1}, {"max_replicas": 0}, {"max_waiting": 0}])
+def test_serve_refuses_what_cannot_work(given: dict[str, float]) -> None:
+    from cfvit.deploy.ray_serve import Arguments
+
+    with pytest.raises(ValidationError, match="greater than"):
+        Arguments.model_validate(given)
 
 
 def test_serve_answers_as_the_predictor(served: httpx.Client, photos: Path, colour_model: Path) -> None:

@@ -47,7 +47,8 @@ async function explain(model, photo, eta) {
 export function cropped({ image_size: [height, width], data_config: data }, photo) {
   const scales = [Math.floor(width / data.crop_pct) / photo.width, Math.floor(height / data.crop_pct) / photo.height];
   const fit = { center: Math.max, border: Math.min }[data.crop_mode ?? "center"]; // else squashed
-  const resized = (side, i) => Math.floor(side * (fit?.(...scales) ?? scales[i]) + 1e-6);
+  const up = height === width && fit === Math.max ? 1e-6 : 0.5; // timm rounds all but square centres
+  const resized = (side, i) => Math.floor(side * (fit?.(...scales) ?? scales[i]) + up);
   const [wide, high] = [photo.width, photo.height].map(resized);
   const place = [-Math.round((wide - width) / 2), -Math.round((high - height) / 2), wide, high];
   const view = Object.assign(document.createElement("canvas"), { width, height });
